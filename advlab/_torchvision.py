@@ -1,4 +1,4 @@
-"""Import torchvision beside a CPU-only torch. Import this module before torchvision itself.
+"""torchvision, imported so that it also works beside a CPU-only torch.
 
 The torchvision wheel on PyPI is linked against CUDA. Beside the CPU-only torch its compiled
 operators do not load, which torchvision forgives, but its import then stops at shape rules for
@@ -28,3 +28,9 @@ def load() -> None:
 
 
 load()
+
+from torchvision import datasets, tv_tensors  # noqa: E402
+from torchvision.datasets.utils import check_integrity  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
+
+__all__ = ["check_integrity", "datasets", "tv_tensors", "v2"]

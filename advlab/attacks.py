@@ -16,11 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advlab import _torchvision  # noqa: F401  (must come before torchvision)
+from advlab._torchvision import tv_tensors, v2
 from advlab.data import check_batch
-
-from torchvision import tv_tensors  # isort: skip
-from torchvision.transforms import v2  # isort: skip
 
 Classifier = Callable[[Tensor], Tensor]
 

@@ -1,7 +1,7 @@
 """Trained models as files: shipped with the repository, or trained here and kept.
 
-A checkpoint is one safetensors file (no pickle, no code). Its metadata say what it is: architecture,
-training eps, recipe, seed, data (name, size, MD5), versions, the training log and the accuracy
+A checkpoint is one safetensors file (no pickle, no code). Its metadata say what it is:
+architecture, training eps, recipe, seed, data (name, size, MD5), versions, the training log and the accuracy
 measured on the test images. `Zoo` loads the file that matches what you ask for, or trains it.
 """
 
@@ -38,7 +38,8 @@ class Checkpoint:
 
     Args:
         model: In eval mode, on the CPU.
-        metadata: What the file says of itself; see `Zoo`. Empty for foreign weights.
+        metadata: What the file says of itself (see `Zoo`). Foreign weights have their arch and
+            weights_hash, and None for train_eps and seed.
         path: The file.
     """
 
@@ -120,7 +121,7 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(model, metadata, path)
 
 
-def load_weights(path: Path, arch: str) -> nn.Module:
+def load_weights(path: Path, arch: str) -> Checkpoint:
     """Load any weights file, ours or a published ``.pth`` state dict, into architecture `arch`.
 
     Pickle files are read with ``weights_only=True``: tensors load, code does not run.
@@ -150,7 +151,9 @@ def load_weights(path: Path, arch: str) -> nn.Module:
             isinstance(t, Tensor) for t in tensors.values()
         ):
             raise CheckpointError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return _load_into(model, tensors, path)
+    _load_into(model, tensors, path)
+    metadata = {"arch": arch, "train_eps": None, "seed": None, "weights_hash": weights_hash(model)}
+    return Checkpoint(model, metadata, path)
 
 
 class Zoo:

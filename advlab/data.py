@@ -5,18 +5,26 @@ batch is then one indexing operation and needs no worker processes.
 """
 
 import hashlib
+import os
+import socket
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from advlab import _torchvision  # noqa: F401  (must come before torchvision)
+from advlab import files, shapes
+from advlab._torchvision import check_integrity, datasets
 
-from torchvision import datasets  # isort: skip
-
+DATASETS = ("cifar10", "shapes10")
 CIFAR10_FOLDER = datasets.CIFAR10.base_folder
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
+CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
+NETWORK_SECONDS = 5
 TOLERANCE = 1e-6
 
 
@@ -88,6 +96,14 @@ class Split:
         return Split(self.images[:size], self.labels[:size])
 
 
+def _md5(*splits: Split) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    for split in splits:
+        digest.update(split.images.numpy())
+        digest.update(split.labels.numpy())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set: its name, its class names, a training and a test split."""
@@ -100,22 +116,170 @@ class ImageData:
     @cached_property
     def md5(self) -> str:
         """MD5 of all pixels and labels, to tell which data a model or a table was made from."""
-        digest = hashlib.md5(usedforsecurity=False)
-        for split in (self.train, self.test):
-            digest.update(split.images.numpy())
-            digest.update(split.labels.numpy())
-        return digest.hexdigest()
+        return _md5(self.train, self.test)
+
+    @cached_property
+    def test_md5(self) -> str:
+        """MD5 of the test split alone."""
+        return _md5(self.test)
 
 
-def _cifar10_split(root: Path, train: bool) -> Split:
-    parsed = datasets.CIFAR10(root, train=train, download=False)
-    images = torch.from_numpy(parsed.data).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(parsed.targets))
+class DataError(RuntimeError):
+    """A data set that is missing, damaged or cannot be downloaded."""
+
+
+def _again(root: Path) -> str:
+    return (
+        f"Delete {root / CIFAR10_FOLDER} and run again to download it, or copy an intact one there"
+    )
+
+
+def check_files(root: Path) -> None:
+    """Compare every CIFAR-10 file with torchvision's list of MD5 sums."""
+    expected = [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]
+    expected.append([datasets.CIFAR10.meta["filename"], datasets.CIFAR10.meta["md5"]])
+    for name, md5 in expected:
+        path = root / CIFAR10_FOLDER / name
+        if not check_integrity(path, md5):
+            state = "is truncated or altered (wrong MD5)" if path.is_file() else "is missing"
+            raise DataError(f"CIFAR-10 file {path} {state}; it will not be used. {_again(root)}")
 
 
 def load_cifar10(root: Path) -> ImageData:
-    """Load CIFAR-10 from the folder that holds ``cifar-10-batches-py``."""
-    train, test = _cifar10_split(root, True), _cifar10_split(root, False)
-    classes = ("airplane", "automobile", "bird", "cat", "deer")
-    classes += ("dog", "frog", "horse", "ship", "truck")
-    return ImageData("CIFAR-10", classes, train, test)
+    """Load CIFAR-10 from the folder that holds ``cifar-10-batches-py``.
+
+    Every file is checked against its MD5 sum before it is read: they are pickles.
+
+    Raises:
+        DataError: if a file is missing, truncated or altered; names it and the mend.
+    """
+    check_files(root)
+    splits = []
+    for train in (True, False):
+        parsed = datasets.CIFAR10(root, train=train, download=False)
+        images = torch.from_numpy(parsed.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, torch.tensor(parsed.targets)))
+    return ImageData("CIFAR-10", CIFAR10_CLASSES, *splits)
+
+
+def _reachable(host: str) -> bool:
+    """Tell within `NETWORK_SECONDS` whether `host` answers; name look-up alone can hang for more."""
+
+    def connect() -> bool:
+        with socket.create_connection((host, 443), timeout=NETWORK_SECONDS):
+            return True
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(connect).result(timeout=NETWORK_SECONDS)
+    except (OSError, TimeoutError):
+        return False
+    finally:
+        pool.shutdown(wait=False)
+
+
+def download_cifar10(root: Path) -> None:
+    """Download CIFAR-10 (170 MB) into `root` with torchvision, showing progress.
+
+    It is fetched and unpacked in a folder of its own and moved when whole, so an interrupted
+    download leaves nothing half done.
+
+    Raises:
+        DataError: if there is no network (within seconds) or the download fails.
+    """
+    host = urlsplit(datasets.CIFAR10.url).hostname or ""
+    if not _reachable(host):
+        raise DataError(f"{host} cannot be reached, so it cannot be downloaded")
+    files.make_folder(root)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would hang for ever
+        try:
+            datasets.CIFAR10(folder, download=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"the download of CIFAR-10 from {host} failed: {error}") from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+        Path(folder, CIFAR10_FOLDER).replace(root / CIFAR10_FOLDER)
+
+
+def find_cifar10(data_dir: str | Path | None = None) -> Path | None:
+    """Return the first folder that holds CIFAR-10: `data_dir`, or else ADVLAB_DATA, or else data/.
+
+    Raises:
+        DataError: if `data_dir` is given and holds none.
+    """
+    places = [data_dir] if data_dir else [os.environ.get("ADVLAB_DATA"), files.home() / "data"]
+    for place in places:
+        if place and (Path(place).expanduser() / CIFAR10_FOLDER).is_dir():
+            return Path(place).expanduser()
+    if data_dir:
+        raise DataError(f"no folder {CIFAR10_FOLDER} in {data_dir}; give the folder that holds it")
+    return None
+
+
+def Shapes10(train_n: int | None = None, test_n: int | None = None) -> ImageData:  # noqa: N802
+    """Draw the first images of Shapes-10 (see `advlab.shapes`); 50,000 and 10,000 by default."""
+    train = Split(*shapes.draw_shapes("train", train_n or shapes.SIZES["train"]))
+    test = Split(*shapes.draw_shapes("test", test_n or shapes.SIZES["test"]))
+    return ImageData("Shapes-10", shapes.CLASSES, train, test)
+
+
+def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[str, Path | None]:
+    """Decide which data set to use, downloading CIFAR-10 if it is wanted and missing.
+
+    Args:
+        dataset: "cifar10", "shapes10", or "auto": CIFAR-10 where it is present or can be
+            downloaded, else Shapes-10.
+        data_dir: Folder that holds CIFAR-10; None looks in ADVLAB_DATA, then data/.
+
+    Returns:
+        ("cifar10", its folder) or ("shapes10", None).
+
+    Raises:
+        ValueError: if there is no such data set.
+        DataError: if "cifar10" is asked for and cannot be had.
+    """
+    if dataset not in ("auto", *DATASETS):
+        raise ValueError(f"unknown data set {dataset!r}; choose auto, {', '.join(DATASETS)}")
+    if dataset == "shapes10":
+        return dataset, None
+    root = find_cifar10(data_dir)
+    if root is None:
+        root = files.home() / "data"
+        try:
+            download_cifar10(root)
+        except DataError as error:
+            if dataset == "cifar10":
+                raise DataError(
+                    f"CIFAR-10 is not here, and {error}. Set ADVLAB_DATA to the folder that holds "
+                    f"{CIFAR10_FOLDER}, or choose the data set shapes10"
+                ) from error
+            return "shapes10", None
+    return "cifar10", root
+
+
+def load(
+    dataset: str = "auto",
+    data_dir: str | Path | None = None,
+    *,
+    train_n: int | None = None,
+    test_n: int | None = None,
+) -> ImageData:
+    """Load a data set, or the first images of it.
+
+    Args:
+        dataset, data_dir: As in `resolve`.
+        train_n: Training images; None for all 50,000.
+        test_n: Test images; None for all 10,000.
+
+    Raises:
+        ValueError: if there is no such data set or not as many images.
+        DataError: as `resolve` and `load_cifar10`.
+    """
+    _, root = resolve(dataset, data_dir)
+    if root is None:
+        return Shapes10(train_n, test_n)
+    whole = load_cifar10(root)
+    train, test = whole.train.first(train_n), whole.test.first(test_n)
+    return ImageData(whole.name, whole.classes, train, test)

@@ -6,6 +6,7 @@ optimiser and loss stay in float32); everything that is reported is evaluated in
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,13 +16,17 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from advlab import files
 from advlab.attacks import eval_mode, perturb
 from advlab.data import Split
 
 History = list[dict[str, float]]
+
+# Bars are text on standard output: in notebooks too, where a bar made of widgets would leave state
+# behind that some viewers refuse, and standard error would look like a warning.
+PROGRESS: dict[str, Any] = {"file": sys.stdout, "leave": False, "mininterval": 1.0, "ncols": 100}
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,9 @@ def _load_state(path: Path, identity: str) -> dict[str, Any] | None:
         state = torch.load(path, weights_only=True)
         found = state["identity"]
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to train from the start") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it to train from the start"
+        ) from error
     return state if found == identity else None
 
 
@@ -237,7 +244,13 @@ def fit(
         optimiser.load_state_dict(state["optimiser"])
         history = state["history"]
     steps = -(-len(data) // recipe.batch_size)
-    bar = tqdm(total=recipe.epochs * steps, desc=progress, disable=progress is None, unit="step")
+    bar = tqdm(
+        total=recipe.epochs * steps,
+        desc=progress,
+        disable=progress is None,
+        unit="step",
+        **PROGRESS,
+    )
     bar.update(len(history) * steps)
     with bar:
         for epoch in range(len(history), recipe.epochs):

@@ -34,9 +34,7 @@ def _train(model: Model) -> tuple[Model, float]:
     return model, checkpoint.metadata["test_accuracy"]
 
 
-def train_models(
-    make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | None = None
-) -> None:
+def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | None = None) -> None:
     """Train those of `wanted` that are missing; baselines first, `jobs` at a time.
 
     The models are independent, so one single-threaded process per core does more images per second
@@ -51,7 +49,9 @@ def train_models(
     missing = [m for m in wanted if zoo.find(*m) is None]
     if not missing:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     jobs = min(jobs or cores, len(missing))
     start = time.perf_counter()
     with ProcessPoolExecutor(

@@ -1,0 +1,254 @@
+"""Figures from tables and images. Every function takes data and returns a figure; none computes.
+
+Colours are safe for the colour-blind: seaborn's "colorblind" for kinds, "viridis" for amounts, with
+a marker per line so that a figure reads in grey as well.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from advlab import paper
+
+MARKERS = "osD^vPX*h<>"
+
+
+def use_style() -> None:
+    """Set the look of all figures: white grid, colour-blind palette, modest resolution."""
+    sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85)
+    plt.rcParams.update(
+        {"figure.dpi": 80, "figure.constrained_layout.use": True, "image.cmap": "viridis"}
+    )
+
+
+def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
+    """Draw one image (3, 32, 32), float in [0, 1] or uint8, without axes."""
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_title(title, fontsize="small")
+    axes.set_axis_off()
+
+
+def image_grid(
+    images: Tensor,
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 10,
+    row_labels: Sequence[str] | None = None,
+    size: float = 0.85,
+) -> Figure:
+    """Draw images (N, 3, 32, 32) in rows of `columns`.
+
+    Args:
+        images: Float in [0, 1] or uint8.
+        titles: One per image; None for none.
+        columns: Images per row.
+        row_labels: One per row, at its left.
+        size: Inches per image.
+    """
+    rows = -(-len(images) // columns)
+    extra = 0.32 if titles else 0.0
+    margin = 1.1 if row_labels else 0.0
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * size + margin, rows * (size + extra) + 0.2), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, image in enumerate(images):
+        show_image(axes.flat[i], image, titles[i] if titles else "")
+    for row, label in enumerate(row_labels or []):
+        axes[row, 0].text(
+            -0.15, 0.5, label, transform=axes[row, 0].transAxes, ha="right", va="center"
+        )
+    return figure
+
+
+def fgsm_equation(
+    image: Tensor, direction: Tensor, attacked: Tensor, eps: float, captions: Sequence[str]
+) -> Figure:
+    """Draw the paper's Figure 1: image + eps x sign = attacked image.
+
+    Args:
+        image, attacked: (3, 32, 32) float in [0, 1].
+        direction: (3, 32, 32) signs, drawn with -1 black, +1 white per channel.
+        eps: Size of the step.
+        captions: Under the three pictures.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(7.5, 3.1))
+    pictures = (image, (direction.float() + 1) / 2, attacked)
+    for axis, picture, caption in zip(axes, pictures, captions, strict=True):
+        show_image(axis, picture)
+        axis.text(0.5, -0.06, caption, transform=axis.transAxes, ha="center", va="top")
+    for axis, sign in zip(axes[:2], (f"+ {eps:g} ×", "="), strict=True):
+        axis.text(1.14, 0.5, sign, transform=axis.transAxes, ha="center", va="center", fontsize=13)
+    figure.get_layout_engine().set(wspace=0.14)
+    return figure
+
+
+def learning_curves(histories: dict[str, pd.DataFrame]) -> Figure:
+    """Draw loss and accuracy per epoch, training and test, one colour per model.
+
+    Args:
+        histories: Name to a table as from `training.fit`.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    colours = sns.color_palette("colorblind", len(histories))
+    for (name, history), colour in zip(histories.items(), colours, strict=True):
+        for axis, kind in zip(axes, ("loss", "accuracy"), strict=True):
+            scale = 100 if kind == "accuracy" else 1
+            for split, dash, marker in (("train", "--", "o"), ("test", "-", "s")):
+                if f"{split}_{kind}" in history:
+                    axis.plot(
+                        history["epoch"],
+                        scale * history[f"{split}_{kind}"],
+                        dash,
+                        color=colour,
+                        marker=marker,
+                        markersize=4,
+                        label=f"{name}, {split}",
+                    )
+    axes[0].set(xlabel="epoch", ylabel="cross entropy")
+    axes[1].set(xlabel="epoch", ylabel="accuracy (%)")
+    axes[1].legend(fontsize="small")
+    return figure
+
+
+def confusion_matrix(counts: pd.DataFrame, title: str = "") -> Figure:
+    """Draw counts (true class down, predicted class across) as percent of each true class."""
+    percent = 100 * counts.div(counts.sum(axis=1), axis=0)
+    figure, axis = plt.subplots(figsize=(6.6, 5.2))
+    sns.heatmap(
+        percent,
+        annot=True,
+        fmt=".0f",
+        cmap="viridis",
+        vmin=0,
+        vmax=100,
+        annot_kws={"size": 8},
+        cbar_kws={"label": "% of the true class"},
+        ax=axis,
+    )
+    axis.set_title(title)
+    return figure
+
+
+def curves(
+    table: pd.DataFrame,
+    *,
+    value: str = "accuracy",
+    hue: str = "train_eps",
+    beside: pd.DataFrame | None = None,
+    title: str = "",
+    log_x: bool = False,
+) -> Figure:
+    """Draw accuracy or loss against test eps, a line per value of `hue` (Figures 4 to 7).
+
+    Args:
+        table: Tidy rows; accuracies carry their 95 % interval (low, high) as a band.
+        value: "accuracy" (drawn in percent) or "loss".
+        hue: Column that tells the lines apart; "train_eps" gets a sequential palette.
+        beside: The paper's rows, drawn dotted in the same colours.
+        title: Of the figure.
+        log_x: Spread small eps: a symmetric logarithmic axis.
+    """
+    scale = 100 if value == "accuracy" else 1
+    groups = list(table.groupby(hue, sort=hue == "train_eps"))
+    sequential = hue == "train_eps"
+    name = "viridis" if sequential else "colorblind"
+    palette = sns.color_palette(name, len(groups) + (1 if sequential else 0))
+    figure, axis = plt.subplots(figsize=(7.2, 4.0))
+    for i, (key, rows) in enumerate(groups):
+        colour = "black" if sequential and key == 0 else palette[i]
+        label = paper.eps_label(key) if sequential else str(key)
+        axis.plot(
+            rows["test_eps"],
+            scale * rows[value],
+            color=colour,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=5,
+            label=label,
+        )
+        if value == "accuracy":
+            axis.fill_between(
+                rows["test_eps"], scale * rows["low"], scale * rows["high"], color=colour, alpha=0.2
+            )
+        if beside is not None:
+            theirs = beside[beside[hue] == key].dropna(subset=[value])
+            axis.plot(theirs["test_eps"], scale * theirs[value], ":", color=colour, linewidth=2)
+    if beside is not None:
+        axis.plot([], [], ":", color="0.3", linewidth=2, label="the paper's (dotted)")
+    unit = "accuracy (%)" if value == "accuracy" else "loss (cross entropy)"
+    axis.set(xlabel="test eps (pixel range [0, 1])", ylabel=unit, title=title)
+    if value == "accuracy":
+        axis.set_ylim(0, 100)
+    if log_x:
+        axis.set_xscale("symlog", linthresh=0.003)
+        ticks = sorted(set(table["test_eps"]))
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=60)
+        axis.minorticks_off()
+    legend_title = "trained with" if sequential else None
+    axis.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+    return figure
+
+
+def difference_map(comparison: pd.DataFrame, title: str = "") -> Figure:
+    """Draw ours minus the paper's, in points, for every cell (`paper.compare`)."""
+    architectures = list(dict.fromkeys(comparison["architecture"]))
+    figure, axes = plt.subplots(
+        1, len(architectures), figsize=(5.2 * len(architectures), 3.2), squeeze=False
+    )
+    limit = max(2.0, float(np.ceil(comparison["difference"].abs().max())))
+    for axis, arch in zip(axes[0], architectures, strict=True):
+        cells = paper.wide(comparison[comparison["architecture"] == arch], "difference")
+        sns.heatmap(
+            cells,
+            annot=True,
+            fmt="+.1f",
+            cmap="PuOr_r",
+            center=0,
+            vmin=-limit,
+            vmax=limit,
+            cbar_kws={"label": "ours - paper (points)"},
+            ax=axis,
+        )
+        axis.set(title=arch)
+        axis.tick_params(axis="y", rotation=0)
+    figure.suptitle(title)
+    return figure
+
+
+def bars(
+    table: pd.DataFrame, *, x: str, y: str, hue: str, xlabel: str, ylabel: str, title: str = ""
+) -> Figure:
+    """Draw grouped bars with their values, for comparing a few models."""
+    figure, axis = plt.subplots(figsize=(8.5, 3.8))
+    sns.barplot(table, x=x, y=y, hue=hue, palette="colorblind", ax=axis)
+    for container in axis.containers:
+        axis.bar_label(container, fmt="%.0f", fontsize=7, padding=1)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+    return figure
+
+
+def matrix(percent: pd.DataFrame, *, label: str, title: str = "") -> Figure:
+    """Draw a small table of percentages as a heat map with its numbers (a transfer matrix)."""
+    figure, axis = plt.subplots(figsize=(1.6 + 1.15 * percent.shape[1], 1.3 + 0.5 * len(percent)))
+    sns.heatmap(
+        percent,
+        annot=True,
+        fmt=".1f",
+        cmap="viridis",
+        vmin=0,
+        vmax=100,
+        cbar_kws={"label": label},
+        ax=axis,
+    )
+    axis.set_title(title)
+    axis.tick_params(axis="y", rotation=0)
+    axis.tick_params(axis="x", rotation=25)
+    return figure

@@ -1,0 +1,178 @@
+"""One lesson's settings: profile, data, models and folders, read in one place.
+
+A lesson's parameters cell holds plain literals; "auto" there means the environment variable of that
+setting (ADVLAB_PROFILE, ADVLAB_DATASET, ADVLAB_DATA, ADVLAB_OUTPUT), or else the default.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from advlab import data, files, paper
+from advlab.checkpoints import Zoo
+from advlab.data import ImageData
+from advlab.training import PAPER, QUICK, Recipe
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of everything a lesson does.
+
+    Args:
+        recipe: How models are trained.
+        train_n, test_n: Images used; None for all.
+        sweep: Training eps of the CNN's sweep.
+        shipped: Whether the trained models of the repository may be used.
+    """
+
+    recipe: Recipe
+    train_n: int | None = None
+    test_n: int | None = None
+    sweep: tuple[float, ...] = paper.SWEEP_TRAIN_EPS
+    shipped: bool = False
+
+
+_SHORT_SWEEP = (0.0, 0.005, 0.01, 0.015, 0.2, 0.5)
+PROFILES = {
+    "quick": Profile(QUICK, train_n=2_000, test_n=500, sweep=_SHORT_SWEEP),
+    "lesson": Profile(PAPER, shipped=True),
+    "paper": Profile(PAPER),
+}
+# On Shapes-10 nothing is shipped, so profile "lesson" trains every model on the spot.
+SHAPES_LESSON = Profile(QUICK, train_n=4_000, test_n=2_000, sweep=_SHORT_SWEEP)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a lesson works with; made by `start`.
+
+    Args:
+        profile: "quick", "lesson" or "paper".
+        settings: What that profile means on this data set.
+        data: Images and labels.
+        zoo: The trained models.
+        output_dir: Folder of results; figures and tables go into its figures/.
+        cells: Folder of measured cells (see `evaluation.accuracy_table`).
+    """
+
+    profile: str
+    settings: Profile
+    data: ImageData
+    zoo: Zoo
+    output_dir: Path
+    cells: Path
+
+    @property
+    def is_paper_scale(self) -> bool:
+        """Whether the numbers can be set beside the paper's: CIFAR-10, the paper's recipe."""
+        return self.data.name == "CIFAR-10" and self.settings.recipe == PAPER
+
+    @property
+    def caption(self) -> str:
+        """What every figure and table says of its origin."""
+        return (
+            f"{self.data.name}, {len(self.data.test):,} test images, "
+            f"recipe {self.settings.recipe.name}, seed {self.zoo.seed}"
+        )
+
+    def models(self) -> list[tuple[str, float]]:
+        """Return (architecture, training eps) of every model that the lessons need.
+
+        Slow ones first, so that two cores finish at about the same time.
+        """
+        wanted = [("cnn-lstm", 0.0), ("cnn", 0.0), ("cnn-lstm-positions", 0.0)]
+        wanted += [("cnn-lstm", eps) for eps in paper.TABLE_TRAIN_EPS if eps]
+        wanted += [("cnn-lstm-positions", 0.2)]
+        return wanted + [("cnn", eps) for eps in self.settings.sweep if eps]
+
+    def save(
+        self, name: str, figure: Figure | None = None, table: pd.DataFrame | None = None
+    ) -> None:
+        """Write `figure` as NAME.png and `table` as NAME.csv into figures/ of the output folder.
+
+        Raises:
+            OSError: if it cannot be written; names the folder and the mend.
+        """
+        if figure is not None:
+            figure.text(
+                0.995, 0.005, self.caption, ha="right", va="bottom", fontsize=6, color="0.4"
+            )
+            with files.atomic_write(self.output_dir / "figures" / f"{name}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=110)
+        if table is not None:
+            with files.atomic_write(self.output_dir / "figures" / f"{name}.csv") as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6g")
+
+    def __str__(self) -> str:
+        text = (
+            f"profile {self.profile} | {self.data.name}: {len(self.data.train):,} training and "
+            f"{len(self.data.test):,} test images | recipe {self.settings.recipe.name} | "
+            f"seed {self.zoo.seed}"
+        )
+        if self.data.name == "Shapes-10":
+            text += "\nThis is Shapes-10, not CIFAR-10: nothing here compares with the paper."
+        return text
+
+
+def _setting(value: str | None, variable: str, default: str) -> str:
+    return os.environ.get(variable) or default if value in (None, "", "auto") else value
+
+
+def default_output(profile: str, dataset: str) -> Path:
+    """Return where results go unless told otherwise: outputs/PROFILE-DATASET in the repository."""
+    return files.home() / "outputs" / f"{profile}-{dataset}"
+
+
+def start(
+    profile: str = "auto",
+    dataset: str = "auto",
+    seed: int = 0,
+    data_dir: str = "auto",
+    output_dir: str = "auto",
+    *,
+    progress: bool = True,
+) -> Session:
+    """Read the settings of a lesson and open its data and models.
+
+    Args:
+        profile: "quick", "lesson", "paper"; "auto": ADVLAB_PROFILE or "lesson".
+        dataset: "cifar10", "shapes10"; "auto": ADVLAB_DATASET, or CIFAR-10 where it is present or
+            can be downloaded, else Shapes-10.
+        seed: Of initialisation, order, flips and noise.
+        data_dir: Folder that holds CIFAR-10; "auto": ADVLAB_DATA, then data/.
+        output_dir: Folder of results; "auto": ADVLAB_OUTPUT or outputs/PROFILE-DATASET.
+        progress: Show bars while training.
+
+    Raises:
+        ValueError: if the profile or data set is unknown, or the seed no integer >= 0.
+        DataError: if the data are damaged or cannot be had.
+    """
+    profile = _setting(profile, "ADVLAB_PROFILE", "lesson")
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; it must be an integer from 0 on")
+    wanted = _setting(dataset, "ADVLAB_DATASET", "auto")
+    name, root = data.resolve(wanted, None if data_dir in (None, "", "auto") else data_dir)
+    settings = PROFILES[profile]
+    if name == "shapes10" and profile == "lesson":
+        settings = SHAPES_LESSON
+    images = data.load(name, root, train_n=settings.train_n, test_n=settings.test_n)
+    chosen = _setting(output_dir, "ADVLAB_OUTPUT", "")
+    output = Path(chosen).expanduser() if chosen else default_output(profile, name)
+    if profile == "paper":
+        trained = output / "checkpoints"
+    else:
+        trained = files.cache_dir() / "models" / f"{settings.recipe.name}-{images.md5[:8]}"
+    zoo = Zoo(
+        images,
+        settings.recipe,
+        seed,
+        trained,
+        shipped=files.shipped_checkpoints() if settings.shipped else None,
+        progress=progress,
+    )
+    return Session(profile, settings, images, zoo, output, files.cache_dir() / "cells")
