@@ -1,8 +1,9 @@
 """Trained models as files: shipped with the repository, or trained here and kept.
 
 A checkpoint is one safetensors file (no pickle, no code). Its metadata say what it is:
-architecture, training eps, recipe, seed, data (name, size, MD5), versions, the training log and the accuracy
-measured on the test images. `Zoo` loads the file that matches what you ask for, or trains it.
+architecture, training eps, recipe, seed, data (name, size, MD5), versions, the training log and the
+accuracy measured on the test images. `Zoo` loads the file that matches what you ask for, or trains
+it.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ class Checkpoint:
     Args:
         model: In eval mode, on the CPU.
         metadata: What the file says of itself (see `Zoo`). Foreign weights have their arch and
-            weights_hash, and None for train_eps and seed.
+            weights_hash, and None for train_eps, seed and the recipe's name.
         path: The file.
     """
 
@@ -152,7 +153,8 @@ def load_weights(path: Path, arch: str) -> Checkpoint:
         ):
             raise CheckpointError(f"{path} holds no state dict (a mapping of names to tensors)")
     _load_into(model, tensors, path)
-    metadata = {"arch": arch, "train_eps": None, "seed": None, "weights_hash": weights_hash(model)}
+    metadata = {"arch": arch, "train_eps": None, "seed": None, "recipe": {"name": None}}
+    metadata["weights_hash"] = weights_hash(model)
     return Checkpoint(model, metadata, path)
 
 

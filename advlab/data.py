@@ -163,7 +163,7 @@ def load_cifar10(root: Path) -> ImageData:
 
 
 def _reachable(host: str) -> bool:
-    """Tell within `NETWORK_SECONDS` whether `host` answers; name look-up alone can hang for more."""
+    """Tell within `NETWORK_SECONDS` whether `host` answers (a name look-up alone can hang)."""
 
     def connect() -> bool:
         with socket.create_connection((host, 443), timeout=NETWORK_SECONDS):

@@ -151,8 +151,9 @@ def accuracy_table(
         progress: Label of a tqdm bar; None shows none.
 
     Returns:
-        One row per (target, eps): model, architecture, train_eps, test_eps, attack, source, data, seed,
-        accuracy, low, high (95 % Wilson interval), loss (mean cross entropy), correct, n.
+        One row per (target, eps): model, architecture, train_eps, test_eps, attack, source, data,
+        recipe, seed, accuracy, low, high (95 % Wilson interval), loss (mean cross entropy), correct
+        and n.
 
     Raises:
         ValueError: if an eps or the attack is out of range.
@@ -199,6 +200,7 @@ def accuracy_table(
                 "attack": attack,
                 "source": name_of(source) if source else WHITE_BOX,
                 "data": data.name,
+                "recipe": target.metadata["recipe"]["name"],
                 "seed": target.metadata["seed"],
                 "accuracy": correct / len(test),
                 "low": low,

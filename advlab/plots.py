@@ -1,7 +1,7 @@
 """Figures from tables and images. Every function takes data and returns a figure; none computes.
 
-Colours are safe for the colour-blind: seaborn's "colorblind" for kinds, "viridis" for amounts, with
-a marker per line so that a figure reads in grey as well.
+Colours are safe for the colour-blind: seaborn's "colorblind" for kinds, matplotlib's "viridis" and
+"plasma" for amounts, with a marker per line so that a figure reads in grey as well.
 """
 
 from collections.abc import Sequence
@@ -79,14 +79,14 @@ def fgsm_equation(
         eps: Size of the step.
         captions: Under the three pictures.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(7.5, 3.1))
+    figure, axes = plt.subplots(1, 3, figsize=(8.2, 3.0))
     pictures = (image, (direction.float() + 1) / 2, attacked)
     for axis, picture, caption in zip(axes, pictures, captions, strict=True):
         show_image(axis, picture)
         axis.text(0.5, -0.06, caption, transform=axis.transAxes, ha="center", va="top")
     for axis, sign in zip(axes[:2], (f"+ {eps:g} ×", "="), strict=True):
-        axis.text(1.14, 0.5, sign, transform=axis.transAxes, ha="center", va="center", fontsize=13)
-    figure.get_layout_engine().set(wspace=0.14)
+        axis.text(1.19, 0.5, sign, transform=axis.transAxes, ha="center", va="center", fontsize=13)
+    figure.get_layout_engine().set(wspace=0.34)
     return figure
 
 
@@ -159,7 +159,7 @@ def curves(
     scale = 100 if value == "accuracy" else 1
     groups = list(table.groupby(hue, sort=hue == "train_eps"))
     sequential = hue == "train_eps"
-    name = "viridis" if sequential else "colorblind"
+    name = "plasma" if sequential else "colorblind"
     palette = sns.color_palette(name, len(groups) + (1 if sequential else 0))
     figure, axis = plt.subplots(figsize=(7.2, 4.0))
     for i, (key, rows) in enumerate(groups):
@@ -187,9 +187,10 @@ def curves(
     if value == "accuracy":
         axis.set_ylim(0, 100)
     if log_x:
-        axis.set_xscale("symlog", linthresh=0.003)
+        axis.set_xscale("symlog", linthresh=0.003, linscale=0.6)
         ticks = sorted(set(table["test_eps"]))
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=60)
+        axis.set_xlim(0, 1.1 * ticks[-1])
         axis.minorticks_off()
     legend_title = "trained with" if sequential else None
     axis.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")

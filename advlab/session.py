@@ -70,11 +70,14 @@ class Session:
         """Whether the numbers can be set beside the paper's: CIFAR-10, the paper's recipe."""
         return self.data.name == "CIFAR-10" and self.settings.recipe == PAPER
 
-    @property
-    def caption(self) -> str:
-        """What every figure and table says of its origin."""
+    def caption(self, n: int | None = None) -> str:
+        """Return what every figure says of its origin.
+
+        Args:
+            n: Test images behind it; None for all.
+        """
         return (
-            f"{self.data.name}, {len(self.data.test):,} test images, "
+            f"{self.data.name}, {n or len(self.data.test):,} test images, "
             f"recipe {self.settings.recipe.name}, seed {self.zoo.seed}"
         )
 
@@ -89,21 +92,35 @@ class Session:
         return wanted + [("cnn", eps) for eps in self.settings.sweep if eps]
 
     def save(
-        self, name: str, figure: Figure | None = None, table: pd.DataFrame | None = None
+        self,
+        name: str,
+        figure: Figure | None = None,
+        table: pd.DataFrame | None = None,
+        *,
+        n: int | None = None,
     ) -> None:
         """Write `figure` as NAME.png and `table` as NAME.csv into figures/ of the output folder.
+
+        Args:
+            name: File name without ending.
+            figure: Gets a line at its foot that says what it was measured on.
+            table: Tidy rows.
+            n: Test images behind the figure; None for all.
 
         Raises:
             OSError: if it cannot be written; names the folder and the mend.
         """
+        folder = self.output_dir / "figures"
         if figure is not None:
-            figure.text(
-                0.995, 0.005, self.caption, ha="right", va="bottom", fontsize=6, color="0.4"
-            )
-            with files.atomic_write(self.output_dir / "figures" / f"{name}.png") as temporary:
+            foot = 0.17 / figure.get_figheight()  # inches, kept free for the line
+            engine = figure.get_layout_engine()
+            if engine is not None:
+                engine.set(rect=(0, foot, 1, 1 - foot))
+            figure.text(0.99, 0.01, self.caption(n), ha="right", va="bottom", size=6, color="0.4")
+            with files.atomic_write(folder / f"{name}.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=110)
         if table is not None:
-            with files.atomic_write(self.output_dir / "figures" / f"{name}.csv") as temporary:
+            with files.atomic_write(folder / f"{name}.csv") as temporary:
                 table.to_csv(temporary, index=False, float_format="%.6g")
 
     def __str__(self) -> str:
@@ -117,8 +134,15 @@ class Session:
         return text
 
 
-def _setting(value: str | None, variable: str, default: str) -> str:
+def setting(value: str | None, variable: str, default: str) -> str:
+    """Return `value`, or for None, "" and "auto" the environment's `variable` or `default`."""
     return os.environ.get(variable) or default if value in (None, "", "auto") else value
+
+
+def check_profile(profile: str) -> None:
+    """Raise ValueError if there is no such profile."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
 
 
 def default_output(profile: str, dataset: str) -> Path:
@@ -150,18 +174,17 @@ def start(
         ValueError: if the profile or data set is unknown, or the seed no integer >= 0.
         DataError: if the data are damaged or cannot be had.
     """
-    profile = _setting(profile, "ADVLAB_PROFILE", "lesson")
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
+    profile = setting(profile, "ADVLAB_PROFILE", "lesson")
+    check_profile(profile)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}; it must be an integer from 0 on")
-    wanted = _setting(dataset, "ADVLAB_DATASET", "auto")
-    name, root = data.resolve(wanted, None if data_dir in (None, "", "auto") else data_dir)
+    wanted = setting(dataset, "ADVLAB_DATASET", "auto")
+    name, root = data.resolve(wanted, setting(data_dir, "", "") or None)
     settings = PROFILES[profile]
     if name == "shapes10" and profile == "lesson":
         settings = SHAPES_LESSON
     images = data.load(name, root, train_n=settings.train_n, test_n=settings.test_n)
-    chosen = _setting(output_dir, "ADVLAB_OUTPUT", "")
+    chosen = setting(output_dir, "ADVLAB_OUTPUT", "")
     output = Path(chosen).expanduser() if chosen else default_output(profile, name)
     if profile == "paper":
         trained = output / "checkpoints"

@@ -1,8 +1,8 @@
 """Shapes-10: a procedural data set with the shapes and dtypes of CIFAR-10.
 
 Ten kinds of figure, drawn at random position, size, rotation and colour on a shaded, textured,
-noisy background with a few blots. It stands in for CIFAR-10 wherever that is neither present nor to be
-downloaded, so that every lesson and test runs anywhere.
+noisy background with a few blots. It stands in for CIFAR-10 wherever that is neither present nor to
+be downloaded, so that every lesson and test runs anywhere.
 """
 
 import numpy as np

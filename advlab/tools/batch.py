@@ -1,0 +1,384 @@
+"""Run the lessons in order with papermill, and set the results beside the paper's."""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+from filelock import FileLock, Timeout
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+from rich.table import Table
+
+from advlab import data, files, paper, session
+from advlab.checkpoints import Zoo
+from advlab.tools import readme
+from advlab.tools.train import train_models
+
+
+class BatchError(RuntimeError):
+    """A batch run that cannot start or go on; the message says why and what to do."""
+
+
+def lesson_files() -> dict[str, Path]:
+    """Return the lessons in order, by name ("01_baseline").
+
+    Raises:
+        BatchError: outside a clone of the repository, which holds the notebooks.
+    """
+    folder = files.home() / "notebooks"
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise BatchError(f"no lessons in {folder}; run this in a clone of the repository")
+    return {path.stem: path for path in found}
+
+
+def choose_lessons(names: Iterable[str]) -> dict[str, Path]:
+    """Return the lessons called `names` ("02_fgsm", "02" or "fgsm"); all for none.
+
+    Raises:
+        BatchError: for an unknown name.
+    """
+    every = lesson_files()
+    chosen = set()
+    for name in names:
+        short = name.removesuffix(".ipynb")
+        matches = [stem for stem in every if short in (stem, stem[:2], stem[3:])]
+        if not matches:
+            raise BatchError(f"unknown lesson {name!r}; there are {', '.join(every)}")
+        chosen.update(matches)
+    return {stem: path for stem, path in every.items() if not chosen or stem in chosen}
+
+
+def check_parameters(lessons: dict[str, Path], parameters: dict[str, Any]) -> None:
+    """Refuse parameters that no chosen lesson has (papermill itself would only warn).
+
+    Raises:
+        BatchError: names the parameter and those that exist.
+    """
+    known = {name for path in lessons.values() for name in papermill.inspect_notebook(str(path))}
+    for name in parameters:
+        if name not in known:
+            raise BatchError(
+                f"unknown parameter {name!r}; the lessons have {', '.join(sorted(known))}"
+            )
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the kernels that are started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _execute(name: str, source: Path, target: Path, parameters: dict[str, Any], label: str) -> None:
+    own = {k: v for k, v in parameters.items() if k in papermill.inspect_notebook(str(source))}
+    partial_path = target.with_suffix(".partial.ipynb")
+    try:
+        papermill.execute_notebook(
+            source,
+            partial_path,
+            own,
+            progress_bar={
+                "desc": label,
+                "bar_format": "{desc} |{bar:24}| {n_fmt}/{total_fmt} cells, {elapsed}",
+            },
+        )
+    except PapermillExecutionError as error:
+        raise BatchError(
+            f"lesson {name} failed in cell {error.exec_count}:\n{error}\n"
+            f"The partly executed notebook: {partial_path}\n"
+            "After mending, go on from there with --resume"
+        ) from error
+    partial_path.replace(target)
+
+
+def _zoo(profile: str, dataset: str, seed: int, data_dir: str, output: str) -> Zoo:
+    """Open the zoo of a run; a plain function, so that worker processes can call it."""
+    return session.start(profile, dataset, seed, data_dir, output, progress=False).zoo
+
+
+def run(
+    names: Iterable[str] = (),
+    *,
+    profile: str = "auto",
+    dataset: str = "auto",
+    data_dir: str = "auto",
+    output_dir: str = "auto",
+    seed: int = 0,
+    parameters: dict[str, Any] | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train what is missing, run the lessons, print the summary.
+
+    Args:
+        names: Lessons; all for none.
+        profile, dataset, data_dir, output_dir, seed: As in `session.start`.
+        parameters: More parameters of the lessons.
+        resume: Go on after the last lesson that the folder's earlier run finished.
+        console: Where to print.
+
+    Returns:
+        The output folder: notebooks/, figures/ and run.json.
+
+    Raises:
+        BatchError: for an unknown lesson or parameter, a failed lesson, a folder in use, or a
+            resume with other settings.
+    """
+    console = console or Console()
+    parameters = parameters or {}
+    lessons = choose_lessons(names)
+    check_parameters(lessons, parameters)
+    profile = session.setting(profile, "ADVLAB_PROFILE", "lesson")
+    session.check_profile(profile)
+    dataset, root = data.resolve(
+        session.setting(dataset, "ADVLAB_DATASET", "auto"),
+        session.setting(data_dir, "", "") or None,
+    )
+    chosen = session.setting(output_dir, "ADVLAB_OUTPUT", "")
+    output = Path(chosen or session.default_output(profile, dataset)).expanduser().absolute()
+    files.make_folder(output / "notebooks")
+    if dataset == "shapes10":
+        console.rule("[bold]Shapes-10 stands in for CIFAR-10")
+        console.print(
+            "CIFAR-10 is neither here nor to be downloaded (or Shapes-10 was asked for). The "
+            "lessons run on the\nbuilt-in Shapes-10; nothing compares with the paper. README.md, "
+            "section Data, says how to point at CIFAR-10."
+        )
+    try:
+        with (
+            FileLock(output / ".lock", timeout=0),
+            _environment(
+                ADVLAB_PROFILE=profile,
+                ADVLAB_DATASET=dataset,
+                ADVLAB_OUTPUT=str(output),
+                **({"ADVLAB_DATA": str(root.absolute())} if root else {}),
+            ),
+        ):
+            settings = {"profile": profile, "dataset": dataset, "seed": seed, **parameters}
+            record = _open_record(output, settings, resume)
+            _train(profile, dataset, seed, root, output, record, console)
+            _run_lessons(lessons, output, {**parameters, "seed": seed}, record, console)
+    except Timeout as error:
+        raise BatchError(
+            f"another run is writing to {output}; wait for it, or choose another --output-dir"
+        ) from error
+    print_summary(output, console)
+    return output
+
+
+def _open_record(output: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Return the run's record: its settings, and the seconds of each finished part."""
+    path = output / "run.json"
+    if resume and path.is_file():
+        record = json.loads(path.read_text())
+        if record["settings"] != settings:
+            raise BatchError(
+                f"--resume: the run in {output} had the settings {record['settings']}, not "
+                f"{settings}; repeat those, or leave --resume out"
+            )
+        return record
+    return {
+        "settings": settings,
+        "machine": machine(),
+        "seconds": {},
+    }
+
+
+def _note(record: dict[str, Any], output: Path, part: str, seconds: float) -> None:
+    record["seconds"][part] = round(seconds, 1)
+    files.write_bytes(output / "run.json", json.dumps(record, indent=2).encode())
+
+
+def _train(
+    profile: str,
+    dataset: str,
+    seed: int,
+    root: Path | None,
+    output: Path,
+    record: dict[str, Any],
+    console: Console,
+) -> None:
+    start = time.perf_counter()
+    lesson = session.start(profile, dataset, seed, str(root or "auto"), str(output), progress=False)
+    make_zoo = partial(_zoo, profile, dataset, seed, str(root or "auto"), str(output))
+    missing = [model for model in lesson.models() if lesson.zoo.find(*model) is None]
+    if missing:
+        console.print(f"Training {len(missing)} models, one process per core")
+        train_models(make_zoo, missing)
+        earlier = record["seconds"].get("training", 0)
+        _note(record, output, "training", earlier + time.perf_counter() - start)
+
+
+def _run_lessons(
+    lessons: dict[str, Path],
+    output: Path,
+    parameters: dict[str, Any],
+    record: dict[str, Any],
+    console: Console,
+) -> None:
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for number, (name, source) in enumerate(lessons.items(), 1):
+        target = output / "notebooks" / source.name
+        label = f"[{number}/{len(lessons)}] {name:<28}"
+        if name in record["seconds"] and target.is_file():
+            console.print(f"{label} done before", markup=False)
+            continue
+        start = time.perf_counter()
+        _execute(name, source, target, parameters, label)
+        _note(record, output, name, time.perf_counter() - start)
+
+
+def read_tables(output: Path) -> pd.DataFrame | None:
+    """Return the rows of Tables 1 and 2 that lesson 04 wrote into `output`; None if it did not."""
+    paths = [output / "figures" / name for name in readme.TABLES.values()]
+    if not all(path.is_file() for path in paths):
+        return None
+    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+
+
+def print_summary(output: Path, console: Console) -> None:
+    """Print Tables 1 and 2 (beside the paper's where that is fair) and where everything lies."""
+    rows = read_tables(output)
+    if rows is not None:
+        fair = set(rows["data"]) == {"CIFAR-10"} and set(rows["recipe"]) == {"paper"}
+        for number, arch in enumerate(readme.TABLES, 1):
+            console.print(_summary_table(rows[rows["architecture"] == arch], arch, number, fair))
+        if fair:
+            gap = paper.compare(rows)["difference"].abs()
+            console.print(
+                f"{len(gap)} cells: mean absolute difference {gap.mean():.2f} points, "
+                f"largest {gap.max():.2f}."
+            )
+        else:
+            what = f"{rows['data'].iloc[0]}, recipe {rows['recipe'].iloc[0]}"
+            console.print(f"These are numbers of {what}; they compare with nothing in the paper.")
+    for folder, what in (("notebooks", "executed notebooks"), ("figures", "figures and tables")):
+        console.print(f"{what:<20} {output / folder}", soft_wrap=True, markup=False)
+
+
+def _summary_table(rows: pd.DataFrame, arch: str, number: int, fair: bool) -> Table:
+    first = rows.iloc[0]
+    title = (
+        f"Table {number}: {arch}, accuracy % on {first['n']:,} {first['data']} test images, FGSM "
+        f"from the {first['source']}, per-image statistics, seed {first['seed']}"
+        + (" (the paper's in brackets)" if fair else "")
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("trained with")
+    for eps in paper.TEST_EPS:
+        table.add_column(f"eps {eps:g}", justify="right")
+    for train_eps, part in rows.groupby("train_eps"):
+        published = paper.TABLES[arch].get(train_eps, ())
+        cells = [f"{100 * value:.1f}" for value in part.sort_values("test_eps")["accuracy"]]
+        if fair:
+            cells = [f"{ours} ({p:.1f})" for ours, p in zip(cells, published, strict=True)]
+        table.add_row(paper.eps_label(train_eps), *cells)
+    return table
+
+
+def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return an executed notebook as it is committed: outputs, but no traces of the run.
+
+    Papermill's own records and time stamps go, and so do the overwritten states of progress bars.
+    """
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution", "collapsed"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if "outputs" in cell:
+            cell.outputs = _settled(cell.outputs)
+    return notebook
+
+
+def _settled(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Join the pieces of each text stream and keep what a terminal would show at the end."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if last and output.output_type == "stream" == last.output_type and output.name == last.name:
+            last.text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            lines = output.text.split("\n")
+            output.text = "\n".join(line.rpartition("\r")[2] for line in lines)
+    return [output for output in joined if output.get("text", "x").strip()]
+
+
+def retrain(*, resume: bool = False, console: Console | None = None) -> None:
+    """Train everything from nothing by the paper's recipe and refresh the repository in place.
+
+    Models, tables and figures are made in outputs/paper-cifar10 and moved into data/checkpoints,
+    notebooks and figures only when all of them are there.
+
+    Args:
+        resume: Keep the models and lessons that an interrupted retraining finished.
+        console: Where to print.
+
+    Raises:
+        BatchError: as `run`.
+        DataError: if there is no CIFAR-10: nothing computed on other data belongs in those folders.
+    """
+    console = console or Console()
+    output = session.default_output("paper", "cifar10")
+    if not resume and output.exists():
+        shutil.rmtree(output)
+    run(profile="paper", dataset="cifar10", output_dir=str(output), resume=resume, console=console)
+    _publish(output, files.home())
+    times: dict[str, Any] = {"machine": machine(), "processes": os.cpu_count(), "profiles": {}}
+    for profile in ("lesson", "quick"):
+        console.print(f"Timing profile {profile}")
+        # With a cache of its own: what the run above has measured must not be found again.
+        with tempfile.TemporaryDirectory() as cache, _environment(ADVLAB_CACHE=cache):
+            folder = run(profile=profile, dataset="cifar10", console=console)
+        times["profiles"][profile] = json.loads((folder / "run.json").read_text())["seconds"]
+    files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
+    readme.refresh(files.home())
+    console.print("Refreshed data/checkpoints, notebooks, figures and README.md.")
+
+
+def machine() -> str:
+    """Return what a reader wants to know of this machine beside a time."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(": ")[2] if models else name
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def _publish(output: Path, home: Path) -> None:
+    """Move the results of a full run to where the repository keeps them."""
+    for path in sorted((output / "checkpoints").glob("*-seed0.safetensors")):
+        files.write_bytes(home / "data" / "checkpoints" / path.name, path.read_bytes())
+    for path in sorted((output / "figures").iterdir()):
+        files.write_bytes(home / "figures" / path.name, path.read_bytes())
+    for name in lesson_files():
+        executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
+        text = nbformat.writes(clean_notebook(executed)) + "\n"
+        files.write_bytes(home / "notebooks" / f"{name}.ipynb", text.encode())

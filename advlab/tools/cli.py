@@ -1,0 +1,155 @@
+"""The command `advlab`."""
+
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from rich.console import Console
+
+app = typer.Typer(
+    help="Learn, by running it, how neural networks are fooled and defended.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Profile = Annotated[str, typer.Option(help="quick, lesson or paper.")]
+Dataset = Annotated[str, typer.Option(help="cifar10, shapes10, or auto: CIFAR-10 if to be had.")]
+DataDir = Annotated[str, typer.Option(help="Folder that holds cifar-10-batches-py.")]
+
+
+def _fail(error: Exception) -> NoReturn:
+    errors.print(f"advlab: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def parse_parameters(texts: list[str]) -> dict[str, Any]:
+    """Parse k=v texts, values as YAML (numbers, booleans, lists, text).
+
+    Raises:
+        ValueError: for a text that is not k=v.
+    """
+    parameters = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ValueError(f"--param {text!r} is not of the form name=value")
+        parameters[name] = yaml.safe_load(value)
+    return parameters
+
+
+@app.command()
+def run(
+    lessons: Annotated[
+        list[str] | None, typer.Argument(help="Such as 02_fgsm, 02 or fgsm; all for none.")
+    ] = None,
+    profile: Profile = "auto",
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+    output_dir: Annotated[
+        str, typer.Option(help="Folder of results; auto: outputs/PROFILE-DATASET.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, order, flips, noise.")] = 0,
+    param: Annotated[
+        list[str] | None, typer.Option(help="name=value, a parameter of the lessons; repeatable.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last finished lesson.")
+    ] = False,
+) -> None:
+    """Run lessons with papermill and print the paper's tables beside ours."""
+    from advlab.tools import batch
+
+    try:
+        batch.run(
+            lessons or (),
+            profile=profile,
+            dataset=dataset,
+            data_dir=data_dir,
+            output_dir=output_dir,
+            seed=seed,
+            parameters=parse_parameters(param or []),
+            resume=resume,
+            console=console,
+        )
+    except (batch.BatchError, RuntimeError, ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def retrain(
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an interrupted retraining finished.")
+    ] = False,
+) -> None:
+    """Train all models again by the paper's recipe (hours); refresh notebooks and figures."""
+    from advlab.tools import batch
+
+    try:
+        batch.retrain(resume=resume, console=console)
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def doctor() -> None:
+    """Check Python, packages, data, checkpoints and machine; exit code 1 if anything fails."""
+    from advlab.tools.doctor import run_checks
+
+    checks = run_checks()
+    for check in checks:
+        mark = "[OK]  " if check.ok else "[FAIL]"
+        console.print(
+            f"{mark} {check.name:<18} {check.detail}", markup=False, highlight=False, soft_wrap=True
+        )
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[list[Path], typer.Argument(help=".safetensors or .pth files.")],
+    arch: Annotated[str, typer.Option(help="cnn, cnn-lstm or cnn-lstm-positions.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Weights whose gradient makes the attacked images; else each its own."),
+    ] = None,
+    attack: Annotated[
+        str, typer.Option(help="fgsm, fgsm-per-image (as in the paper) or noise.")
+    ] = "fgsm",
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+    test_n: Annotated[int | None, typer.Option(help="Test images; all for none.")] = None,
+) -> None:
+    """Print the accuracy of any weights, clean and under FGSM."""
+    from advlab import data, evaluation, paper, session
+    from advlab.checkpoints import load_weights
+
+    try:
+        targets = [load_weights(path, arch) for path in weights]
+        maker = load_weights(source, arch) if source else None
+        folder = session.setting(data_dir, "", "") or None
+        images = data.load(dataset, folder, train_n=1, test_n=test_n)
+        table = evaluation.accuracy_table(
+            targets, images, paper.TEST_EPS, attack=attack, source=maker, progress="evaluating"
+        )
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        _fail(error)
+    console.print(
+        f"accuracy % on {len(images.test):,} {images.name} test images; {attack}, "
+        f"{f'transfer from {source.name}' if source else 'white box'}",
+        markup=False,
+    )
+    percent = table.assign(accuracy=100 * table["accuracy"])
+    wide = percent.pivot(index="model", columns="test_eps", values="accuracy")
+    console.print(wide.to_string(float_format="%.1f"), markup=False, highlight=False)
+    for row in table[table["test_eps"] == 0].itertuples():
+        console.print(
+            f"{row.model}: clean {row.correct}/{row.n}, 95 % interval "
+            f"{100 * row.low:.1f} to {100 * row.high:.1f}",
+            markup=False,
+            highlight=False,
+        )

@@ -1,0 +1,198 @@
+"""Shared fixtures: small models and data, and folders of a test's own for everything written."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import hypothesis
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from hypothesis.configuration import set_hypothesis_home_dir
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+
+from advlab import checkpoints, data, files, models
+from advlab.data import ImageData, Split
+from advlab.training import Recipe
+
+mpl.use("Agg")
+hypothesis.settings.register_profile("advlab", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("advlab")
+
+# Where the real CIFAR-10 is; the tests themselves run as if it were nowhere.
+REAL_DATA = os.environ.get("ADVLAB_DATA")
+TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
+
+
+def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Assert that every weight and buffer of `model` is exactly that of `state`."""
+    found = model.state_dict()
+    assert found.keys() == state.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def make_small_cnn(seed: int = 0) -> nn.Module:
+    """Return a small model with the paper's order of layers and BN statistics far from (0, 1)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 12, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(12),
+            nn.Flatten(),
+            nn.Linear(12 * 8 * 8, 10),
+        )
+        randomise_batch_norm(model)
+    return model.eval()
+
+
+def randomise_batch_norm(model: nn.Module) -> nn.Module:
+    """Give each batch-norm layer statistics, weights and biases as if it had been trained."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0.1, 0.2)
+            layer.running_var.uniform_(0.05, 0.5)
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 0, 0.3)
+    return model
+
+
+def make_batch(n: int, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return `n` random images and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(n, 3, 32, 32, generator=generator)
+    return images, torch.randint(0, classes, (n,), generator=generator)
+
+
+def write_fake_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> Path:
+    """Write files named and built like CIFAR-10's, and let torchvision expect their MD5 sums."""
+    folder = root / data.CIFAR10_FOLDER
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sums = {}
+    names = [name for name, _ in data.datasets.CIFAR10.train_list + data.datasets.CIFAR10.test_list]
+    for name in names:
+        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        labels = [int(label) for label in rng.integers(0, 10, n)]
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    meta = {"label_names": list(data.CIFAR10_CLASSES)}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
+    for name in [*names, "batches.meta"]:
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    cifar = data.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", [[name, sums[name]] for name in names[:-1]])
+    monkeypatch.setattr(cifar, "test_list", [[names[-1], sums[names[-1]]]])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
+    return root
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Hypothesis would keep its own folder in the current one.
+    set_hypothesis_home_dir(Path(os.environ.get("TMPDIR", "/tmp"), "advlab-hypothesis"))
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    """Let everything be written below tmp_path, and forget the caller's settings."""
+    monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ADVLAB_OUTPUT", str(tmp_path / "output"))
+    for name in ("ADVLAB_DATA", "ADVLAB_PROFILE", "ADVLAB_DATASET"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    """A clone without data or checkpoints, in place of the one under test."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(files, "home", lambda: home)
+    return home
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(data, "_reachable", lambda host: False)
+
+
+@pytest.fixture
+def cifar10_root():
+    """Folder of the real CIFAR-10; skips without it."""
+    if not REAL_DATA or not (Path(REAL_DATA) / data.CIFAR10_FOLDER).is_dir():
+        pytest.skip("needs CIFAR-10: set ADVLAB_DATA to the folder that holds it")
+    return Path(REAL_DATA)
+
+
+@pytest.fixture
+def fake_cifar10(tmp_path, monkeypatch):
+    """Folder with a made-up CIFAR-10 of 100 and 20 images that passes torchvision's checks."""
+    return write_fake_cifar10(tmp_path / "fake", monkeypatch)
+
+
+@pytest.fixture
+def linear_model():
+    """A model of two classes whose FGSM is known by hand: x + eps * sign(w_other - w_label)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 50)
+    return model.eval()
+
+
+@pytest.fixture
+def small_cnn():
+    return make_small_cnn()
+
+
+@pytest.fixture
+def batch():
+    return make_batch(12)
+
+
+@pytest.fixture(scope="session")
+def shapes() -> ImageData:
+    """Return a Shapes-10 of 160 and 130 images; 130 is no multiple of the chunk of 100."""
+    return data.Shapes10(160, 130)
+
+
+@pytest.fixture
+def tiny_shapes(shapes) -> ImageData:
+    """Return a Shapes-10 of 64 and 32 images, for trainings whose result does not matter."""
+    return ImageData(shapes.name, shapes.classes, shapes.train.first(64), shapes.test.first(32))
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory, shapes) -> checkpoints.Zoo:
+    """Return a zoo whose models are trained once in the session."""
+    folder = tmp_path_factory.mktemp("zoo")
+    return checkpoints.Zoo(shapes, TINY, 0, folder, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="session")
+def trained(zoo) -> tuple[checkpoints.Checkpoint, checkpoints.Checkpoint]:
+    """Return a baseline CNN and one trained with eps = 0.1: quick, so not accurate."""
+    return zoo.get("cnn"), zoo.get("cnn", 0.1)
+
+
+@pytest.fixture(scope="session")
+def learned() -> tuple[nn.Module, Split]:
+    """Return a CNN that has learned Shapes-10, with the test split (the suite's longest training)."""
+    from advlab.training import fit
+
+    images = data.Shapes10(LEARNING_IMAGES, 1_000)
+    model = models.build("cnn", 0)
+    fit(model, images.train, LEARNING_RECIPE, seed=0, device="cpu")
+    return model, images.test
+
+
+LEARNING_IMAGES = 6_000
+LEARNING_RECIPE = Recipe("learning", epochs=5, batch_size=64, lr=2e-3)
