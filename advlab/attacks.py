@@ -108,6 +108,27 @@ def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return logits
 
 
+def _gradients(
+    model: Classifier, images: Tensor, labels: Tensor, per_image_statistics: bool
+) -> Iterator[Tensor]:
+    """Yield the input gradients of `CHUNK` images at a time (see `input_gradient`)."""
+    check_batch(images, labels)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(images.device.type, enabled=False))
+        stack.enter_context(eval_mode(model))
+        if per_image_statistics:
+            stack.enter_context(per_image_statistics_mode(model))
+        for part, targets in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
+            x = part.detach().float().clone().requires_grad_()
+            targets = targets.clone()  # outside inference mode: autograd refuses its tensors
+            logits = check_logits(model(x), targets)
+            # The sum, not the mean: each image's gradient is then its own, whatever the batch.
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            yield torch.autograd.grad(loss, x)[0]
+
+
 def input_gradient(
     model: Classifier, images: Tensor, labels: Tensor, *, per_image_statistics: bool = False
 ) -> Tensor:
@@ -127,21 +148,7 @@ def input_gradient(
         ValueError: if images, labels or logits are not as above.
         TypeError: if images or labels have the wrong dtype.
     """
-    check_batch(images, labels)
-    gradients = []
-    with ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(images.device.type, enabled=False))
-        if per_image_statistics:
-            stack.enter_context(per_image_statistics_mode(model))
-        for part, targets in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            x = part.detach().float().clone().requires_grad_()
-            logits = check_logits(model(x), targets)
-            # The sum, not the mean: each image's gradient is then its own, whatever the batch.
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-            gradients.append(torch.autograd.grad(loss, x)[0])
-    return torch.cat(gradients)
+    return torch.cat(list(_gradients(model, images, labels, per_image_statistics)))
 
 
 def fgsm_direction(
@@ -154,8 +161,9 @@ def fgsm_direction(
     Returns:
         (N, 3, 32, 32) int8 with values -1, 0 and 1; the same for every `eps`.
     """
-    gradient = input_gradient(model, images, labels, per_image_statistics=per_image_statistics)
-    return gradient.sign().to(torch.int8)
+    # Signs at once, chunk by chunk: the gradients of 50,000 images would fill 600 MB.
+    chunks = _gradients(model, images, labels, per_image_statistics)
+    return torch.cat([gradient.sign().to(torch.int8) for gradient in chunks])
 
 
 def perturb(images: Tensor, direction: Tensor, eps: float) -> Tensor:
@@ -209,10 +217,10 @@ def fgsm(
 class FGSMTransform(v2.Transform):
     """FGSM as a torchvision transform of image and label together (paper, section 6.1).
 
-    Works in `v2.Compose` and as ``datasets.CIFAR10(..., transforms=...)``, on one sample (image
-    (3, 32, 32), label an int) or on a batch (images (N, 3, 32, 32), labels (N,)). Images must be
-    float in [0, 1], so put ``v2.ToImage()`` and ``v2.ToDtype(torch.float32, scale=True)`` before
-    it, and every flip or crop too: the direction belongs to the pixels it was made from.
+    Works in `v2.Compose` and as the joint ``transforms`` of a torchvision data set, on one sample
+    (image (3, 32, 32), label an int) or on a batch (images (N, 3, 32, 32), labels (N,)). Images
+    must be float in [0, 1], so put ``v2.ToImage()`` and ``v2.ToDtype(torch.float32, scale=True)``
+    before it, and every flip or crop too: the direction belongs to the pixels it was made from.
 
     Args:
         model: The model whose gradient is used.
@@ -239,7 +247,13 @@ class FGSMTransform(v2.Transform):
 
     def forward(self, *inputs: object) -> tuple[Tensor, object]:
         """Return (attacked image, label) for ``transform(image, label)`` or one pair of them."""
-        image, label = inputs if len(inputs) == 2 else inputs[0]
+        pair = inputs[0] if len(inputs) == 1 else inputs
+        if isinstance(pair, Tensor) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                "FGSMTransform needs the label too: call it with (image, label). In a torchvision "
+                "data set it belongs in `transforms`, the joint ones, not in `transform`"
+            )
+        image, label = pair
         if not isinstance(image, Tensor):
             raise TypeError(
                 f"FGSMTransform got {type(image).__name__}; put v2.ToImage() and "

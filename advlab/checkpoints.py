@@ -96,6 +96,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return json.loads(text)
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({error}). Delete it and get it again "
+            "(git checkout for a shipped one; others are made anew)"
+        ) from error
+
+
 def _load_into(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:
     try:
         model.load_state_dict(tensors, strict=True)
@@ -113,7 +123,9 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: if it is damaged, altered or foreign.
     """
     metadata = read_metadata(path)
-    model = _load_into(models.build(metadata["arch"]), safetensors.torch.load_file(path), path)
+    if metadata.get("arch") not in models.ARCHITECTURES or "weights_hash" not in metadata:
+        raise CheckpointError(f"{path} does not say which architecture it is of; get it again")
+    model = _load_into(models.build(metadata["arch"]), _read_tensors(path), path)
     if weights_hash(model) != metadata["weights_hash"]:
         raise CheckpointError(
             f"{path} was altered: its weights do not match the hash written at training. "
@@ -135,10 +147,7 @@ def load_weights(path: Path, arch: str) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     if path.suffix == ".safetensors":
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file ({error})") from error
+        tensors = _read_tensors(path)
     else:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -254,11 +263,16 @@ class Zoo:
             files.make_folder(self.folder)
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
-                    images, labels = self.data.train.batch(slice(None))
-                    signs = fgsm_direction(source.model, images, labels, per_image_statistics=True)
+                    signs = self._craft(source.model)
                     files.write_bytes(path, safetensors.torch.save({"directions": signs}))
-            self._directions[arch] = safetensors.torch.load_file(path)["directions"]
+            self._directions[arch] = _read_tensors(path)["directions"]
         return self._directions[arch]
+
+    def _craft(self, model: nn.Module) -> Tensor:
+        """Craft the directions of all training images, a few at a time to spare memory."""
+        starts = range(0, len(self.data.train), 5_000)
+        batches = (self.data.train.batch(slice(start, start + 5_000)) for start in starts)
+        return torch.cat([fgsm_direction(model, *b, per_image_statistics=True) for b in batches])
 
     def _train(self, arch: str, train_eps: float, path: Path) -> None:
         identity = self.identity(arch, train_eps)

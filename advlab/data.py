@@ -4,17 +4,19 @@ Every data set is two uint8 tensors in memory (184 MB for CIFAR-10), never one f
 batch is then one indexing operation and needs no worker processes.
 """
 
+import contextlib
 import hashlib
 import os
 import socket
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from advlab import files, shapes
@@ -164,18 +166,20 @@ def load_cifar10(root: Path) -> ImageData:
 
 def _reachable(host: str) -> bool:
     """Tell within `NETWORK_SECONDS` whether `host` answers (a name look-up alone can hang)."""
+    answered = threading.Event()
 
-    def connect() -> bool:
-        with socket.create_connection((host, 443), timeout=NETWORK_SECONDS):
-            return True
+    def connect() -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, 443), timeout=NETWORK_SECONDS),
+        ):
+            answered.set()
 
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(connect).result(timeout=NETWORK_SECONDS)
-    except (OSError, TimeoutError):
-        return False
-    finally:
-        pool.shutdown(wait=False)
+    # A daemon, so that a look-up that hangs does not keep the program from ending.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(NETWORK_SECONDS)
+    return answered.is_set()
 
 
 def download_cifar10(root: Path) -> None:
@@ -191,7 +195,13 @@ def download_cifar10(root: Path) -> None:
     if not _reachable(host):
         raise DataError(f"{host} cannot be reached, so it cannot be downloaded")
     files.make_folder(root)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+    files.make_folder(files.cache_dir())
+    with (
+        FileLock(files.cache_dir() / "download.lock"),  # two that want it fetch it once
+        tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder,
+    ):
+        if (root / CIFAR10_FOLDER).is_dir():
+            return
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would hang for ever
         try:
@@ -220,8 +230,11 @@ def find_cifar10(data_dir: str | Path | None = None) -> Path | None:
 
 def Shapes10(train_n: int | None = None, test_n: int | None = None) -> ImageData:  # noqa: N802
     """Draw the first images of Shapes-10 (see `advlab.shapes`); 50,000 and 10,000 by default."""
-    train = Split(*shapes.draw_shapes("train", train_n or shapes.SIZES["train"]))
-    test = Split(*shapes.draw_shapes("test", test_n or shapes.SIZES["test"]))
+    sizes = {"train": train_n, "test": test_n}
+    train, test = (
+        Split(*shapes.draw_shapes(split, shapes.SIZES[split] if n is None else n))
+        for split, n in sizes.items()
+    )
     return ImageData("Shapes-10", shapes.CLASSES, train, test)
 
 

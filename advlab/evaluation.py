@@ -15,13 +15,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from advlab import files
 from advlab.attacks import CHUNK, check_eps, check_logits, eval_mode, fgsm_direction, perturb
 from advlab.checkpoints import Checkpoint
 from advlab.data import ImageData, check_batch
-from advlab.training import PROGRESS
+from advlab.training import progress_bar
 
 # "fgsm": the gradient with running statistics (eval mode), as every attack library takes it;
 # "fgsm-per-image": with each image's own statistics, as the paper's tables;
@@ -90,8 +89,17 @@ def confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> pd
     Args:
         labels, predictions: (N,) int64, both below the number of classes.
         classes: Names.
+
+    Raises:
+        ValueError: if a label or prediction has no name (the CNN has 64 logits for ten classes).
     """
     k = len(classes)
+    highest = int(torch.maximum(labels, predictions).max())
+    if highest >= k:
+        raise ValueError(
+            f"class {highest} has no name, there are {k}; leave such predictions out, or take the "
+            f"argmax over the first {k} logits"
+        )
     counts = torch.bincount(labels * k + predictions, minlength=k * k).reshape(k, k)
     names = pd.Index(classes, name="true"), pd.Index(classes, name="predicted")
     return pd.DataFrame(counts.numpy(), index=names[0], columns=names[1])
@@ -120,6 +128,20 @@ def attack_direction(
     return fgsm_direction(source, images, labels, per_image_statistics=per_image)
 
 
+def _identity(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return what computes the same logits: weights alone would mix up the LSTM's two readings."""
+    return checkpoint.metadata["arch"], checkpoint.metadata["weights_hash"]
+
+
+def _read_cell(path: Path) -> tuple[int, float] | None:
+    """Return (correct, loss) of a measured cell; None if there is none or it is damaged."""
+    try:
+        correct, loss = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return int(correct), float(loss)
+
+
 def name_of(checkpoint: Checkpoint) -> str:
     """Return a short name such as "cnn baseline" or "cnn-lstm eps=0.2"; the file's for foreign."""
     eps = checkpoint.metadata["train_eps"]
@@ -135,6 +157,7 @@ def accuracy_table(
     *,
     attack: str = "fgsm",
     source: Checkpoint | None = None,
+    seed: int = 0,
     cells: Path | None = None,
     progress: str | None = None,
 ) -> pd.DataFrame:
@@ -147,6 +170,7 @@ def accuracy_table(
         attack: One of `ATTACKS`.
         source: The model whose gradient makes the attacked images, shown to every target
             (transfer). None: each target's own gradient (white box).
+        seed: Of the noise.
         cells: Folder where measured cells are kept; None keeps none.
         progress: Label of a tqdm bar; None shows none.
 
@@ -162,34 +186,33 @@ def accuracy_table(
         check_eps(eps)
     test = data.test
     images, labels = test.batch(slice(None))
-    directions: dict[str, Tensor] = {}
+    directions: dict[tuple[str, str], Tensor] = {}
 
     def measure(target: Checkpoint, maker: Checkpoint, eps: float) -> tuple[int, float]:
-        key_source = maker.metadata["weights_hash"]
         if eps == 0:
             return evaluate(target.model, images, labels)
-        if key_source not in directions:
+        made_by = _identity(maker)
+        if made_by not in directions:
             directions.clear()
-            directions[key_source] = attack_direction(attack, maker.model, images, labels)
-        attacked = perturb(images, directions[key_source], eps)
+            directions[made_by] = attack_direction(attack, maker.model, images, labels, seed=seed)
+        attacked = perturb(images, directions[made_by], eps)
         return evaluate(target.model, attacked, labels)
 
     rows = []
     pairs = [(target, source or target, eps) for target in targets for eps in test_eps]
-    for target, maker, eps in tqdm(
-        pairs, desc=progress, disable=progress is None, unit="cell", **PROGRESS
-    ):
-        made_by = maker.metadata["weights_hash"] if eps and attack != "noise" else None
-        identity = ["v1", target.metadata["weights_hash"], made_by, attack if eps else None]
-        identity += [float(eps), data.test_md5, len(test)]
+    bar = progress_bar(progress, len(pairs), "cell")
+    for target, maker, eps in pairs:
+        how = None
+        if eps:
+            how = [attack, seed] if attack == "noise" else [attack, *_identity(maker)]
+        identity = ["v2", *_identity(target), how, float(eps), data.test_md5, len(test)]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
         path = cells / key[:2] / f"{key}.json" if cells else None
-        if path and path.is_file():
-            correct, loss = json.loads(path.read_text())
-        else:
-            correct, loss = measure(target, maker, eps)
-            if path:
-                files.write_bytes(path, json.dumps([correct, loss]).encode())
+        found = _read_cell(path) if path else None
+        correct, loss = found or measure(target, maker, eps)
+        if path and not found:
+            files.write_bytes(path, json.dumps([correct, loss]).encode())
+        bar.update()
         low, high = wilson(correct, len(test))
         rows.append(
             {
@@ -210,4 +233,5 @@ def accuracy_table(
                 "n": len(test),
             }
         )
+    bar.close()
     return pd.DataFrame(rows)

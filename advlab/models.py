@@ -68,6 +68,10 @@ class CNNLSTM(nn.Module):
         self.lstm = nn.LSTM(input_size=128, hidden_size=64, num_layers=3, batch_first=True)
         self.fc = nn.Linear(64, num_classes)
 
+    def extra_repr(self) -> str:
+        """Show the reading of the feature map when the model is printed."""
+        return f"sequence={self.sequence!r}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images (N, 3, 32, 32) in [0, 1] to logits (N, num_classes)."""
         features = self.cnn(images)

@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from advlab import paper
@@ -112,6 +113,8 @@ def learning_curves(histories: dict[str, pd.DataFrame]) -> Figure:
                         markersize=4,
                         label=f"{name}, {split}",
                     )
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(xlabel="epoch", ylabel="cross entropy")
     axes[1].set(xlabel="epoch", ylabel="accuracy (%)")
     axes[1].legend(fontsize="small")
@@ -134,6 +137,7 @@ def confusion_matrix(counts: pd.DataFrame, title: str = "") -> Figure:
         ax=axis,
     )
     axis.set_title(title)
+    axis.tick_params(axis="y", rotation=0)
     return figure
 
 

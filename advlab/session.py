@@ -4,17 +4,21 @@ A lesson's parameters cell holds plain literals; "auto" there means the environm
 setting (ADVLAB_PROFILE, ADVLAB_DATASET, ADVLAB_DATA, ADVLAB_OUTPUT), or else the default.
 """
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from advlab import data, files, paper
 from advlab.checkpoints import Zoo
 from advlab.data import ImageData
 from advlab.training import PAPER, QUICK, Recipe
+
+LARGEST_PNG = 150_000
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,11 @@ class Session:
         """Return what every figure says of its origin.
 
         Args:
-            n: Test images behind it; None for all.
+            n: Test images behind it; None for all, 0 for a figure of something else.
         """
-        return (
-            f"{self.data.name}, {n or len(self.data.test):,} test images, "
-            f"recipe {self.settings.recipe.name}, seed {self.zoo.seed}"
-        )
+        n = len(self.data.test) if n is None else n
+        images = f"{n:,} test images, " if n else ""
+        return f"{self.data.name}, {images}recipe {self.settings.recipe.name}, seed {self.zoo.seed}"
 
     def models(self) -> list[tuple[str, float]]:
         """Return (architecture, training eps) of every model that the lessons need.
@@ -105,7 +108,7 @@ class Session:
             name: File name without ending.
             figure: Gets a line at its foot that says what it was measured on.
             table: Tidy rows.
-            n: Test images behind the figure; None for all.
+            n: Test images behind the figure; None for all, 0 for a figure of something else.
 
         Raises:
             OSError: if it cannot be written; names the folder and the mend.
@@ -117,8 +120,7 @@ class Session:
             if engine is not None:
                 engine.set(rect=(0, foot, 1, 1 - foot))
             figure.text(0.99, 0.01, self.caption(n), ha="right", va="bottom", size=6, color="0.4")
-            with files.atomic_write(folder / f"{name}.png") as temporary:
-                figure.savefig(temporary, format="png", dpi=110)
+            files.write_bytes(folder / f"{name}.png", _render(figure))
         if table is not None:
             with files.atomic_write(folder / f"{name}.csv") as temporary:
                 table.to_csv(temporary, index=False, float_format="%.6g")
@@ -132,6 +134,23 @@ class Session:
         if self.data.name == "Shapes-10":
             text += "\nThis is Shapes-10, not CIFAR-10: nothing here compares with the paper."
         return text
+
+
+def _render(figure: Figure) -> bytes:
+    """Return `figure` as a PNG of at most `LARGEST_PNG` bytes.
+
+    Line figures are far below. Grids of photographs are first reduced to 256 colours, then in size.
+    """
+    for dpi in (110, 90, 70, 50):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=dpi)
+        if drawn.tell() > LARGEST_PNG:
+            image = Image.open(drawn).convert("RGB").quantize(256)
+            drawn = io.BytesIO()
+            image.save(drawn, format="PNG", optimize=True)
+        if drawn.tell() <= LARGEST_PNG:
+            break
+    return drawn.getvalue()
 
 
 def setting(value: str | None, variable: str, default: str) -> str:

@@ -5,6 +5,8 @@ as a whole. On CPUs with bfloat16 units the forward and backward passes run in b
 optimiser and loss stay in float32); everything that is reported is evaluated in float32.
 """
 
+import hashlib
+import io
 import json
 import sys
 import time
@@ -24,9 +26,23 @@ from advlab.data import Split
 
 History = list[dict[str, float]]
 
-# Bars are text on standard output: in notebooks too, where a bar made of widgets would leave state
-# behind that some viewers refuse, and standard error would look like a warning.
-PROGRESS: dict[str, Any] = {"file": sys.stdout, "leave": False, "mininterval": 1.0, "ncols": 100}
+
+def progress_bar(label: str | None, total: int, unit: str) -> tqdm:
+    """Return a progress bar; none is shown for `label` None.
+
+    It is text on standard output, in notebooks too: a bar made of widgets would leave state behind
+    that some viewers refuse, and standard error would look like a warning.
+    """
+    return tqdm(
+        total=total,
+        desc=label,
+        disable=label is None,
+        unit=unit,
+        file=sys.stdout,
+        leave=False,
+        mininterval=1.0,
+        ncols=100,
+    )
 
 
 @dataclass(frozen=True)
@@ -180,8 +196,19 @@ def _train_epoch(
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> None:
-    with files.atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    content = io.BytesIO()
+    torch.save(state, content)
+    files.write_bytes(path, content.getvalue())
+
+
+def _identify(model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int) -> str:
+    """Return a text that differs for every other training: model, start, data, recipe, seed."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy())
+    for tensor in data.batch(torch.tensor([0, len(data) // 2, len(data) - 1])):
+        digest.update(tensor.numpy())
+    return json.dumps([asdict(recipe), seed, len(data), repr(model), digest.hexdigest()])
 
 
 def _load_state(path: Path, identity: str) -> dict[str, Any] | None:
@@ -192,9 +219,7 @@ def _load_state(path: Path, identity: str) -> dict[str, Any] | None:
         state = torch.load(path, weights_only=True)
         found = state["identity"]
     except Exception as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it to train from the start"
-        ) from error
+        raise ValueError(f"{path} is damaged; delete it to train from the start") from error
     return state if found == identity else None
 
 
@@ -236,7 +261,7 @@ def fit(
     where = pick_device(device)
     model.to(where, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=where.type != "mps")
-    identity = json.dumps([asdict(recipe), seed, len(data), type(model).__name__])
+    identity = _identify(model, data, recipe, seed) if state_path else ""
     history: History = []
     state = _load_state(state_path, identity) if state_path else None
     if state:
@@ -244,13 +269,7 @@ def fit(
         optimiser.load_state_dict(state["optimiser"])
         history = state["history"]
     steps = -(-len(data) // recipe.batch_size)
-    bar = tqdm(
-        total=recipe.epochs * steps,
-        desc=progress,
-        disable=progress is None,
-        unit="step",
-        **PROGRESS,
-    )
+    bar = progress_bar(progress, recipe.epochs * steps, "step")
     bar.update(len(history) * steps)
     with bar:
         for epoch in range(len(history), recipe.epochs):
@@ -264,7 +283,7 @@ def fit(
             if test is not None:
                 figures |= _test_figures(model, test, where)
             history.append({"epoch": epoch + 1, **figures})
-            bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if "accuracy" in k})
+            bar.set_postfix(accuracy=f"{figures['train_accuracy']:.3f}")
             if on_epoch:
                 on_epoch(history[-1])
             if state_path:

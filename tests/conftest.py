@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -14,16 +15,21 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from advlab import checkpoints, data, files, models
+from advlab import data, files
+from advlab.checkpoints import Checkpoint, Zoo
 from advlab.data import ImageData, Split
 from advlab.training import Recipe
 
 mpl.use("Agg")
+# Hypothesis would keep a folder of its own in the current one; this one goes at the end.
+HYPOTHESIS_FOLDER = tempfile.TemporaryDirectory(prefix="advlab-hypothesis-")
+set_hypothesis_home_dir(HYPOTHESIS_FOLDER.name)
 hypothesis.settings.register_profile("advlab", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("advlab")
 
 # Where the real CIFAR-10 is; the tests themselves run as if it were nowhere.
-REAL_DATA = os.environ.get("ADVLAB_DATA")
+_found = data.find_cifar10()
+REAL_DATA = str(_found.absolute()) if _found else None
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
 
 
@@ -91,11 +97,6 @@ def write_fake_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20)
     monkeypatch.setattr(cifar, "test_list", [[names[-1], sums[names[-1]]]])
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
     return root
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # Hypothesis would keep its own folder in the current one.
-    set_hypothesis_home_dir(Path(os.environ.get("TMPDIR", "/tmp"), "advlab-hypothesis"))
 
 
 @pytest.fixture(autouse=True)
@@ -170,29 +171,30 @@ def tiny_shapes(shapes) -> ImageData:
     return ImageData(shapes.name, shapes.classes, shapes.train.first(64), shapes.test.first(32))
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """Return a folder of this run that the workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+
+
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory, shapes) -> checkpoints.Zoo:
+def zoo(tmp_path_factory, shapes) -> Zoo:
     """Return a zoo whose models are trained once in the session."""
-    folder = tmp_path_factory.mktemp("zoo")
-    return checkpoints.Zoo(shapes, TINY, 0, folder, device="cpu", progress=False)
+    folder = shared_folder(tmp_path_factory, "zoo")
+    return Zoo(shapes, TINY, 0, folder, device="cpu", progress=False)
 
 
 @pytest.fixture(scope="session")
-def trained(zoo) -> tuple[checkpoints.Checkpoint, checkpoints.Checkpoint]:
+def trained(zoo) -> tuple[Checkpoint, Checkpoint]:
     """Return a baseline CNN and one trained with eps = 0.1: quick, so not accurate."""
     return zoo.get("cnn"), zoo.get("cnn", 0.1)
 
 
 @pytest.fixture(scope="session")
-def learned() -> tuple[nn.Module, Split]:
-    """Return a CNN that has learned Shapes-10, with the test split (the suite's longest training)."""
-    from advlab.training import fit
-
-    images = data.Shapes10(LEARNING_IMAGES, 1_000)
-    model = models.build("cnn", 0)
-    fit(model, images.train, LEARNING_RECIPE, seed=0, device="cpu")
-    return model, images.test
-
-
-LEARNING_IMAGES = 6_000
-LEARNING_RECIPE = Recipe("learning", epochs=5, batch_size=64, lr=2e-3)
+def learned(tmp_path_factory) -> tuple[nn.Module, Split]:
+    """Return a CNN that has learned Shapes-10, and the test split: the longest training here."""
+    images = data.Shapes10(6_000, 1_000)
+    recipe = Recipe("learning", epochs=5, batch_size=64, lr=2e-3)
+    folder = shared_folder(tmp_path_factory, "learned")
+    zoo = Zoo(images, recipe, 0, folder, device="cpu", progress=False)
+    return zoo.get("cnn").model, images.test

@@ -223,7 +223,6 @@ def test_works_inside_no_grad(small_cnn, batch):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.xfail(strict=True, reason="reported: input_gradient needs inference_mode(False)")
 def test_works_inside_inference_mode(small_cnn, batch):
     expected = fgsm(small_cnn, *batch, 0.1)
     with torch.inference_mode():
@@ -484,7 +483,6 @@ def test_transform_does_not_own_the_model(small_cnn):
     assert "eps=0.1, p=1.0, per_image_statistics=False" in repr(transform)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: the error is 'too many values to unpack'")
 def test_transform_without_label_says_so(small_cnn, batch):
     with pytest.raises((TypeError, ValueError), match="label"):
         FGSMTransform(small_cnn, 0.1)(batch[0][0])

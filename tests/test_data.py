@@ -169,7 +169,6 @@ def test_shapes10_has_the_sizes_of_cifar10_at_most():
         Shapes10(10, 10_001)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: 0 counts as None and draws all 50,000")
 def test_shapes10_refuses_size_zero(monkeypatch):
     monkeypatch.setitem(data.shapes.SIZES, "train", 50)
     with pytest.raises(ValueError, match="0"):
@@ -248,11 +247,18 @@ def test_closed_port_is_not_reachable(monkeypatch):
 
 
 def test_hanging_look_up_is_given_up(monkeypatch):
-    done = threading.Event()
+    release, ended = threading.Event(), threading.Event()
+
+    def hang(*args, **kwargs):
+        release.wait(20)
+        ended.set()
+        raise OSError("too late")
+
     monkeypatch.setattr(data, "NETWORK_SECONDS", 0.05)
-    monkeypatch.setattr(data.socket, "create_connection", lambda *args, **kw: done.wait(20))
+    monkeypatch.setattr(data.socket, "create_connection", hang)
     assert data._reachable("slow.invalid") is False
-    done.set()
+    assert not ended.is_set()
+    release.set()
 
 
 # --- CIFAR-10's files

@@ -7,7 +7,7 @@ from torch import nn
 
 from advlab import models
 
-# Indices of the convolutions in the stack of convolution, ReLU, batch norm; shapes of their weights.
+# Index of each convolution in the stack of convolution, ReLU, batch norm; shape of its weight.
 CONVOLUTION_SHAPES = {
     0: (32, 3, 3, 3),
     3: (32, 32, 3, 3),

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
+from traitlets.config import Config
 
 from advlab import data, files, paper, session
 from advlab.checkpoints import Zoo
@@ -90,6 +91,14 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _kernel_config() -> Config:
+    """Let kernels be spoken to through files of this user, where the system has such sockets.
+
+    Elsewhere (Windows) it is the loopback network, which is jupyter's default everywhere.
+    """
+    return Config(KernelManager={"transport": "ipc" if os.name == "posix" else "tcp"})
+
+
 def _execute(name: str, source: Path, target: Path, parameters: dict[str, Any], label: str) -> None:
     own = {k: v for k, v in parameters.items() if k in papermill.inspect_notebook(str(source))}
     partial_path = target.with_suffix(".partial.ipynb")
@@ -98,6 +107,7 @@ def _execute(name: str, source: Path, target: Path, parameters: dict[str, Any], 
             source,
             partial_path,
             own,
+            config=_kernel_config(),
             progress_bar={
                 "desc": label,
                 "bar_format": "{desc} |{bar:24}| {n_fmt}/{total_fmt} cells, {elapsed}",

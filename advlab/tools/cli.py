@@ -138,18 +138,20 @@ def evaluate(
         )
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         _fail(error)
-    console.print(
+    lines = [
         f"accuracy % on {len(images.test):,} {images.name} test images; {attack}, "
-        f"{f'transfer from {source.name}' if source else 'white box'}",
-        markup=False,
-    )
+        f"{f'transfer from {source.name}' if source else 'white box'}"
+    ]
     percent = table.assign(accuracy=100 * table["accuracy"])
     wide = percent.pivot(index="model", columns="test_eps", values="accuracy")
-    console.print(wide.to_string(float_format="%.1f"), markup=False, highlight=False)
-    for row in table[table["test_eps"] == 0].itertuples():
-        console.print(
-            f"{row.model}: clean {row.correct}/{row.n}, 95 % interval "
-            f"{100 * row.low:.1f} to {100 * row.high:.1f}",
-            markup=False,
-            highlight=False,
-        )
+    lines.append(wide.to_string(float_format="%.1f"))
+    lines += [
+        f"{row.model}: clean {row.correct}/{row.n}, 95 % interval "
+        f"{100 * row.low:.1f} to {100 * row.high:.1f}"
+        for row in table[table["test_eps"] == 0].itertuples()
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

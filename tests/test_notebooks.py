@@ -1,0 +1,159 @@
+"""The lessons: as committed, through papermill, and through nbval; on both data sets."""
+
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import REAL_DATA, shared_folder
+
+from advlab import files
+from advlab.tools.readme import time_line
+
+ROOT = files.repository()
+LESSONS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:/(?:home|root|work|tmp|Users|usr|var)/[\w.-]+|[A-Z]:\\)")
+DATASETS = [
+    "shapes10",
+    pytest.param(
+        "cifar10", marks=pytest.mark.skipif(not REAL_DATA, reason="needs CIFAR-10 (ADVLAB_DATA)")
+    ),
+]
+by_name = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+
+
+def read_code(path):
+    """Return the code cells of a notebook that have code."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [c for c in cells if c.cell_type == "code" and c.source.strip()]
+
+
+def shown_text(output) -> str:
+    """Return all text that an output shows."""
+    data = output.get("data", {})
+    parts = [output.get("text", ""), "".join(output.get("traceback", []))]
+    return "".join(parts + [str(v) for kind, v in data.items() if not kind.startswith("image/")])
+
+
+def has_tag(cell, tag: str) -> bool:
+    """Tell whether a cell is tagged `tag`."""
+    return tag in cell.metadata.get("tags", [])
+
+
+def test_there_are_five_lessons():
+    names = ["baseline", "fgsm", "augmentation", "robust_training", "architecture_comparison"]
+    assert [p.stem for p in LESSONS] == [f"{i:02d}_{name}" for i, name in enumerate(names, 1)]
+
+
+@by_name
+def test_lesson_is_committed_executed_in_one_go(path):
+    code = read_code(path)
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert path.stat().st_size < 1_000_000
+
+
+@by_name
+def test_lesson_shows_no_trace_of_the_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert not {"widgets", "papermill"} & notebook.metadata.keys()
+    for cell in notebook.cells:
+        assert "papermill" not in cell.metadata
+        for output in cell.get("outputs", []):
+            text = shown_text(output)
+            assert not LOCAL_PATH.search(text), text[:300]
+            assert "\x1b[" not in text
+            assert "\r" not in text
+
+
+@by_name
+def test_lesson_has_parameters_and_checked_cells(path):
+    code = read_code(path)
+    assert has_tag(code[0], "parameters")
+    names = set(re.findall(r"^(\w+) = ", code[0].source, re.M))
+    assert {"profile", "dataset", "seed", "data_dir", "output_dir"} <= names
+    checked = [c for c in code if has_tag(c, "nbval-check-output")]
+    assert len(checked) >= 3
+    for cell in checked:
+        assert cell.outputs, cell.source
+        assert "False" not in shown_text(cell.outputs[0])
+
+
+@by_name
+def test_lesson_has_its_parts(path):
+    cells = nbformat.read(path, as_version=4).cells
+    prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    for part in ("You will learn", "Contents", "Your turn", "What you learned", "References"):
+        assert part in prose, part
+    assert 2 <= prose.count("**Predict, then run.**") <= 7
+    assert "**Time on two cores:** about" in cells[0].source
+    assert "TODO" not in prose
+    assert time_line(1, 1).split(" about")[0] in cells[0].source
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Settings for lessons run in other processes: one thread, and models shared by all of them."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ADVLAB_CACHE": str(shared_folder(tmp_path_factory, "lessons")),
+        **({"ADVLAB_DATA": REAL_DATA} if REAL_DATA else {}),
+    }
+
+
+def run_command(command: list[str], environment: dict[str, str], cwd) -> str:
+    """Run a command; return what it prints, and fail with it."""
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_all_lessons_run_by_papermill(dataset, environment, tmp_path):
+    command = [sys.executable, "-m", "advlab.tools.cli", "run", "--profile", "quick"]
+    command += ["--dataset", dataset, "--output-dir", str(tmp_path / "out")]
+    shown = run_command(command, environment, tmp_path)
+    assert "they compare with nothing in the paper" in " ".join(shown.split())
+    assert sorted(p.name for p in (tmp_path / "out" / "notebooks").iterdir()) == [
+        p.name for p in LESSONS
+    ]
+    figures = tmp_path / "out" / "figures"
+    for stem in ("fig1_fgsm", "fig4_cnn_accuracy", "fig7_cnn_lstm_loss"):
+        assert 0 < (figures / f"{stem}.png").stat().st_size < 150_000
+    assert (ROOT / "figures" / "fig1_fgsm.png").is_file()
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@by_name
+def test_checked_outputs_repeat_in_nbval(path, dataset, environment, tmp_path):
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q"]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", "--nbval-cell-timeout=600", str(path)]
+    settings = {
+        "ADVLAB_PROFILE": "quick",
+        "ADVLAB_DATASET": dataset,
+        "ADVLAB_OUTPUT": str(tmp_path),
+    }
+    assert "passed" in run_command(command, environment | settings, tmp_path)
+
+
+def test_one_lesson_runs_by_the_command_of_the_readme_from_any_folder(environment, tmp_path):
+    command = [sys.executable, "-m", "papermill", str(LESSONS[1]), "out.ipynb", "--no-progress-bar"]
+    command += ["-p", "profile", "quick", "-p", "seed", "1", "-p", "dataset", "shapes10"]
+    run_command([*command, "-p", "output_dir", str(tmp_path / "o")], environment, tmp_path)
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    shown = "".join(shown_text(o) for c in executed.cells for o in c.get("outputs", []))
+    assert "profile quick | Shapes-10" in shown
+    assert "seed 1" in shown
+
+
+def test_one_lesson_runs_by_nbconvert(environment, tmp_path):
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
+    command += [str(LESSONS[1]), "--output-dir", str(tmp_path)]
+    settings = {"ADVLAB_PROFILE": "quick", "ADVLAB_DATASET": "shapes10"}
+    settings["ADVLAB_OUTPUT"] = str(tmp_path / "o")
+    run_command(command, environment | settings, tmp_path)
+    assert (tmp_path / LESSONS[1].name).is_file()

@@ -1,0 +1,118 @@
+"""The published numbers, as printed, and the comparison with them."""
+
+import pandas as pd
+import pytest
+
+from advlab import paper
+
+
+def cell(arch, train_eps, test_eps):
+    rows = paper.published()
+    chosen = rows.query("architecture == @arch and train_eps == @train_eps")
+    return chosen[chosen["test_eps"] == test_eps].iloc[0]
+
+
+def test_published_has_sixty_cells():
+    rows = paper.published()
+    assert len(rows) == 60
+    assert list(rows.columns) == ["architecture", "train_eps", "test_eps", "accuracy", "loss"]
+    assert not rows.duplicated(["architecture", "train_eps", "test_eps"]).any()
+    assert set(rows["architecture"]) == {"cnn", "cnn-lstm"}
+    assert rows["accuracy"].between(0.09, 0.81).all()
+    assert rows["loss"].notna().sum() == 22
+
+
+def test_published_cells_are_as_printed():
+    assert cell("cnn", 0.0, 0.0)["accuracy"] == pytest.approx(0.804)
+    assert cell("cnn", 0.2, 0.1)["accuracy"] == pytest.approx(0.755)
+    assert cell("cnn", 0.01, 0.06)["accuracy"] == pytest.approx(0.598)
+    assert cell("cnn-lstm", 0.2, 0.02)["accuracy"] == pytest.approx(0.701)
+    assert cell("cnn-lstm", 0.005, 0.1)["accuracy"] == pytest.approx(0.301)
+    assert cell("cnn", 0.0, 0.1)["loss"] == 6.3698
+    assert pd.isna(cell("cnn", 0.0, 0.0)["loss"])
+    assert cell("cnn-lstm", 0.2, 0.0)["loss"] == 1.0846
+
+
+@pytest.mark.parametrize("table", [paper.TABLE_1, paper.TABLE_2])
+def test_tables_have_five_rows_of_six(table):
+    assert tuple(table) == paper.TABLE_TRAIN_EPS
+    assert {len(row) for row in table.values()} == {len(paper.TEST_EPS)} == {6}
+
+
+def test_tables_have_the_papers_shape():
+    for table in paper.TABLES.values():
+        for train_eps in (0.0, 0.005, 0.01, 0.015):
+            assert list(table[train_eps]) == sorted(table[train_eps], reverse=True)
+        assert list(table[0.2]) == sorted(table[0.2])
+
+
+def test_slips_arithmetic():
+    text = " ".join(paper.SLIPS)
+    assert round(75.488 - 9.375, 3) == 66.113
+    assert "75.488 - 9.375 = 66.113" in text
+    gain = paper.TABLE_1[0.2][4] - paper.TABLE_1[0.0][4]  # at test eps 0.08
+    assert paper.TEST_EPS[4] == 0.08
+    assert gain == pytest.approx(64.142, abs=0.1)
+    assert paper.TABLE_2[0.2][1] == 70.1  # as printed; the run gave 70.9
+
+
+def test_sweep_has_a_baseline_and_the_eight_values():
+    assert paper.SWEEP_TRAIN_EPS == (0.0, 0.005, 0.007, 0.01, 0.015, 0.1, 0.2, 0.3, 0.5)
+    assert set(paper.TABLE_TRAIN_EPS) <= set(paper.SWEEP_TRAIN_EPS)
+    assert len(paper.FINE_TEST_EPS) == 10
+
+
+def test_parameter_counts_are_those_of_the_models():
+    from advlab import models
+
+    for arch, count in paper.PARAMETERS.items():
+        assert models.count_parameters(models.build(arch)) == count
+
+
+# --- comparison
+
+
+@pytest.fixture
+def ours():
+    """Rows one point above the paper's, with one cell that the paper does not have."""
+    rows = paper.published().assign(data="CIFAR-10")
+    rows["accuracy"] += 0.01
+    extra = rows.iloc[:1].assign(train_eps=0.5)
+    return pd.concat([rows, extra], ignore_index=True)
+
+
+def test_compare_gives_the_difference_in_points(ours):
+    compared = paper.compare(ours)
+    assert len(compared) == 60
+    assert list(compared.columns) == [
+        *("architecture", "train_eps", "test_eps", "ours", "paper", "difference"),
+    ]
+    assert compared["difference"].to_numpy() == pytest.approx(1.0)
+    assert compared["paper"][0] == pytest.approx(80.4)
+    assert compared["ours"][0] == pytest.approx(81.4)
+
+
+@pytest.mark.parametrize("names", [["Shapes-10"], ["CIFAR-10", "Shapes-10"]])
+def test_compare_refuses_other_data(ours, names):
+    ours["data"] = [names[i % len(names)] for i in range(len(ours))]
+    with pytest.raises(ValueError, match=r"from .*Shapes-10; the paper's numbers are for CIFAR-10"):
+        paper.compare(ours)
+
+
+def test_compare_refuses_a_measured_table_of_shapes10(trained, shapes):
+    from advlab.evaluation import accuracy_table
+
+    with pytest.raises(ValueError, match="Shapes-10"):
+        paper.compare(accuracy_table(trained[:1], shapes, [0.0]))
+
+
+def test_wide_is_laid_out_as_in_the_paper():
+    rows = paper.published()
+    laid = paper.wide(rows[rows["architecture"] == "cnn"])
+    assert list(laid.index) == ["baseline", "eps = 0.005", "eps = 0.01", "eps = 0.015", "eps = 0.2"]
+    assert list(laid.columns) == ["0", "0.02", "0.04", "0.06", "0.08", "0.1"]
+    assert (laid.index.name, laid.columns.name) == ("trained with", "test eps")
+    expected = [[value / 100 for value in row] for row in paper.TABLE_1.values()]
+    assert laid.to_numpy().tolist() == expected
+    losses = paper.wide(rows[rows["architecture"] == "cnn-lstm"], "loss")
+    assert losses.loc["baseline", "0.1"] == 3.8892

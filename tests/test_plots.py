@@ -1,0 +1,161 @@
+"""Every figure has its labels and is small as a file."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from advlab import paper, plots
+from advlab.evaluation import confusion, wilson
+
+LIMIT = 150_000  # bytes
+
+
+@pytest.fixture(autouse=True)
+def style():
+    plots.use_style()
+
+
+def assert_small(figure: Figure, folder) -> None:
+    """Assert that `figure` is a figure that saves as a PNG under the limit."""
+    assert isinstance(figure, Figure)
+    path = folder / "figure.png"
+    figure.savefig(path, dpi=110)
+    assert 1_000 < path.stat().st_size < LIMIT
+
+
+def labels_of(figure: Figure) -> list[tuple[str, str]]:
+    return [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes]
+
+
+@pytest.fixture
+def table():
+    """The paper's CNN rows as a measured table."""
+    rows = paper.published().query("architecture == 'cnn'").assign(data="CIFAR-10", model="m")
+    bounds = [wilson(round(10_000 * accuracy), 10_000) for accuracy in rows["accuracy"]]
+    return rows.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])
+
+
+def test_image_grid(shapes, tmp_path):
+    images = shapes.train.images[:25]
+    titles = [shapes.classes[int(label)] for label in shapes.train.labels[:25]]
+    figure = plots.image_grid(images, titles, columns=10, row_labels=["a", "b", "c"])
+    assert_small(figure, tmp_path)
+    assert len(figure.axes) == 30
+    assert [axis.get_title() for axis in figure.axes[:25]] == titles
+    assert sum(len(axis.images) for axis in figure.axes) == 25
+    assert [axis.texts[0].get_text() for axis in figure.axes if axis.texts] == ["a", "b", "c"]
+    shown = figure.axes[11].images[0].get_array()
+    assert np.array_equal(shown, images[11].permute(1, 2, 0).numpy())
+
+
+def test_image_grid_of_floats_without_titles(shapes, tmp_path):
+    figure = plots.image_grid(shapes.train.batch(slice(0, 3))[0], columns=3)
+    assert_small(figure, tmp_path)
+    assert len(figure.axes) == 3
+
+
+def test_fgsm_equation(shapes, tmp_path):
+    (image,), _ = shapes.test.batch(slice(0, 1))
+    signs = torch.randint(-1, 2, image.shape, dtype=torch.int8)
+    figure = plots.fgsm_equation(image, signs, (image + 0.1 * signs).clamp(0, 1), 0.1, "abc")
+    assert_small(figure, tmp_path)
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert {"a", "b", "c", "+ 0.1 ×", "="} == set(texts)
+    drawn = np.unique(figure.axes[1].images[0].get_array())
+    assert drawn.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_learning_curves(trained, tmp_path):
+    histories = {
+        c.metadata["arch"] + str(i): pd.DataFrame(c.history) for i, c in enumerate(trained)
+    }
+    figure = plots.learning_curves(histories)
+    assert_small(figure, tmp_path)
+    assert labels_of(figure) == [("epoch", "cross entropy"), ("epoch", "accuracy (%)")]
+    assert [len(axis.lines) for axis in figure.axes] == [4, 4]
+    accuracies = figure.axes[1].lines[1].get_ydata()
+    assert accuracies == pytest.approx([100 * row["test_accuracy"] for row in trained[0].history])
+
+
+def test_learning_curves_without_test_figures(tmp_path):
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [2, 1], "train_accuracy": [0.2, 0.4]})
+    figure = plots.learning_curves({"model": history})
+    assert_small(figure, tmp_path)
+    assert [len(axis.lines) for axis in figure.axes] == [1, 1]
+
+
+def test_confusion_matrix(shapes, tmp_path):
+    labels = shapes.train.labels
+    counts = confusion(labels, labels.roll(1), shapes.classes)
+    figure = plots.confusion_matrix(counts, "title")
+    assert_small(figure, tmp_path)
+    assert labels_of(figure)[0] == ("predicted", "true")
+    percent = figure.axes[0].collections[0].get_array().reshape(10, 10)
+    assert np.allclose(percent.sum(axis=1), 100)
+
+
+@pytest.mark.parametrize("value", ["accuracy", "loss"])
+@pytest.mark.parametrize("log_x", [False, True])
+def test_curves(table, tmp_path, value, log_x):
+    figure = plots.curves(table, value=value, log_x=log_x, title="title")
+    assert_small(figure, tmp_path)
+    (axis,) = figure.axes
+    unit = {"accuracy": "accuracy (%)", "loss": "loss (cross entropy)"}[value]
+    assert labels_of(figure) == [("test eps (pixel range [0, 1])", unit)]
+    assert axis.get_title() == "title"
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["baseline", "eps = 0.005", "eps = 0.01", "eps = 0.015", "eps = 0.2"]
+    scale = 100 if value == "accuracy" else 1
+    first = table[table["train_eps"] == 0]
+    expected = scale * first[value].to_numpy()
+    assert np.allclose(axis.lines[0].get_ydata(), expected, equal_nan=True)
+    assert len(axis.collections) == (5 if value == "accuracy" else 0)  # the intervals
+
+
+def test_curves_beside_the_papers(table, tmp_path):
+    beside = paper.published().query("architecture == 'cnn'")
+    figure = plots.curves(table, beside=beside)
+    assert_small(figure, tmp_path)
+    (axis,) = figure.axes
+    dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
+    assert len(dotted) == 6  # five rows and the legend's
+    assert "the paper's (dotted)" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_curves_by_another_column(table, tmp_path):
+    both = pd.concat([table[table["train_eps"] == 0].assign(attack=a) for a in ("noise", "fgsm")])
+    figure = plots.curves(both, hue="attack")
+    assert_small(figure, tmp_path)
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["noise", "fgsm"]  # in the table's order
+
+
+def test_difference_map(table, tmp_path):
+    ours = paper.published().assign(data="CIFAR-10")
+    figure = plots.difference_map(paper.compare(ours.assign(accuracy=ours["accuracy"] + 0.03)))
+    assert_small(figure, tmp_path)
+    maps = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in maps] == ["cnn", "cnn-lstm"]
+    for axis in maps:
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("test eps", "trained with")
+        assert {text.get_text() for text in axis.texts} == {"+3.0"}
+
+
+def test_bars(tmp_path):
+    rows = pd.DataFrame({"arch": ["a", "b"] * 2, "kind": ["x", "x", "y", "y"], "v": [1, 2, 3, 44]})
+    figure = plots.bars(rows, x="arch", y="v", hue="kind", xlabel="model", ylabel="s", title="t")
+    assert_small(figure, tmp_path)
+    assert labels_of(figure) == [("model", "s")]
+    assert "44" in {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_matrix(tmp_path):
+    percent = pd.DataFrame(
+        [[1.0, 50.0], [99.5, 0.0]], index=["from a", "from b"], columns=["a", "b"]
+    )
+    figure = plots.matrix(percent, label="accuracy (%)", title="transfer")
+    assert_small(figure, tmp_path)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.0", "50.0", "99.5", "0.0"]
+    assert figure.axes[1].get_ylabel() == "accuracy (%)"

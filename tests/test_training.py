@@ -1,0 +1,407 @@
+"""Training: recipes, the augmented set, determinism, going on after a kill."""
+
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import TINY, assert_same_state, make_small_cnn
+
+from advlab import models, training
+from advlab.attacks import fgsm, fgsm_direction
+from advlab.checkpoints import weights_hash
+from advlab.data import Shapes10
+from advlab.evaluation import evaluate
+from advlab.training import AugmentedSet, Recipe, fit, flip_some
+
+# --- Recipe
+
+
+def test_paper_recipe_is_the_papers():
+    assert Recipe("paper", epochs=10, batch_size=64, lr=1e-3, flip=True) == training.PAPER
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", 0), ("epochs", -1), ("batch_size", 0), ("lr", 0.0), ("lr", -1.0), ("lr", math.nan)],
+)
+def test_recipe_refuses_what_is_not_positive(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}; it must be positive"):
+        Recipe("bad", **{"epochs": 1, field: value})
+
+
+# --- AugmentedSet
+
+
+def test_augmented_set_is_originals_then_attacked(small_cnn, shapes):
+    images, labels = shapes.train.batch(slice(None))
+    directions = fgsm_direction(small_cnn, images, labels)
+    augmented = AugmentedSet(shapes.train, directions, 0.07)
+    expected = torch.cat([images, fgsm(small_cnn, images, labels, 0.07)])
+    assert len(augmented) == 320
+    order = torch.randperm(320, generator=torch.Generator().manual_seed(0))
+    for index in order.split(64):
+        found, found_labels = augmented.batch(index)
+        assert torch.equal(found, expected[index])
+        assert torch.equal(found_labels, labels.repeat(2)[index])
+
+
+def test_augmented_set_leaves_the_originals_alone(shapes):
+    before = shapes.train.images.clone()
+    ones = torch.ones_like(shapes.train.images, dtype=torch.int8)
+    AugmentedSet(shapes.train, ones, 0.5).batch(torch.arange(320))
+    assert torch.equal(shapes.train.images, before)
+
+
+def test_directions_of_other_images_are_refused(shapes):
+    with pytest.raises(ValueError, match=r"\(3, 3, 32, 32\) do not belong to images \(160,"):
+        AugmentedSet(shapes.train, torch.zeros(3, 3, 32, 32, dtype=torch.int8), 0.1)
+
+
+def test_flip_is_per_image():
+    images = torch.rand(400, 3, 4, 4)
+    flipped = flip_some(images, torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    same = (flipped == images).flatten(1).all(1)
+    assert bool((mirrored ^ same).all())
+    assert abs(int(mirrored.sum()) - 200) < 40  # 4 standard deviations
+    assert torch.equal(flipped, flip_some(images, torch.Generator().manual_seed(0)))
+
+
+# --- fit
+
+
+def fitted(split, seed=0, recipe=TINY, **options):
+    """Train a new small CNN on `split`; return it with its history."""
+    model = make_small_cnn()
+    return model, fit(model, split, recipe, seed=seed, device="cpu", **options)
+
+
+def test_same_seed_gives_the_same_weights(shapes):
+    torch.manual_seed(1)
+    first, _ = fitted(shapes.train, seed=3)
+    torch.manual_seed(2)
+    second, _ = fitted(shapes.train, seed=3)
+    assert_same_state(second, first.state_dict())
+    other, _ = fitted(shapes.train, seed=4)
+    assert weights_hash(other) != weights_hash(first)
+
+
+def test_real_architectures_train_deterministically(tiny_shapes):
+    for arch in ("cnn", "cnn-lstm"):
+        hashes = set()
+        for _ in range(2):
+            model = models.build(arch, 1)
+            fit(model, tiny_shapes.train, TINY, seed=1, device="cpu")
+            hashes.add(weights_hash(model))
+        assert len(hashes) == 1
+        assert weights_hash(models.build(arch, 1)) not in hashes
+
+
+def test_fit_leaves_the_random_state_alone(tiny_shapes):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    fitted(tiny_shapes.train)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_history_holds_the_figures_of_each_epoch(shapes):
+    rows = []
+    model, history = fitted(shapes.train, test=shapes.test, on_epoch=rows.append)
+    assert rows == history
+    assert [row["epoch"] for row in history] == [1, 2]
+    columns = {"epoch", "train_loss", "train_accuracy", "seconds", "images_per_second"}
+    assert all(set(row) == columns | {"test_loss", "test_accuracy"} for row in history)
+    assert not model.training
+    correct, loss = evaluate(model, *shapes.test.batch(slice(None)))
+    assert history[-1]["test_accuracy"] == pytest.approx(correct / 130, abs=1.5 / 130)
+    assert history[-1]["test_loss"] == pytest.approx(loss, rel=1e-3)
+    for row in history:
+        assert 0 < row["train_loss"] < 20
+        assert (row["train_accuracy"] * 160) == pytest.approx(round(row["train_accuracy"] * 160))
+        assert row["images_per_second"] == pytest.approx(160 / row["seconds"])
+    _, without_test = fitted(shapes.train)
+    assert set(without_test[0]) == columns
+
+
+def test_training_figures_are_exact_means_over_images(tiny_shapes, monkeypatch):
+    monkeypatch.setattr(training, "has_fast_bf16", lambda device: False)
+    batches = []
+
+    class Spy:
+        def __len__(self):
+            return 50
+
+        def batch(self, index):
+            batches.append(tiny_shapes.train.batch(index))
+            return batches[-1]
+
+    # A step so small that the weights stay: the loss of every batch can be computed afterwards.
+    recipe = Recipe("still", epochs=1, batch_size=20, lr=1e-30, flip=False)
+    _, history = fitted(Spy(), recipe=recipe)
+    model = make_small_cnn().train()
+    with torch.no_grad():
+        logits = torch.cat([model(images) for images, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    expected = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert [len(labels) for _, labels in batches] == [20, 20, 10]
+    assert history[0]["train_loss"] == pytest.approx(expected, rel=1e-4)
+    assert history[0]["train_accuracy"] == int((logits.argmax(1) == labels).sum()) / 50
+
+
+def test_learning_curve_decides_nothing(shapes):
+    with_test, _ = fitted(shapes.train, test=shapes.test)
+    without, _ = fitted(shapes.train)
+    assert_same_state(with_test, without.state_dict())
+
+
+def test_recipe_is_obeyed(tiny_shapes):
+    seen = []
+
+    class Spy:
+        def __len__(self):
+            return 50
+
+        def batch(self, index):
+            seen.append(index)
+            return tiny_shapes.train.batch(index)
+
+    fitted(Spy(), recipe=Recipe("r", epochs=3, batch_size=20))
+    assert [len(index) for index in seen] == [20, 20, 10] * 3
+    epochs = [torch.cat(seen[i : i + 3]) for i in (0, 3, 6)]
+    for order in epochs:
+        assert torch.equal(order.sort().values, torch.arange(50))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_flip_changes_the_training(tiny_shapes):
+    flipped, _ = fitted(tiny_shapes.train, recipe=Recipe("a", epochs=1, batch_size=32))
+    plain, _ = fitted(tiny_shapes.train, recipe=Recipe("a", epochs=1, batch_size=32, flip=False))
+    assert weights_hash(flipped) != weights_hash(plain)
+
+
+def test_progress_is_text_and_nothing_goes_to_standard_error(tiny_shapes, capsys):
+    fitted(tiny_shapes.train)
+    assert capsys.readouterr() == ("", "")
+    fitted(tiny_shapes.train, progress="my model")
+    shown = capsys.readouterr()
+    assert "my model" in shown.out
+    assert shown.err == ""
+
+
+def test_unknown_device_is_refused(tiny_shapes):
+    with pytest.raises(RuntimeError, match="abacus"):
+        fit(make_small_cnn(), tiny_shapes.train, TINY, device="abacus")
+
+
+# --- going on after a kill
+
+FOUR = Recipe("four", epochs=4, batch_size=32, lr=2e-3)
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_resume_at_an_epoch_boundary_equals_uninterrupted(shapes, tmp_path):
+    whole, _ = fitted(shapes.train, recipe=FOUR, test=shapes.test)
+    state = tmp_path / "training.state"
+
+    def kill(row):
+        if row["epoch"] == 3:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        fitted(shapes.train, recipe=FOUR, state_path=state, on_epoch=kill)
+    assert state.exists()
+    rows = []
+    resumed, history = fitted(
+        shapes.train, recipe=FOUR, test=shapes.test, state_path=state, on_epoch=rows.append
+    )
+    # The third epoch was not saved when the kill came, so it is trained again.
+    assert [row["epoch"] for row in rows] == [3, 4]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert_same_state(resumed, whole.state_dict())
+    assert not state.exists()
+
+
+def test_resume_in_the_middle_of_an_epoch_equals_uninterrupted(shapes, tmp_path):
+    whole, _ = fitted(shapes.train, recipe=FOUR)
+    state = tmp_path / "training.state"
+
+    class DiesInBatch13:
+        """Five batches an epoch: the thirteenth is in the middle of the third."""
+
+        def __init__(self):
+            self.batches = 0
+
+        def __len__(self):
+            return len(shapes.train)
+
+        def batch(self, index):
+            self.batches += 1
+            if self.batches == 13:
+                raise _Killed
+            return shapes.train.batch(index)
+
+    with pytest.raises(_Killed):
+        fitted(DiesInBatch13(), recipe=FOUR, state_path=state)
+    rows = []
+    resumed, _ = fitted(shapes.train, recipe=FOUR, state_path=state, on_epoch=rows.append)
+    assert [row["epoch"] for row in rows] == [3, 4]
+    assert_same_state(resumed, whole.state_dict())
+
+
+def test_kill_9_and_resume_equals_uninterrupted(tmp_path):
+    state = tmp_path / "training.state"
+    script = textwrap.dedent(f"""
+        from pathlib import Path
+        from advlab import models
+        from advlab.data import Shapes10
+        from advlab.training import Recipe, fit
+        fit(
+            models.build("cnn", 0), Shapes10(256, 1).train, Recipe("k", epochs=30, batch_size=32),
+            seed=0, device="cpu", state_path=Path({str(state)!r}),
+            on_epoch=lambda row: print(row["epoch"], flush=True),
+        )
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if line.strip() == "3":
+                break
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    done = len(torch.load(state, weights_only=True)["history"])
+    assert 2 <= done < 20
+
+    recipe = Recipe("k", epochs=30, batch_size=32)
+    train = Shapes10(256, 1).train
+
+    # To the end would take long: both trainings stop after the same epoch and are compared there.
+    last = done + 2
+
+    def stop(row):
+        if row["epoch"] == last:
+            raise _Killed
+
+    resumed, whole, epochs = models.build("cnn", 0), models.build("cnn", 0), []
+    with pytest.raises(_Killed):
+        fit(
+            resumed,
+            train,
+            recipe,
+            seed=0,
+            device="cpu",
+            state_path=state,
+            on_epoch=lambda row: (epochs.append(row["epoch"]), stop(row)),
+        )
+    with pytest.raises(_Killed):
+        fit(whole, train, recipe, seed=0, device="cpu", on_epoch=stop)
+    assert epochs == [done + 1, done + 2]
+    assert weights_hash(resumed) == weights_hash(whole)
+
+
+def interrupted_state(split, path, **options):
+    """Leave the state of a training that was killed in its second epoch."""
+
+    def kill(row):
+        if row["epoch"] == 2:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        fitted(split, state_path=path, on_epoch=kill, **options)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "pickle"])
+def test_damaged_state_is_refused_by_name(tiny_shapes, tmp_path, damage):
+    path = tmp_path / "training.state"
+    content = interrupted_state(tiny_shapes.train, path)
+    if damage == "pickle":
+        torch.save({"identity": os.system}, path)
+    else:
+        path.write_bytes(content[:-200] if damage == "truncated" else b"not a state")
+    with pytest.raises(ValueError, match=r"(?s)training.state is damaged; delete it to train"):
+        fitted(tiny_shapes.train, state_path=path)
+
+
+def test_state_of_another_training_is_not_used(tiny_shapes, tmp_path):
+    path = tmp_path / "training.state"
+    interrupted_state(tiny_shapes.train, path, seed=1)
+    expected, _ = fitted(tiny_shapes.train, seed=2)
+    found, history = fitted(tiny_shapes.train, seed=2, state_path=path)
+    assert len(history) == 2
+    assert_same_state(found, expected.state_dict())
+
+
+def test_state_of_another_eps_is_not_used(tiny_shapes, tmp_path):
+    path = tmp_path / "training.state"
+    signs = torch.ones_like(tiny_shapes.train.images, dtype=torch.int8)
+    interrupted_state(AugmentedSet(tiny_shapes.train, signs, 0.1), path)
+    other = AugmentedSet(tiny_shapes.train, signs, 0.5)
+    expected, _ = fitted(other)
+    found, _ = fitted(other, state_path=path)
+    assert_same_state(found, expected.state_dict())
+
+
+@pytest.fixture
+def small_disk():
+    """Let no file grow beyond 10 kB, as on a full disk; a function sets it, the end lifts it."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_full_disk_while_saving_the_state_names_path_and_mend(tiny_shapes, tmp_path, small_disk):
+    path = tmp_path / "training.state"
+    small_disk()
+    with pytest.raises(OSError, match=r"cannot write .*training.state.*Free some space"):
+        fitted(tiny_shapes.train, state_path=path)
+
+
+def test_full_disk_while_saving_the_state_leaves_nothing(tiny_shapes, tmp_path, small_disk):
+    small_disk()
+    with pytest.raises((OSError, RuntimeError)):
+        fitted(tiny_shapes.train, state_path=tmp_path / "training.state")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- bfloat16 is for training alone
+
+
+def test_weights_stay_float32(shapes, monkeypatch):
+    monkeypatch.setattr(training, "has_fast_bf16", lambda device: True)
+    half, _ = fitted(shapes.train)
+    monkeypatch.setattr(training, "has_fast_bf16", lambda device: False)
+    full, _ = fitted(shapes.train)
+    for model in (half, full):
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert weights_hash(half) != weights_hash(full)
+
+
+def test_pick_device_takes_what_it_is_told():
+    assert training.pick_device("cpu") == torch.device("cpu")
+    best = training.pick_device("auto").type
+    assert best == ("cuda" if torch.cuda.is_available() else best)
+
+
+# --- learning (the longest test of the suite: about 15 s on one idle core)
+
+
+def test_cnn_learns_shapes10_and_fgsm_fools_it(learned):
+    model, test = learned
+    images, labels = test.batch(slice(None))
+    clean = evaluate(model, images, labels)[0]
+    attacked = evaluate(model, fgsm(model, images, labels, 0.1), labels)[0]
+    assert clean >= 900, "of 1,000"
+    assert attacked < 300, "of 1,000"
