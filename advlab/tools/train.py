@@ -22,6 +22,8 @@ def _start_worker(make_zoo: Callable[[], Zoo], threads: int) -> None:
 
 
 def _print_epoch(name: str, row: dict[str, float]) -> None:
+    if row["seconds"] < 10:  # models of seconds get a line each, below; epochs of a minute as well
+        return
     print(
         f"  {name}  epoch {row['epoch']:2d}  loss {row['train_loss']:.3f}  "
         f"test accuracy {row['test_accuracy']:.3f}  {row['images_per_second']:.0f} images/s",
