@@ -86,6 +86,13 @@ def test_failing_lesson_stops_the_run_and_resume_goes_on(lessons):
     assert (output / "notebooks" / "02_second.ipynb").is_file()
 
 
+def test_run_with_defaults_leaves_the_lessons_as_written(lessons):
+    output = run_quick(lessons)
+    executed = nbformat.read(output / "notebooks" / "01_first.ipynb", as_version=4)
+    source = nbformat.read(lessons / "notebooks" / "01_first.ipynb", as_version=4)
+    assert [c.source for c in executed.cells] == [c.source for c in source.cells]
+
+
 def test_run_without_resume_starts_again(lessons):
     run_quick(lessons)
     run_quick(lessons)

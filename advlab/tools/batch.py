@@ -188,7 +188,9 @@ def run(
             settings = {"profile": profile, "dataset": dataset, "seed": seed, **parameters}
             record = _open_record(output, settings, resume)
             _train(profile, dataset, seed, root, output, record, console)
-            _run_lessons(lessons, output, {**parameters, "seed": seed}, record, console)
+            # Nothing is injected for the default: a plain run leaves the lessons as written.
+            given = {**parameters, **({"seed": seed} if seed else {})}
+            _run_lessons(lessons, output, given, record, console)
     except Timeout as error:
         raise BatchError(
             f"another run is writing to {output}; wait for it, or choose another --output-dir"
@@ -294,16 +296,17 @@ def _summary_table(rows: pd.DataFrame, arch: str, number: int, fair: bool) -> Ta
         f"from the {first['source']}, per-image statistics, seed {first['seed']}"
         + (" (the paper's in brackets)" if fair else "")
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("trained with")
+    # 80 columns, so that a row stays a line in any terminal.
+    table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("trained", no_wrap=True)
     for eps in paper.TEST_EPS:
-        table.add_column(f"eps {eps:g}", justify="right")
+        table.add_column(f"eps {eps:g}", justify="right", no_wrap=True)
     for train_eps, part in rows.groupby("train_eps"):
         published = paper.TABLES[arch].get(train_eps, ())
         cells = [f"{100 * value:.1f}" for value in part.sort_values("test_eps")["accuracy"]]
         if fair:
             cells = [f"{ours} ({p:.1f})" for ours, p in zip(cells, published, strict=True)]
-        table.add_row(paper.eps_label(train_eps), *cells)
+        table.add_row(f"{train_eps:g}" if train_eps else "baseline", *cells)
     return table
 
 
