@@ -297,7 +297,9 @@ def _summary_table(rows: pd.DataFrame, arch: str, number: int, fair: bool) -> Ta
         + (" (the paper's in brackets)" if fair else "")
     )
     # 80 columns, so that a row stays a line in any terminal.
-    table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
+    )
     table.add_column("trained", no_wrap=True)
     for eps in paper.TEST_EPS:
         table.add_column(f"eps {eps:g}", justify="right", no_wrap=True)
