@@ -91,28 +91,32 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _kernel_config() -> Config:
-    """Let kernels be spoken to through files of this user, where the system has such sockets.
+def _kernel_config(folder: str) -> Config:
+    """Let a kernel be spoken to through files in `folder`, where the system has such sockets.
 
-    Elsewhere (Windows) it is the loopback network, which is jupyter's default everywhere.
+    Elsewhere (Windows) it is the loopback network, which is jupyter's default everywhere. The
+    folder must be the run's own: kernels that share one would hear each other.
     """
-    return Config(KernelManager={"transport": "ipc" if os.name == "posix" else "tcp"})
+    if os.name != "posix":
+        return Config()
+    return Config(KernelManager={"transport": "ipc", "connection_file": f"{folder}/kernel.json"})
 
 
 def _execute(name: str, source: Path, target: Path, parameters: dict[str, Any], label: str) -> None:
     own = {k: v for k, v in parameters.items() if k in papermill.inspect_notebook(str(source))}
     partial_path = target.with_suffix(".partial.ipynb")
     try:
-        papermill.execute_notebook(
-            source,
-            partial_path,
-            own,
-            config=_kernel_config(),
-            progress_bar={
-                "desc": label,
-                "bar_format": "{desc} |{bar:24}| {n_fmt}/{total_fmt} cells, {elapsed}",
-            },
-        )
+        with tempfile.TemporaryDirectory(prefix="advlab-") as folder:
+            papermill.execute_notebook(
+                source,
+                partial_path,
+                own,
+                config=_kernel_config(folder),
+                progress_bar={
+                    "desc": label,
+                    "bar_format": "{desc} |{bar:24}| {n_fmt}/{total_fmt} cells, {elapsed}",
+                },
+            )
     except PapermillExecutionError as error:
         raise BatchError(
             f"lesson {name} failed in cell {error.exec_count}:\n{error}\n"
