@@ -1,8 +1,8 @@
 """The paper's published numbers, and the comparison of ours with them.
 
 Liu and Qian, "Developing Robust Networks to Defend Against Adversarial Examples". Every number is
-as printed, or more precise where the run behind the print is known; what was measured on the
-paper's own published weights is so marked. The slips a reader trips over are in `SLIPS`.
+as printed, or more precise where the run behind the print is known. The slips a reader trips over
+are in `SLIPS`.
 """
 
 import pandas as pd
@@ -44,9 +44,6 @@ LOSSES = {
 # Hours of CPU that the paper gives for the five models of each architecture (section 3).
 TRAINING_HOURS = {"cnn": 3.5, "cnn-lstm": 7.0}
 PARAMETERS = {"cnn": 308_256, "cnn-lstm": 293_994}
-
-# The eps = 0.2 CNN under its *own* eval-mode gradient, percent, measured on the published weights.
-WHITE_BOX_CNN_02 = (70.2, 2.0, 0.2, 0.1, 0.0, 0.0)
 
 SLIPS = (
     'Abstract and Results: "64.142 %" is the CNN\'s gain at eps = 0.08; at 0.1 it is '
