@@ -1,4 +1,4 @@
-"""The fast gradient sign method (FGSM) and its torchvision transform.
+"""The fast gradient sign method (FGSM), its torchvision transform, and its iteration (PGD).
 
 FGSM (Goodfellow et al. 2015, arXiv 1412.6572; paper, section 1.1) moves every pixel by `eps` in the
 direction that raises the loss: ``clamp(x + eps * sign(gradient), 0, 1)``. The direction does not
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from advlab._torchvision import tv_tensors, v2
 from advlab.data import check_batch
+from advlab.models import fastest_layout
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -108,25 +109,40 @@ def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return logits
 
 
+@contextmanager
+def _crafting(model: Classifier, images: Tensor) -> Iterator[None]:
+    """Let gradients be taken in float32 and eval mode, whatever the caller has switched off."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(images.device.type, enabled=False),
+        eval_mode(model),
+    ):
+        yield
+
+
+def _losses(model: Classifier, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (n, classes) and the cross entropy of each image (n,), both float32."""
+    logits = check_logits(model(x), labels).float()
+    return logits, F.cross_entropy(logits, labels, reduction="none")
+
+
 def _gradients(
     model: Classifier, images: Tensor, labels: Tensor, per_image_statistics: bool
 ) -> Iterator[Tensor]:
     """Yield the input gradients of `CHUNK` images at a time (see `input_gradient`)."""
     check_batch(images, labels)
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(images.device.type, enabled=False))
-        stack.enter_context(eval_mode(model))
+    layout = fastest_layout(model)
+    with _crafting(model, images), ExitStack() as stack:
         if per_image_statistics:
             stack.enter_context(per_image_statistics_mode(model))
+            layout = torch.contiguous_format  # group_norm is slow in the other
         for part, targets in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            x = part.detach().float().clone().requires_grad_()
-            targets = targets.clone()  # outside inference mode: autograd refuses its tensors
-            logits = check_logits(model(x), targets)
+            x = part.detach().float().clone(memory_format=layout).requires_grad_()
+            # A clone, outside inference mode: autograd refuses the tensors of that mode.
+            _, losses = _losses(model, x, targets.clone())
             # The sum, not the mean: each image's gradient is then its own, whatever the batch.
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-            yield torch.autograd.grad(loss, x)[0]
+            yield torch.autograd.grad(losses.sum(), x)[0].contiguous()
 
 
 def input_gradient(
@@ -212,6 +228,82 @@ def fgsm(
     check_eps(eps)
     direction = fgsm_direction(model, images, labels, per_image_statistics=per_image_statistics)
     return perturb(images.detach(), direction, eps)
+
+
+def _start(images: Tensor, eps: float, random_start: bool, seed: int) -> Tensor:
+    """Return where PGD begins: the images, or a uniformly random point of each one's eps-ball."""
+    if not random_start:
+        return images.clone()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(images.shape, generator=generator).mul_(2).sub_(1).to(images.device)
+    return noise.mul_(eps).add_(images).clamp_(0, 1)
+
+
+def pgd(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    alpha: float,
+    steps: int,
+    random_start: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """Attack `images` with many small steps that stay within `eps` (Madry et al. 2018, 1706.06083).
+
+    Projected gradient descent: ``x <- clamp(x + alpha * sign(gradient))``, clamped to within `eps`
+    of the image and to [0, 1]. An image leaves the batch as soon as the model gets it wrong, so
+    weak models are attacked in a fraction of the time; the others keep the point of highest loss.
+
+    Args:
+        model: Maps images to logits (N, classes); any callable.
+        images: (N, 3, 32, 32) float in [0, 1].
+        labels: (N,) int64, the true classes.
+        eps: Largest change of a pixel, from 0 to 1, in units of the pixel range.
+        alpha: Size of a step, the same units.
+        steps: How many steps.
+        random_start: Begin at a random point within `eps` of each image, not at the image.
+        seed: Of the random start.
+
+    Returns:
+        Attacked images, the same shape and dtype, in [0, 1] and at most `eps` from `images`.
+
+    Raises:
+        ValueError: if `eps`, `alpha`, `steps` or a value is out of range, or a shape is wrong.
+        TypeError: if a dtype is wrong.
+    """
+    check_eps(eps)
+    check_eps(alpha)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; PGD needs at least 1")
+    check_batch(images, labels)
+    layout = fastest_layout(model)
+    with _crafting(model, images):
+        originals, targets = images.detach().float().clone(), labels.clone()
+        x = _start(originals, eps, random_start, seed)
+        worst, highest = x.clone(), torch.full_like(targets, -math.inf, dtype=torch.float32)
+        active = torch.arange(len(images), device=images.device)
+        for step in range(steps + 1):
+            holding = []
+            # All images take a step before any takes the next: the chunks stay full to the end.
+            for part in active.split(CHUNK):
+                now = x[part].contiguous(memory_format=layout).requires_grad_(step < steps)
+                logits, losses = _losses(model, now, targets[part])
+                broken = logits.argmax(1) != targets[part]
+                worse = broken | (losses.detach() > highest[part])
+                worst[part[worse]] = now.detach()[worse]
+                highest[part[worse]] = losses.detach()[worse]
+                holding.append(part[~broken])
+                if step < steps:
+                    gradient = torch.autograd.grad(losses.sum(), now)[0]
+                    moved = now.detach().add(gradient.sign_(), alpha=alpha)
+                    near = originals[part]
+                    x[part] = moved.clamp_(near - eps, near + eps).clamp_(0, 1)
+            active = torch.cat(holding)
+            if len(active) == 0:
+                break
+        return worst.to(images.dtype)
 
 
 class FGSMTransform(v2.Transform):

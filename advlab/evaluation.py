@@ -20,6 +20,7 @@ from advlab import files
 from advlab.attacks import CHUNK, check_eps, check_logits, eval_mode, fgsm_direction, perturb
 from advlab.checkpoints import Checkpoint
 from advlab.data import ImageData, check_batch
+from advlab.models import fastest_layout
 from advlab.training import progress_bar
 
 # "fgsm": the gradient with running statistics (eval mode), as every attack library takes it;
@@ -60,7 +61,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     """
     with eval_mode(model), torch.autocast(images.device.type, enabled=False):
         parts = [
-            model(part.contiguous(memory_format=torch.channels_last)).float()
+            model(part.contiguous(memory_format=fastest_layout(model))).float()
             for part in images.split(CHUNK)
         ]
     return torch.cat(parts)
