@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class Zoo:
 
     Args:
         data: The data set; all of `data.train` is trained on.
-        recipe: The recipe of the baselines; robust models follow it without the flip.
+        recipe: The recipe of the baselines; robust models follow `Recipe.for_augmented_set`.
         seed: Initialisation, order and flips.
         folder: Where models trained here are kept.
         shipped: Folder that is looked at first, and never written to; None for none.
@@ -207,7 +207,7 @@ class Zoo:
             raise ValueError(
                 f"unknown architecture {arch!r}; choose one of {', '.join(models.ARCHITECTURES)}"
             )
-        recipe = self.recipe if train_eps == 0 else replace(self.recipe, flip=False)
+        recipe = self.recipe.for_augmented_set() if train_eps else self.recipe
         return {
             "arch": arch,
             "train_eps": check_eps(train_eps),
@@ -234,6 +234,8 @@ class Zoo:
             path = folder / self.file_name(arch, train_eps) if folder else None
             if path and path.is_file():
                 found = read_metadata(path)
+                # A file from before a field existed was trained with that field's default.
+                found["recipe"] = {**asdict(Recipe("", 1)), **found.get("recipe", {})}
                 if all(found.get(key) == value for key, value in wanted.items()):
                     return path
         return None

@@ -16,7 +16,7 @@ from PIL import Image
 from advlab import data, files, paper
 from advlab.checkpoints import Zoo
 from advlab.data import ImageData
-from advlab.training import PAPER, QUICK, Recipe
+from advlab.training import FAST, PAPER, QUICK, Recipe
 
 LARGEST_PNG = 150_000
 
@@ -30,6 +30,7 @@ class Profile:
         train_n, test_n: Images used; None for all.
         sweep: Training eps of the CNN's sweep.
         shipped: Whether the trained models of the repository may be used.
+        keep: Whether trained models belong to the run's results, not to the cache.
     """
 
     recipe: Recipe
@@ -37,13 +38,25 @@ class Profile:
     test_n: int | None = None
     sweep: tuple[float, ...] = paper.SWEEP_TRAIN_EPS
     shipped: bool = False
+    keep: bool = False
+
+    def models(self) -> list[tuple[str, float]]:
+        """Return (architecture, training eps) of every model that the lessons need.
+
+        Slow ones first, so that two cores finish at about the same time.
+        """
+        wanted = [("cnn-lstm", 0.0), ("cnn", 0.0), ("cnn-lstm-positions", 0.0)]
+        wanted += [("cnn-lstm", eps) for eps in paper.TABLE_TRAIN_EPS if eps]
+        wanted += [("cnn-lstm-positions", 0.2)]
+        return wanted + [("cnn", eps) for eps in self.sweep if eps]
 
 
 _SHORT_SWEEP = (0.0, 0.005, 0.01, 0.015, 0.2, 0.5)
 PROFILES = {
     "quick": Profile(QUICK, train_n=2_000, test_n=500, sweep=_SHORT_SWEEP),
     "lesson": Profile(PAPER, shipped=True),
-    "paper": Profile(PAPER),
+    "fast": Profile(FAST, sweep=_SHORT_SWEEP, keep=True),
+    "paper": Profile(PAPER, keep=True),
 }
 # On Shapes-10 nothing is shipped, so profile "lesson" trains every model on the spot.
 SHAPES_LESSON = Profile(QUICK, train_n=4_000, test_n=2_000, sweep=_SHORT_SWEEP)
@@ -54,7 +67,7 @@ class Session:
     """What a lesson works with; made by `start`.
 
     Args:
-        profile: "quick", "lesson" or "paper".
+        profile: "quick", "lesson", "fast" or "paper".
         settings: What that profile means on this data set.
         data: Images and labels.
         zoo: The trained models.
@@ -71,8 +84,8 @@ class Session:
 
     @property
     def is_paper_scale(self) -> bool:
-        """Whether the numbers can be set beside the paper's: CIFAR-10, the paper's recipe."""
-        return self.data.name == "CIFAR-10" and self.settings.recipe == PAPER
+        """Whether the numbers can be set beside the paper's: CIFAR-10, whole, its procedure."""
+        return self.data.name == "CIFAR-10" and self.settings.recipe in (PAPER, FAST)
 
     def caption(self, n: int | None = None) -> str:
         """Return what every figure says of its origin.
@@ -83,16 +96,6 @@ class Session:
         n = len(self.data.test) if n is None else n
         images = f"{n:,} test images, " if n else ""
         return f"{self.data.name}, {images}recipe {self.settings.recipe.name}, seed {self.zoo.seed}"
-
-    def models(self) -> list[tuple[str, float]]:
-        """Return (architecture, training eps) of every model that the lessons need.
-
-        Slow ones first, so that two cores finish at about the same time.
-        """
-        wanted = [("cnn-lstm", 0.0), ("cnn", 0.0), ("cnn-lstm-positions", 0.0)]
-        wanted += [("cnn-lstm", eps) for eps in paper.TABLE_TRAIN_EPS if eps]
-        wanted += [("cnn-lstm-positions", 0.2)]
-        return wanted + [("cnn", eps) for eps in self.settings.sweep if eps]
 
     def save(
         self,
@@ -164,6 +167,13 @@ def check_profile(profile: str) -> None:
         raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
 
 
+def settings_of(profile: str, dataset: str) -> Profile:
+    """Return what `profile` means on `dataset` ("cifar10" or "shapes10")."""
+    if profile == "lesson" and dataset == "shapes10":
+        return SHAPES_LESSON
+    return PROFILES[profile]
+
+
 def default_output(profile: str, dataset: str) -> Path:
     """Return where results go unless told otherwise: outputs/PROFILE-DATASET in the repository."""
     return files.home() / "outputs" / f"{profile}-{dataset}"
@@ -181,7 +191,7 @@ def start(
     """Read the settings of a lesson and open its data and models.
 
     Args:
-        profile: "quick", "lesson", "paper"; "auto": ADVLAB_PROFILE or "lesson".
+        profile: "quick", "lesson", "fast", "paper"; "auto": ADVLAB_PROFILE or "lesson".
         dataset: "cifar10", "shapes10"; "auto": ADVLAB_DATASET, or CIFAR-10 where it is present or
             can be downloaded, else Shapes-10.
         seed: Of initialisation, order, flips and noise.
@@ -199,13 +209,11 @@ def start(
         raise ValueError(f"seed is {seed!r}; it must be an integer from 0 on")
     wanted = setting(dataset, "ADVLAB_DATASET", "auto")
     name, root = data.resolve(wanted, setting(data_dir, "", "") or None)
-    settings = PROFILES[profile]
-    if name == "shapes10" and profile == "lesson":
-        settings = SHAPES_LESSON
+    settings = settings_of(profile, name)
     images = data.load(name, root, train_n=settings.train_n, test_n=settings.test_n)
     chosen = setting(output_dir, "ADVLAB_OUTPUT", "")
     output = Path(chosen).expanduser() if chosen else default_output(profile, name)
-    if profile == "paper":
+    if settings.keep:
         trained = output / "checkpoints"
     else:
         trained = files.cache_dir() / "models" / f"{settings.recipe.name}-{images.md5[:8]}"
