@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab retrain doctor lint clean
+.PHONY: run test lab reproduce retrain bench libraries doctor lint clean
 
 run: .venv/installed          ## run all lessons and print the paper's tables beside ours
 	$(BIN)/advlab run
@@ -13,8 +13,19 @@ test: .venv/installed         ## unit tests, then every lesson by papermill and 
 lab: .venv/installed          ## open JupyterLab on the lessons
 	$(BIN)/jupyter lab notebooks
 
+reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST (half an hour)
+	$(BIN)/advlab reproduce
+
 retrain: .venv/installed      ## train all models anew (hours); refresh notebooks and figures
 	$(BIN)/advlab retrain
+
+bench: libraries              ## speed beside the paper's way and other libraries (minutes)
+	$(BIN)/advlab bench
+
+# torchattacks pins an old `requests` that JupyterLab cannot live with, hence --no-deps.
+libraries: .venv/installed    ## torchattacks, foolbox and ART, to compare with
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[bench]"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps torchattacks==3.5.1
 
 doctor: .venv/installed       ## check this machine
 	$(BIN)/advlab doctor

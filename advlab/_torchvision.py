@@ -31,6 +31,6 @@ load()
 
 from torchvision import datasets, tv_tensors  # noqa: E402
 from torchvision.datasets.utils import check_integrity  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
+from torchvision.transforms import ToTensor, v2  # noqa: E402
 
-__all__ = ["check_integrity", "datasets", "tv_tensors", "v2"]
+__all__ = ["ToTensor", "check_integrity", "datasets", "tv_tensors", "v2"]

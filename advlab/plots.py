@@ -227,16 +227,27 @@ def difference_map(comparison: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def bars(
-    table: pd.DataFrame, *, x: str, y: str, hue: str, xlabel: str, ylabel: str, title: str = ""
-) -> Figure:
-    """Draw grouped bars with their values, for comparing a few models."""
-    figure, axis = plt.subplots(figsize=(8.5, 3.8))
-    sns.barplot(table, x=x, y=y, hue=hue, palette="colorblind", ax=axis)
-    for container in axis.containers:
-        axis.bar_label(container, fmt="%.0f", fontsize=7, padding=1)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+def ratios(table: pd.DataFrame) -> Figure:
+    """Draw how many times faster advlab is, for every row of the benchmark that has a target.
+
+    Args:
+        table: As from `tools.bench.run`.
+    """
+    rows = table.dropna(subset=["ratio", "target"]).iloc[::-1]
+    names = [
+        f"{row.part}: {row.what}\n{row.way} against {row.against}" for row in rows.itertuples()
+    ]
+    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.42 * len(rows)))
+    blue, orange = sns.color_palette("colorblind")[:2]
+    axis.barh(names, rows["ratio"], color=blue, height=0.6, label="measured")
+    axis.plot(rows["target"], names, "D", color=orange, markersize=6, label="target")
+    for place, ratio in enumerate(rows["ratio"]):
+        axis.text(ratio, place, f" {ratio:.3g} x", va="center", fontsize=8)
+    axis.axvline(1, color="0.2", linewidth=1)
+    axis.set(xscale="log", xlabel="times as fast (log scale; 1 = equally fast)")
+    axis.tick_params(axis="y", labelsize=7)
+    axis.margins(x=0.12)
+    axis.legend(loc="lower right", fontsize="small")
     return figure
 
 

@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from traitlets.config import Config
 
-from advlab import data, files, paper, session
+from advlab import data, evaluation, files, paper, session
 from advlab.checkpoints import Zoo
 from advlab.tools import readme
+from advlab.tools.measure import PeakMemory
 from advlab.tools.train import train_models
 
 
@@ -91,7 +92,7 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _kernel_config(folder: str) -> Config:
+def kernel_config(folder: str) -> Config:
     """Let a kernel be spoken to through files in `folder`, where the system has such sockets.
 
     Elsewhere (Windows) it is the loopback network, which is jupyter's default everywhere. The
@@ -111,7 +112,7 @@ def _execute(name: str, source: Path, target: Path, parameters: dict[str, Any], 
                 source,
                 partial_path,
                 own,
-                config=_kernel_config(folder),
+                config=kernel_config(folder),
                 progress_bar={
                     "desc": label,
                     "bar_format": "{desc} |{bar:24}| {n_fmt}/{total_fmt} cells, {elapsed}",
@@ -182,6 +183,7 @@ def run(
     try:
         with (
             FileLock(output / ".lock", timeout=0),
+            PeakMemory() as memory,
             _environment(
                 ADVLAB_PROFILE=profile,
                 ADVLAB_DATASET=dataset,
@@ -191,10 +193,12 @@ def run(
         ):
             settings = {"profile": profile, "dataset": dataset, "seed": seed, **parameters}
             record = _open_record(output, settings, resume)
-            _train(profile, dataset, seed, root, output, record, console)
+            _train(profile, dataset, seed, root, output, record)
             # Nothing is injected for the default: a plain run leaves the lessons as written.
             given = {**parameters, **({"seed": seed} if seed else {})}
             _run_lessons(lessons, output, given, record, console)
+        record["peak_mb"] = max(round(memory.megabytes), record.get("peak_mb", 0))
+        _write_record(record, output)
     except Timeout as error:
         raise BatchError(
             f"another run is writing to {output}; wait for it, or choose another --output-dir"
@@ -223,6 +227,10 @@ def _open_record(output: Path, settings: dict[str, Any], resume: bool) -> dict[s
 
 def _note(record: dict[str, Any], output: Path, part: str, seconds: float) -> None:
     record["seconds"][part] = round(seconds, 1)
+    _write_record(record, output)
+
+
+def _write_record(record: dict[str, Any], output: Path) -> None:
     files.write_bytes(output / "run.json", json.dumps(record, indent=2).encode())
 
 
@@ -233,15 +241,10 @@ def _train(
     root: Path | None,
     output: Path,
     record: dict[str, Any],
-    console: Console,
 ) -> None:
     start = time.perf_counter()
-    lesson = session.start(profile, dataset, seed, str(root or "auto"), str(output), progress=False)
     make_zoo = partial(_zoo, profile, dataset, seed, str(root or "auto"), str(output))
-    missing = [model for model in lesson.models() if lesson.zoo.find(*model) is None]
-    if missing:
-        console.print(f"Training {len(missing)} models, one process per core")
-        train_models(make_zoo, missing)
+    if train_models(make_zoo, session.settings_of(profile, dataset).models()):
         earlier = record["seconds"].get("training", 0)
         _note(record, output, "training", earlier + time.perf_counter() - start)
 
@@ -277,7 +280,7 @@ def print_summary(output: Path, console: Console) -> None:
     """Print Tables 1 and 2 (beside the paper's where that is fair) and where everything lies."""
     rows = read_tables(output)
     if rows is not None:
-        fair = set(rows["data"]) == {"CIFAR-10"} and set(rows["recipe"]) == {"paper"}
+        fair = set(rows["data"]) == {"CIFAR-10"} and set(rows["recipe"]) <= {"paper", "fast"}
         for number, arch in enumerate(readme.TABLES, 1):
             console.print(_summary_table(rows[rows["architecture"] == arch], arch, number, fair))
         if fair:
@@ -379,6 +382,82 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
     readme.refresh(files.home())
     console.print("Refreshed data/checkpoints, notebooks, figures and README.md.")
+
+
+def reproduce(
+    seeds: int = 1,
+    *,
+    dataset: str = "auto",
+    data_dir: str = "auto",
+    resume: bool = False,
+    publish: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Rebuild the whole paper from nothing by the recipe `FAST`: models, tables, figures.
+
+    Args:
+        seeds: Trainings of the ten models of Tables 1 and 2, with seeds 0, 1 ...; from 2 on their
+            tables go to figures/l04_seeds.csv as well.
+        dataset, data_dir: As in `session.start`.
+        resume: Keep what an interrupted run finished.
+        publish: Copy the table of seeds and the run's clock into the repository's figures/.
+        console: Where to print.
+
+    Returns:
+        The output folder, outputs/fast-DATASET.
+
+    Raises:
+        BatchError: as `run`, and if other data than CIFAR-10 were to be published.
+        ValueError: if `seeds` is below 1.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; train with one seed at least")
+    console = console or Console()
+    name, root = data.resolve(
+        session.setting(dataset, "ADVLAB_DATASET", "auto"),
+        session.setting(data_dir, "", "") or None,
+    )
+    if publish and name != "cifar10":
+        raise BatchError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
+    output = session.default_output("fast", name)
+    if not resume and output.exists():
+        shutil.rmtree(output)
+    place = {"dataset": name, "data_dir": str(root or "auto"), "output_dir": str(output)}
+    # With a cache of its own: from nothing means that no measured cell is found again.
+    with _environment(ADVLAB_CACHE=str(output / "cache")):
+        run(profile="fast", resume=resume, console=console, **place)
+        if seeds > 1:
+            table = pd.concat([_tables_of_seed(seed, place) for seed in range(seeds)])
+            with files.atomic_write(output / "figures" / "l04_seeds.csv") as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6g")
+    if publish:
+        published = {"run.json": "reproduce.json"}
+        published |= {"figures/l04_seeds.csv": "l04_seeds.csv"} if seeds > 1 else {}
+        for source, target in published.items():
+            files.write_bytes(files.home() / "figures" / target, (output / source).read_bytes())
+    return output
+
+
+def _tables_of_seed(seed: int, place: dict[str, str]) -> pd.DataFrame:
+    """Train the ten models of Tables 1 and 2 with `seed`; return the tables' rows."""
+    make_zoo = partial(_zoo, "fast", place["dataset"], seed, place["data_dir"], place["output_dir"])
+    archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
+    train_models(make_zoo, [(arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs])
+    zoo = make_zoo()
+    return pd.concat(
+        [
+            evaluation.accuracy_table(
+                [zoo.get(arch, eps) for eps in paper.TABLE_TRAIN_EPS],
+                zoo.data,
+                paper.TEST_EPS,
+                attack="fgsm-per-image",
+                source=zoo.get(arch),
+                cells=files.cache_dir() / "cells",
+                progress=f"tables of seed {seed}, {arch}",
+            )
+            for arch in paper.TABLES
+        ]
+    )
 
 
 def machine() -> str:

@@ -16,7 +16,7 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Profile = Annotated[str, typer.Option(help="quick, lesson or paper.")]
+Profile = Annotated[str, typer.Option(help="quick, lesson, fast or paper.")]
 Dataset = Annotated[str, typer.Option(help="cifar10, shapes10, or auto: CIFAR-10 if to be had.")]
 DataDir = Annotated[str, typer.Option(help="Folder that holds cifar-10-batches-py.")]
 
@@ -90,6 +90,57 @@ def retrain(
 
     try:
         batch.retrain(resume=resume, console=console)
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def reproduce(
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train the ten models of Tables 1 and 2 this many times.")
+    ] = 1,
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an interrupted run finished.")
+    ] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Refresh the table of seeds in figures/.")
+    ] = False,
+) -> None:
+    """Rebuild the whole paper from nothing by the recipe FAST (half an hour on two cores)."""
+    from advlab.tools import batch
+
+    try:
+        batch.reproduce(
+            seeds,
+            dataset=dataset,
+            data_dir=data_dir,
+            resume=resume,
+            publish=publish,
+            console=console,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def bench(
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+    output_dir: Annotated[
+        str, typer.Option(help="Folder of bench.csv and bench.png; auto: outputs/bench.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each way.")] = 5,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write into figures/ and refresh README.md.")
+    ] = False,
+) -> None:
+    """Measure advlab beside the paper's way and other libraries (minutes, on a quiet machine)."""
+    from advlab.tools import bench as benchmark
+
+    try:
+        benchmark.run(dataset, data_dir, output_dir, rounds, publish, console)
     except (RuntimeError, ValueError, OSError) as error:
         _fail(error)
 

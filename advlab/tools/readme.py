@@ -10,6 +10,7 @@ import pandas as pd
 
 from advlab import files, paper
 from advlab.checkpoints import read_metadata
+from advlab.tools.measure import cells
 
 TABLES = {"cnn": "table1_cnn.csv", "cnn-lstm": "table2_cnn_lstm.csv"}
 _TIME = re.compile(r"\*\*Time on two cores:\*\*[^.]*?\(profile lesson\), [^.]*?(?:\.\d+[^.]*?)*\.")
@@ -103,7 +104,31 @@ def lessons_block(home: Path) -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"results": results_block, "speed": speed_block, "lessons": lessons_block}
+def bench_block(home: Path) -> str:
+    """Return the lines of the benchmark that have a target, and where they were measured."""
+    rows = pd.read_csv(home / "figures" / "bench.csv")
+    first = rows.iloc[0]
+    lines = [
+        f"Machine: {first['machine']}; torch {first['torch']}. Each comparison in turn on the same "
+        "images, medians.",
+        "",
+        "| task | way | measured | ratio | target |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows.dropna(subset="target").itertuples():
+        what, way, value, _, ratio, _, target, unit = cells(row)
+        against = f"{ratio} {row.against}" if ratio else ""
+        unit = unit.partition(";")[0]
+        lines.append(f"| {row.part}: {what} | {way} | {value} {unit} | {against} | {target} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    "results": results_block,
+    "speed": speed_block,
+    "lessons": lessons_block,
+    "bench": bench_block,
+}
 
 
 def refreshed(text: str, home: Path) -> str:
@@ -113,7 +138,7 @@ def refreshed(text: str, home: Path) -> str:
         ValueError: if the marks of a block are not there.
     """
     for name, make in BLOCKS.items():
-        start, end = f"<!-- {name}: written by advlab retrain -->", f"<!-- end of {name} -->"
+        start, end = f"<!-- {name}: generated -->", f"<!-- end of {name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
             raise ValueError(f"README.md needs one pair of marks {start} ... {end}")
         before, rest = text.split(start)

@@ -1,71 +1,89 @@
 """Train every model that the lessons need, one process per core."""
 
 import os
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 
 import torch
 
 from advlab.checkpoints import Zoo
+from advlab.training import progress_bar
 
 Model = tuple[str, float]
 _zoo: Zoo
 
 
-def _start_worker(make_zoo: Callable[[], Zoo], threads: int) -> None:
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start_worker(make_zoo: Callable[[], Zoo], threads: int, epochs: SimpleQueue) -> None:
     global _zoo
     torch.set_num_threads(threads)
     _zoo = make_zoo()
-    _zoo.on_epoch = _print_epoch
+    _zoo.on_epoch = lambda name, row: epochs.put((name, row["seconds"] * row["images_per_second"]))
 
 
-def _print_epoch(name: str, row: dict[str, float]) -> None:
-    if row["seconds"] < 10:  # models of seconds get a line each, below; epochs of a minute as well
-        return
-    print(
-        f"  {name}  epoch {row['epoch']:2d}  loss {row['train_loss']:.3f}  "
-        f"test accuracy {row['test_accuracy']:.3f}  {row['images_per_second']:.0f} images/s",
-        flush=True,
-    )
-
-
-def _train(model: Model) -> tuple[Model, float]:
+def _train(model: Model) -> tuple[str, float, float]:
     checkpoint = _zoo.get(*model)
-    return model, checkpoint.metadata["test_accuracy"]
+    log = checkpoint.metadata
+    return checkpoint.path.stem, log["test_accuracy"], log["images_per_second"]
 
 
-def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | None = None) -> None:
-    """Train those of `wanted` that are missing; baselines first, `jobs` at a time.
+def _images_to_train(zoo: Zoo, model: Model) -> int:
+    """Return how many images the training of a model goes through."""
+    arch, eps = model
+    epochs = zoo.identity(arch, eps)["recipe"]["epochs"]
+    return epochs * len(zoo.data.train) * (2 if eps else 1)
+
+
+def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | None = None) -> int:
+    """Train those of `wanted` that are missing, `jobs` at a time, under one progress bar.
 
     The models are independent, so one single-threaded process per core does more images per second
-    than one process with all cores (about 1.2 times on two). A robust model waits for its baseline.
+    than one process with all cores (`advlab bench` measures both). A robust model waits for its
+    baseline.
 
     Args:
         make_zoo: Makes the zoo in each process; picklable.
-        wanted: (architecture, training eps) of each model.
+        wanted: (architecture, training eps) of each model; baselines should come first.
         jobs: Processes at a time; one per core by default.
+
+    Returns:
+        How many models were trained.
     """
     zoo = make_zoo()
     missing = [m for m in wanted if zoo.find(*m) is None]
     if not missing:
-        return
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    jobs = min(jobs or cores, len(missing))
-    start = time.perf_counter()
-    with ProcessPoolExecutor(
-        jobs, get_context("spawn"), _start_worker, (make_zoo, max(1, cores // jobs))
-    ) as pool:
-        pending = [pool.submit(_train, model) for model in missing]
-        for done, future in enumerate(as_completed(pending), 1):
-            (arch, eps), accuracy = future.result()
-            minutes = (time.perf_counter() - start) / 60
-            left = minutes / done * (len(missing) - done)
-            print(
-                f"{done}/{len(missing)} models  {arch} eps={eps:g}  accuracy {accuracy:.4f}  "
-                f"{minutes:.1f} min, about {left:.0f} min left",
-                flush=True,
-            )
+        return 0
+    images = {
+        zoo.file_name(*m).removesuffix(".safetensors"): _images_to_train(zoo, m) for m in missing
+    }
+    del zoo  # and its images: the workers have their own
+    jobs = min(jobs or cores(), len(missing))
+    context = get_context("spawn")
+    epochs = context.SimpleQueue()
+    setup = (make_zoo, max(1, cores() // jobs), epochs)
+    bar = progress_bar(f"{len(missing)} models", sum(images.values()), " images")
+    with bar, ProcessPoolExecutor(jobs, context, _start_worker, setup) as pool:
+        done, pending = dict.fromkeys(images, 0.0), {pool.submit(_train, m) for m in missing}
+        finished = 0
+        while pending:
+            ready, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            while not epochs.empty():
+                name, seen = epochs.get()
+                done[name] += seen
+            for future in ready:
+                name, accuracy, rate = future.result()
+                done[name] = images[name]
+                finished += 1
+                bar.write(f"  {name:<36} accuracy {accuracy:.4f}, {rate:,.0f} images/s")
+            bar.set_description(f"{finished}/{len(missing)} models", refresh=False)
+            bar.n = round(sum(done.values()))
+            bar.refresh()
+    return len(missing)

@@ -1,0 +1,349 @@
+"""Measuring: ways of doing the same thing, side by side, and what the machine could do at best."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.benchmark import Measurement, Timer
+
+from advlab.models import CONVOLUTIONS, convolutions
+from advlab.training import has_fast_bf16
+
+PRECISIONS = ("float32", "bfloat16") if has_fast_bf16(torch.device("cpu")) else ("float32",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the benchmark.
+
+    Args:
+        part: Section of the benchmark.
+        what: The task.
+        way: How it was done.
+        value: Median.
+        low, high: Quartiles over the rounds; the value itself where it was measured once.
+        unit: Of `value`.
+        against: The way that `ratio` compares with; "" for none.
+        ratio: How many times better than `against`.
+        of_ceiling: Fraction of the convolution rate that the machine was measured to reach.
+        target: What is aimed at.
+        target_of: What the target is for: "ratio" or "at least" or "at most" (the value).
+        note: What a reader must know beside the number.
+    """
+
+    part: str
+    what: str
+    way: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    against: str = ""
+    ratio: float | None = None
+    of_ceiling: float | None = None
+    target: float | None = None
+    target_of: str = "ratio"
+    note: str = ""
+
+
+def to_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return rows as a tidy table."""
+    return pd.DataFrame([asdict(row) for row in rows])
+
+
+def cells(row: Any) -> list[str]:
+    """Return the texts of one row of the table: task, way, median ... unit and note."""
+    spread = "" if row.low == row.high else f"{number(row.low)} to {number(row.high)}"
+    return [
+        row.what,
+        row.way,
+        number(row.value),
+        spread,
+        "" if pd.isna(row.ratio) else f"{number(row.ratio)} x",
+        "" if pd.isna(row.of_ceiling) else f"{100 * row.of_ceiling:.0f} %",
+        target_text(row),
+        f"{row.unit}; {row.note}" if row.note else row.unit,
+    ]
+
+
+def target_text(row: Any) -> str:
+    """Return the target of a row, and "missed" where it is; "" without a target."""
+    if pd.isna(row.target):
+        return ""
+    if row.target_of == "ratio":
+        met, text = row.ratio >= row.target, f"{row.target:g} x"
+    else:
+        at_least = row.target_of == "at least"
+        met = row.value >= row.target if at_least else row.value <= row.target
+        text = f"{row.target_of} {row.target:,g}"
+    return text if met else f"{text}: missed"
+
+
+def number(value: float) -> str:
+    """Return `value` with three digits or more: 0.0123, 1.23, 123, 12,345."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def side_by_side(ways: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, Measurement]:
+    """Time each of `ways` once per round, in turn, after one warm-up each.
+
+    In turn (A B A B), so that a slow minute of the machine hits all of them.
+
+    Returns:
+        Seconds, as torch's `Measurement` (median, iqr, times), by name.
+    """
+    for way in ways.values():
+        way()
+    found: dict[str, list[Measurement]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            timer = Timer("way()", globals={"way": way}, num_threads=torch.get_num_threads())
+            found[name].append(timer.timeit(1))
+    return {name: Measurement.merge(times)[0] for name, times in found.items()}
+
+
+def quartiles(seconds: Measurement, amount: float) -> tuple[float, float, float]:
+    """Return median, lower and upper quartile of the rate at which `amount` was done."""
+    rates = torch.tensor([amount / time for time in seconds.times], dtype=torch.float64)
+    low, median, high = rates.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    return float(median), float(low), float(high)
+
+
+def rate_rows(
+    part: str,
+    what: str,
+    seconds: dict[str, Measurement],
+    amounts: dict[str, float],
+    unit: str,
+    *,
+    against: str = "",
+    ceilings: dict[str, float] | None = None,
+    targets: dict[str, float] | None = None,
+    notes: dict[str, str] | None = None,
+) -> list[Row]:
+    """Turn timings into rows.
+
+    Args:
+        part, what, unit: As in `Row`.
+        seconds: From `side_by_side`.
+        amounts: What each way did in one call (images, say).
+        against: The way that the others are compared with; its own ratio is left out.
+        ceilings: The rate that the machine could reach at best, for the ways that have one.
+        targets, notes: By way.
+    """
+    rates = {name: quartiles(time, amounts[name]) for name, time in seconds.items()}
+    rows = []
+    for name, (median, low, high) in rates.items():
+        compared = against in rates and name != against
+        ceiling = (ceilings or {}).get(name)
+        rows.append(
+            Row(
+                part,
+                what,
+                name,
+                median,
+                low,
+                high,
+                unit,
+                against if compared else "",
+                median / rates[against][0] if compared else None,
+                median / ceiling if ceiling else None,
+                (targets or {}).get(name),
+                note=(notes or {}).get(name, ""),
+            )
+        )
+    return rows
+
+
+def check_equal(name: str, theirs: Tensor, ours: Tensor) -> None:
+    """Raise RuntimeError if two batches of attacked images differ by more than rounding."""
+    # Where a gradient is 0 but for rounding, its sign is anyone's: one pixel in 10,000 may differ.
+    share = float(((theirs - ours).abs() > 1e-6).float().mean())
+    if share > 1e-4:
+        raise RuntimeError(f"{name} differs from advlab in {share:.2%} of all pixels; not timed")
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """Count the multiply-adds of one image's forward pass: convolutions, linear layers, LSTMs."""
+    total = 0
+
+    def count(layer: nn.Module, _: Any, output: Any) -> None:
+        nonlocal total
+        if isinstance(layer, nn.Conv2d):
+            total += output.numel() * layer.weight[0].numel()
+        elif isinstance(layer, nn.Linear):
+            total += output.numel() * layer.in_features
+        elif isinstance(layer, nn.LSTM):
+            weights = sum(p.numel() for name, p in layer.named_parameters() if "weight" in name)
+            total += output[0].shape[1] * weights  # once per step
+
+    hooks = [layer.register_forward_hook(count) for layer in model.modules()]
+    training = model.training
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@dataclass(frozen=True)
+class ConvolutionCeiling:
+    """Multiply-adds per second of the model's six convolutions alone, at their own sizes.
+
+    Args:
+        forward, to_input, to_weight: Seconds per image of the three passes, all layers together;
+            the first layer passes no gradient to its input in training.
+        first_to_input: Seconds per image of that one, which crafting needs.
+    """
+
+    forward: float
+    to_input: float
+    to_weight: float
+    first_to_input: float
+
+    def images_per_second(self, passes: str) -> float:
+        """Return how many images a second the convolutions alone allow.
+
+        Args:
+            passes: "train" (forward, gradients of weights and inner inputs), "craft" (forward,
+                gradients of all inputs) or "predict" (forward).
+        """
+        inner = self.forward + self.to_input
+        seconds = {
+            "train": inner + self.to_weight,
+            "craft": inner + self.first_to_input,
+            "predict": self.forward,
+        }
+        return 1 / seconds[passes]
+
+
+def convolution_ceiling(batch: int, precision: str, rounds: int = 5) -> ConvolutionCeiling:
+    """Measure the six 3x3 convolutions of both models, and nothing else (channels_last).
+
+    Args:
+        batch: Images at a time.
+        precision: "float32" or "bfloat16".
+        rounds: As in `side_by_side`.
+    """
+    size, totals, first = 32, [0.0, 0.0, 0.0], 0.0
+    for inputs, outputs, stride in CONVOLUTIONS:
+        x = _random(batch, inputs, size, size, precision=precision)
+        weight = _random(outputs, inputs, 3, 3, precision=precision)
+        options = {"stride": [stride, stride], "padding": [1, 1], "dilation": [1, 1]}
+        y = F.conv2d(x, weight, stride=stride, padding=1)
+
+        def backward(
+            *wanted: bool, y: Tensor = y, x: Tensor = x, w: Tensor = weight, o: dict = options
+        ) -> None:
+            torch.ops.aten.convolution_backward(
+                y, x, w, None, **o, transposed=False, output_padding=[0, 0], groups=1,
+                output_mask=[*wanted, False],
+            )  # fmt: skip
+
+        times = side_by_side(
+            {
+                "forward": lambda x=x, w=weight, s=stride: [
+                    F.conv2d(x, w, stride=s, padding=1) for _ in range(10)
+                ],
+                "to input": lambda b=backward: [b(True, False) for _ in range(10)],
+                "to weight": lambda b=backward: [b(False, True) for _ in range(10)],
+            },
+            rounds,
+        )
+        seconds = [time.median / 10 / batch for time in times.values()]
+        if inputs == 3:
+            first, seconds[1] = seconds[1], 0.0
+        totals = [total + one for total, one in zip(totals, seconds, strict=True)]
+        size //= stride
+    return ConvolutionCeiling(*totals, first_to_input=first)
+
+
+class Ceilings:
+    """The rates that convolutions alone allow on this machine, each measured once."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+        self._found: dict[tuple[int, str], Any] = {}
+
+    def images_per_second(self, model: nn.Module, passes: str, batch: int, precision: str) -> float:
+        """Return the rate of `model` if all its multiply-adds ran like the convolutions.
+
+        Args:
+            model: Its other layers count by their multiply-adds.
+            passes: As in `measure.ConvolutionCeiling.images_per_second`.
+            batch: Images at a time.
+            precision: "float32" or "bfloat16".
+        """
+        key = batch, precision
+        if key not in self._found:
+            self._found[key] = convolution_ceiling(batch, precision, self.rounds)
+        share = multiply_adds(nn.Sequential(*convolutions())) / multiply_adds(model)
+        return self._found[key].images_per_second(passes) * share
+
+
+def _random(*shape: int, precision: str) -> Tensor:
+    tensor = torch.randn(shape).to(getattr(torch, precision))
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+class PeakMemory:
+    """Watches the memory of this process and its children; a context manager.
+
+    Memory that processes share counts once (Linux; elsewhere each process's own counts alone).
+
+    Args:
+        interval: Seconds between two looks.
+    """
+
+    def __init__(self, interval: float = 1.0) -> None:
+        self.megabytes = 0.0
+        self._interval, self._stop = interval, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while True:
+            used = sum(map(_share_of_memory, [me, *me.children(recursive=True)]))
+            self.megabytes = max(self.megabytes, used / 1e6)
+            if self._stop.wait(self._interval):
+                return
+
+
+def _share_of_memory(process: psutil.Process) -> int:
+    try:
+        memory = process.memory_full_info()
+    except psutil.Error:  # it has just ended
+        return 0
+    return getattr(memory, "pss", memory.uss)
+
+
+def peak_megabytes(task: Callable[..., Any], *arguments: Any) -> float:
+    """Run ``task(*arguments)`` in a fresh process; return the most memory it held at a time, MB.
+
+    The whole process counts: interpreter, libraries, data. Both must be picklable.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_peak, task, *arguments).result()
+
+
+def _peak(task: Callable[..., Any], *arguments: Any) -> float:
+    with PeakMemory(interval=0.05) as memory:
+        task(*arguments)
+    return memory.megabytes
