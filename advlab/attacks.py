@@ -27,8 +27,12 @@ Classifier = Callable[[Tensor], Tensor]
 CHUNK = 100
 
 
-def check_eps(eps: float) -> float:
+def check_eps(eps: float, name: str = "eps") -> float:
     """Return `eps` as a float.
+
+    Args:
+        eps: A size in units of the pixel range.
+        name: What the error calls it.
 
     Raises:
         ValueError: if `eps` is not a number from 0 to 1.
@@ -36,8 +40,8 @@ def check_eps(eps: float) -> float:
     value = float(eps)
     if not math.isfinite(value) or not 0 <= value <= 1:
         raise ValueError(
-            f"eps is {eps}; it must be a number from 0 to 1, in units of the pixel range [0, 1] "
-            "(8 steps of an 8-bit image are eps = 8/255)"
+            f"{name} is {eps}; it must be a number from 0 to 1, in units of the pixel range [0, 1] "
+            "(8 steps of an 8-bit image are 8/255)"
         )
     return value
 
@@ -274,7 +278,7 @@ def pgd(
         TypeError: if a dtype is wrong.
     """
     check_eps(eps)
-    check_eps(alpha)
+    check_eps(alpha, "alpha")
     if steps < 1:
         raise ValueError(f"steps is {steps}; PGD needs at least 1")
     check_batch(images, labels)
@@ -297,7 +301,7 @@ def pgd(
                 holding.append(part[~broken])
                 if step < steps:
                     gradient = torch.autograd.grad(losses.sum(), now)[0]
-                    moved = now.detach().add(gradient.sign_(), alpha=alpha)
+                    moved = now.detach().add(gradient.sign(), alpha=alpha)
                     near = originals[part]
                     x[part] = moved.clamp_(near - eps, near + eps).clamp_(0, 1)
             active = torch.cat(holding)
