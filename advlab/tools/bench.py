@@ -526,17 +526,18 @@ def measure(dataset: str, root: Path | None, rounds: int, console: Console) -> l
 
 
 def show(table: pd.DataFrame, console: Console) -> None:
-    """Print the benchmark's table, a block for each part."""
+    """Print the benchmark's table, a block for each part, with its notes below."""
     for part, rows in table.groupby("part", sort=False):
-        shown = Table(title=f"\n{part}", title_justify="left", box=None, padding=(0, 1, 0, 0))
-        shown.add_column("task")
-        shown.add_column("way")
-        for name in ("median", "quartiles", "ratio", "of ceiling", "target"):
-            shown.add_column(name, justify="right", no_wrap=True)
-        shown.add_column("unit; note")
+        shown = Table(title=f"\n[bold]{part}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for name in ("task", "way"):
+            shown.add_column(name)
+        for name in ("median", "", "ratio", "ceiling", "target"):
+            shown.add_column(name, justify="right")
         for row in rows.itertuples():
             shown.add_row(*cells(row))
         console.print(shown)
+        for row in rows[rows["note"] != ""].drop_duplicates("note").itertuples():
+            console.print(f"{row.way}: {row.note}", style="dim", markup=False)
 
 
 def run(

@@ -60,17 +60,15 @@ def to_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def cells(row: Any) -> list[str]:
-    """Return the texts of one row of the table: task, way, median ... unit and note."""
-    spread = "" if row.low == row.high else f"{number(row.low)} to {number(row.high)}"
+    """Return the texts of one row: task, way, median, spread, ratio, of ceiling, target."""
     return [
         row.what,
         row.way,
-        number(row.value),
-        spread,
+        f"{number(row.value)} {row.unit}",
+        "" if row.low == row.high else f"± {50 * (row.high - row.low) / row.value:.0f} %",
         "" if pd.isna(row.ratio) else f"{number(row.ratio)} x",
         "" if pd.isna(row.of_ceiling) else f"{100 * row.of_ceiling:.0f} %",
         target_text(row),
-        f"{row.unit}; {row.note}" if row.note else row.unit,
     ]
 
 
@@ -235,6 +233,7 @@ def convolution_ceiling(batch: int, precision: str, rounds: int = 5) -> Convolut
         rounds: As in `side_by_side`.
     """
     size, totals, first = 32, [0.0, 0.0, 0.0], 0.0
+    repeats = max(1, 512 // batch)
     for inputs, outputs, stride in CONVOLUTIONS:
         x = _random(batch, inputs, size, size, precision=precision)
         weight = _random(outputs, inputs, 3, 3, precision=precision)
@@ -252,14 +251,14 @@ def convolution_ceiling(batch: int, precision: str, rounds: int = 5) -> Convolut
         times = side_by_side(
             {
                 "forward": lambda x=x, w=weight, s=stride: [
-                    F.conv2d(x, w, stride=s, padding=1) for _ in range(10)
+                    F.conv2d(x, w, stride=s, padding=1) for _ in range(repeats)
                 ],
-                "to input": lambda b=backward: [b(True, False) for _ in range(10)],
-                "to weight": lambda b=backward: [b(False, True) for _ in range(10)],
+                "to input": lambda b=backward: [b(True, False) for _ in range(repeats)],
+                "to weight": lambda b=backward: [b(False, True) for _ in range(repeats)],
             },
             rounds,
         )
-        seconds = [time.median / 10 / batch for time in times.values()]
+        seconds = [time.median / repeats / batch for time in times.values()]
         if inputs == 3:
             first, seconds[1] = seconds[1], 0.0
         totals = [total + one for total, one in zip(totals, seconds, strict=True)]

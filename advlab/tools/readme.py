@@ -116,10 +116,9 @@ def bench_block(home: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows.dropna(subset="target").itertuples():
-        what, way, value, _, ratio, _, target, unit = cells(row)
+        what, way, value, _, ratio, _, target = cells(row)
         against = f"{ratio} {row.against}" if ratio else ""
-        unit = unit.partition(";")[0]
-        lines.append(f"| {row.part}: {what} | {way} | {value} {unit} | {against} | {target} |")
+        lines.append(f"| {row.part}: {what} | {way} | {value} | {against} | {target} |")
     return "\n".join(lines)
 
 

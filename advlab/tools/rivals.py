@@ -119,7 +119,7 @@ def fgsm_part(images: ImageData, model: nn.Module, ceilings: Ceilings, rounds: i
     for n in (1, 10, 100, 1_000):
         batch = images.test.batch(slice(0, n))
         ours = fgsm(model, *batch, EPS)
-        repeats = max(1, 200 // n)
+        repeats = max(1, 50 // n)
         ways: dict[str, Callable[[], Any]] = {"advlab": partial(fgsm, model, *batch, EPS)}
         for library in libraries(model, EPS / 4, 20):
             check_equal(f"{library.name}'s FGSM", library.fgsm(*batch), ours)
@@ -128,7 +128,7 @@ def fgsm_part(images: ImageData, model: nn.Module, ceilings: Ceilings, rounds: i
         rows += _beside_the_fastest(
             "FGSM against libraries",
             f"{n:,} images",
-            side_by_side(repeated, 3 * rounds),
+            side_by_side(repeated, 2 * rounds),
             n * repeats,
             1.0,
             ceilings.images_per_second(model, "craft", 64, "float32"),

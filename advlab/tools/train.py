@@ -1,6 +1,7 @@
 """Train every model that the lessons need, one process per core."""
 
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -74,7 +75,9 @@ def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | N
         done, pending = dict.fromkeys(images, 0.0), {pool.submit(_train, m) for m in missing}
         finished = 0
         while pending:
-            ready, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            # A terminal redraws the bar; a log would get a line of it each time.
+            pause = 1 if sys.stdout.isatty() else 60
+            ready, pending = wait(pending, timeout=pause, return_when=FIRST_COMPLETED)
             while not epochs.empty():
                 name, seen = epochs.get()
                 done[name] += seen
