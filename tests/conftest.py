@@ -8,12 +8,16 @@ from pathlib import Path
 
 import hypothesis
 import matplotlib as mpl
+import nbformat
 import numpy as np
 import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 from matplotlib import pyplot as plt
+from nbformat.v4 import new_code_cell, new_notebook
 from torch import Tensor, nn
+from torch.utils.benchmark import Measurement
+from torch.utils.benchmark.utils.common import TaskSpec
 
 from advlab import data, files
 from advlab.checkpoints import Checkpoint, Zoo
@@ -75,6 +79,34 @@ def make_batch(n: int, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(n, 3, 32, 32, generator=generator)
     return images, torch.randint(0, classes, (n,), generator=generator)
+
+
+def balance(model: nn.Module, images: Tensor) -> Tensor:
+    """Let an untrained model tell `images` apart; return its predictions, to serve as labels.
+
+    It would put all of them into one class with nearly the same margin, so that an attack breaks
+    all or none. Its last layer is shifted: each class is then as likely as any other.
+    """
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    with torch.no_grad():
+        last.bias -= model(images).mean(0)
+        return model(images).argmax(1)
+
+
+def make_measurement(*seconds: float) -> Measurement:
+    """Return what a timer would, had it measured `seconds`."""
+    return Measurement(1, list(seconds), TaskSpec("way()", "pass"))
+
+
+def write_lesson(home: Path, name: str, *code: str) -> None:
+    """Write a notebook with a parameters cell and one for each of `code`."""
+    parameters = "profile = 'auto'\nseed = 0\nword = 'quiet'"
+    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(one) for one in code]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    (home / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(notebook, home / "notebooks" / f"{name}.ipynb")
 
 
 def write_fake_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> Path:

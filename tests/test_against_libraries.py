@@ -1,62 +1,61 @@
-"""FGSM of other libraries agrees with ours on the same model and images."""
+"""FGSM and PGD of other libraries agree with ours on the same model and images."""
 
 import pytest
 import torch
-from conftest import make_batch, make_small_cnn, randomise_batch_norm
+from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
 from advlab import models
-from advlab.attacks import fgsm
+from advlab.attacks import fgsm, pgd
+from advlab.tools import rivals
 
-REASON = "not installed; it is in the extra [bench]"
-EPS = 8 / 255
+MODULES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art"}
+STEPS = 10
+PGD_EPS = 0.002  # breaks about half of the images
 
 
 @pytest.fixture(params=["small", "cnn", "cnn-lstm"])
 def case(request):
-    """A model with images, labels and our attack on them."""
+    """A model with images that it gets right, and their labels."""
     if request.param == "small":
         model = make_small_cnn()
     else:
         torch.manual_seed(0)
         model = randomise_batch_norm(models.build(request.param)).eval()
-    images, labels = make_batch(16)
-    return model, images, labels, fgsm(model, images, labels, EPS)
+    images, _ = make_batch(16)
+    return model, images, balance(model, images)
 
 
-def assert_agrees(theirs, ours):
-    """Assert agreement to 1e-6, but for signs of gradients that rounding cannot tell from 0."""
+@pytest.fixture(params=MODULES)
+def set_up(request):
+    """Sets up a library for a model and a size of step, as the benchmark does."""
+    reason = f"{request.param} is not installed; it is in the extra [bench]"
+    pytest.importorskip(MODULES[request.param], reason=reason)
+
+    def make(model, alpha):
+        found = {library.name: library for library in rivals.libraries(model, alpha, STEPS)}
+        return found[request.param]
+
+    return make
+
+
+def test_fgsm_agrees(case, set_up):
+    model, images, labels = case
+    theirs = set_up(model, rivals.EPS / 4).fgsm(images, labels)
+    ours = fgsm(model, images, labels, rivals.EPS)
     assert theirs.shape == ours.shape
-    different = ((theirs - ours).abs() > 1e-6).float().mean()
-    assert float(different) <= 1e-4
+    # To 1e-6, but for signs of gradients that rounding cannot tell from 0.
+    assert float(((theirs - ours).abs() > 1e-6).float().mean()) <= 1e-4
 
 
-def test_torchattacks_agrees(case):
-    torchattacks = pytest.importorskip("torchattacks", reason=f"torchattacks {REASON}")
-    model, images, labels, ours = case
-    assert_agrees(torchattacks.FGSM(model, eps=EPS)(images, labels), ours)
-
-
-def test_foolbox_agrees(case):
-    foolbox = pytest.importorskip("foolbox", reason=f"foolbox {REASON}")
-    model, images, labels, ours = case
-    attack = foolbox.attacks.LinfFastGradientAttack(random_start=False)
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    assert_agrees(attack.run(wrapped, images, labels, epsilon=EPS), ours)
-
-
-def test_art_agrees(case):
-    evasion = pytest.importorskip("art.attacks.evasion", reason=f"ART {REASON}")
-    from art.estimators.classification import PyTorchClassifier
-
-    model, images, labels, ours = case
-    classifier = PyTorchClassifier(
-        model,
-        loss=torch.nn.CrossEntropyLoss(),
-        input_shape=(3, 32, 32),
-        nb_classes=64 if isinstance(model, models.CNN) else 10,
-        clip_values=(0, 1),
-        device_type="cpu",
-    )
-    attack = evasion.FastGradientMethod(classifier, norm="inf", eps=EPS, batch_size=len(images))
-    theirs = torch.from_numpy(attack.generate(images.numpy(), labels.numpy()))
-    assert_agrees(theirs, ours)
+def test_pgd_breaks_every_image_that_a_library_breaks(case, set_up, monkeypatch):
+    model, images, labels = case
+    monkeypatch.setattr(rivals, "EPS", PGD_EPS)
+    alpha = PGD_EPS / 4
+    theirs = set_up(model, alpha).pgd(images, labels)
+    ours = pgd(model, images, labels, PGD_EPS, alpha=alpha, steps=STEPS, random_start=False)
+    with torch.no_grad():
+        broken_by_them = model(theirs).argmax(1) != labels
+        broken_by_us = model(ours).argmax(1) != labels
+    assert float((theirs - images).abs().max()) <= PGD_EPS + 1e-6
+    assert 2 < int(broken_by_them.sum()) < 14
+    assert bool(broken_by_us[broken_by_them].all())

@@ -1,22 +1,48 @@
-"""FGSM: a linear model as oracle, bounds, invariances, nothing left behind, the transform."""
+"""FGSM and PGD: oracles, bounds, invariances, nothing left behind, the transform."""
 
 import copy
 import math
+from functools import partial
+from itertools import pairwise
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_state, make_batch, make_small_cnn, randomise_batch_norm
+from conftest import assert_same_state, balance, make_batch, make_small_cnn, randomise_batch_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from advlab import models
+from advlab import attacks, models
 from advlab._torchvision import datasets, tv_tensors, v2
-from advlab.attacks import FGSMTransform, fgsm, fgsm_direction, input_gradient, perturb
+from advlab.attacks import FGSMTransform, fgsm, fgsm_direction, input_gradient, perturb, pgd
 from advlab.evaluation import attack_direction, evaluate
 
 SIGN_SHARE = 1e-4  # of signs that rounding may turn where batches are cut differently
+# Where two points of a path have the same loss but for rounding, either may be kept.
+PATH_SHARE = 0.01
+UNDECIDED_EPS = 0.002  # breaks about half of the images of `undecided`
+
+
+def short_pgd(model, images, labels, eps):
+    """Three steps of PGD from a random start."""
+    return pgd(model, images, labels, eps, alpha=eps / 2, steps=3)
+
+
+either_attack = pytest.mark.parametrize("attack", [fgsm, short_pgd], ids=["fgsm", "pgd"])
+
+
+@pytest.fixture
+def undecided(small_cnn):
+    """A model with 60 images that it gets right, with small margins and large ones."""
+    images, _ = make_batch(60)
+    return small_cnn, images, balance(small_cnn, images)
+
+
+def share_of_moved_pixels(one, other):
+    """Return the share of pixels that differ by more than rounding."""
+    return float(((one - other).abs() > 1e-6).float().mean())
 
 
 def share_of_different_signs(one, other):
@@ -160,19 +186,46 @@ def test_direction_does_not_depend_on_eps_or_memory_format(small_cnn, batch):
     assert share_of_different_signs(direction, other) <= SIGN_SHARE
 
 
+@either_attack
+@pytest.mark.parametrize("arch", ["cnn", "cnn-lstm"])
+def test_layout_that_a_model_asks_for_changes_nothing(attack, arch):
+    torch.manual_seed(0)
+    model = randomise_batch_norm(models.build(arch)).eval()
+    images, _ = make_batch(10)
+    labels = balance(model, images)
+    attacked = attack(model, images, labels, UNDECIDED_EPS)
+    assert attacked.is_contiguous()
+    other = attack(lambda x: model(x.contiguous()), images, labels, UNDECIDED_EPS)
+    assert share_of_moved_pixels(attacked, other) <= PATH_SHARE
+
+
 # --- nothing is left behind
 
 
 class _FailingLayer(nn.Module):
+    """Passes its input on, and fails when it is called for the `at`-th time."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
     def forward(self, x):
-        raise RuntimeError("broken on purpose")
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("broken on purpose")
+        return x
 
 
-@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize(
+    ("attack", "last_call"),
+    [(fgsm, 1), (partial(fgsm, per_image_statistics=True), 1), (short_pgd, 3)],
+    ids=["fgsm", "per image", "pgd"],
+)
 @pytest.mark.parametrize("broken", [False, True])
-def test_model_is_left_as_it_was(small_cnn, batch, per_image, broken):
-    images, labels = batch
-    model = nn.Sequential(small_cnn, nn.Dropout(0.5), _FailingLayer() if broken else nn.Identity())
+def test_model_is_left_as_it_was(undecided, attack, last_call, broken):
+    small_cnn, images, labels = undecided
+    last = _FailingLayer(last_call) if broken else nn.Identity()
+    model = nn.Sequential(small_cnn, nn.Dropout(0.5), last)
     model.train()
     small_cnn[2].eval()  # a batch norm frozen by its owner
     small_cnn[0].weight.requires_grad_(False)
@@ -181,13 +234,15 @@ def test_model_is_left_as_it_was(small_cnn, batch, per_image, broken):
     modes = [module.training for module in model.modules()]
     needs = [parameter.requires_grad for parameter in model.parameters()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
+    random = torch.random.get_rng_state()
 
     if broken:
         with pytest.raises(RuntimeError, match="on purpose"):
-            fgsm(model, images, labels, 0.1, per_image_statistics=per_image)
+            attack(model, images, labels, UNDECIDED_EPS)
     else:
-        fgsm(model, images, labels, 0.1, per_image_statistics=per_image)
+        attack(model, images, labels, UNDECIDED_EPS)
 
+    assert torch.equal(torch.random.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     assert True in modes
     assert False in modes
@@ -199,37 +254,50 @@ def test_model_is_left_as_it_was(small_cnn, batch, per_image, broken):
     assert bool((grads["0.3.weight"] == 2).all())
 
 
-def test_attack_runs_in_eval_mode(batch):
-    model = make_small_cnn()
+@either_attack
+def test_attack_runs_in_eval_mode(attack, undecided):
+    model, images, labels = undecided
     model.add_module("dropout", nn.Dropout(0.9))
-    expected = fgsm(model.eval(), *batch, 0.1)
-    assert torch.equal(fgsm(model.train(), *batch, 0.1), expected)
+    expected = attack(model.eval(), images, labels, UNDECIDED_EPS)
+    assert torch.equal(attack(model.train(), images, labels, UNDECIDED_EPS), expected)
 
 
-def test_images_keep_their_own_gradient_flag(small_cnn, batch):
-    images, labels = batch
+@either_attack
+def test_images_keep_their_own_gradient_flag(attack, undecided):
+    model, images, labels = undecided
     images.requires_grad_()
-    attacked = fgsm(small_cnn, images, labels, 0.1)
+    attacked = attack(model, images, labels, UNDECIDED_EPS)
     assert images.requires_grad
     assert images.grad is None
     assert not attacked.requires_grad
 
 
-def test_works_inside_no_grad(small_cnn, batch):
-    expected = fgsm(small_cnn, *batch, 0.1)
+@either_attack
+def test_works_inside_no_grad(attack, undecided):
+    expected = attack(*undecided, UNDECIDED_EPS)
     with torch.no_grad():
-        assert torch.equal(fgsm(small_cnn, *batch, 0.1), expected)
+        assert torch.equal(attack(*undecided, UNDECIDED_EPS), expected)
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
 
 
-def test_works_inside_inference_mode(small_cnn, batch):
-    expected = fgsm(small_cnn, *batch, 0.1)
+@either_attack
+def test_works_inside_inference_mode(attack, undecided):
+    model, images, labels = undecided
+    expected = attack(model, images, labels, UNDECIDED_EPS)
     with torch.inference_mode():
-        assert torch.equal(fgsm(small_cnn, *batch, 0.1), expected)
+        made_inside = images.clone(), labels.clone()  # such tensors autograd refuses
+        assert torch.equal(attack(model, *made_inside, UNDECIDED_EPS), expected)
 
 
-def test_is_float32_inside_autocast(small_cnn, batch):
+@either_attack
+def test_attack_is_float32_inside_autocast(attack, undecided):
+    expected = attack(*undecided, UNDECIDED_EPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attack(*undecided, UNDECIDED_EPS), expected)
+
+
+def test_gradient_is_float32_inside_autocast(small_cnn, batch):
     expected = input_gradient(small_cnn, *batch)
     with torch.autocast("cpu", torch.bfloat16):
         found = input_gradient(small_cnn, *batch)
@@ -237,15 +305,31 @@ def test_is_float32_inside_autocast(small_cnn, batch):
     assert torch.equal(found, expected)
 
 
-def test_works_with_frozen_parameters(small_cnn, batch):
-    expected = fgsm(small_cnn, *batch, 0.1)
-    small_cnn.requires_grad_(False)
-    assert torch.equal(fgsm(small_cnn, *batch, 0.1), expected)
+@either_attack
+def test_works_with_frozen_parameters(attack, undecided):
+    expected = attack(*undecided, UNDECIDED_EPS)
+    undecided[0].requires_grad_(False)
+    assert torch.equal(attack(*undecided, UNDECIDED_EPS), expected)
 
 
-def test_any_callable_is_a_model(small_cnn, batch):
-    expected = fgsm(small_cnn, *batch, 0.1)
-    assert torch.equal(fgsm(lambda images: small_cnn(images), *batch, 0.1), expected)
+@either_attack
+def test_any_callable_is_a_model(attack, undecided):
+    model, images, labels = undecided
+    expected = attack(model, images, labels, UNDECIDED_EPS)
+    assert torch.equal(attack(lambda x: model(x), images, labels, UNDECIDED_EPS), expected)
+
+
+@either_attack
+def test_gradient_that_is_an_expanded_view_is_not_written_to(attack):
+    images = torch.full((4, 3, 32, 32), 0.5)
+    labels = torch.zeros(4, dtype=torch.int64)
+
+    def model(x):  # the gradient of a sum is one number, expanded
+        return torch.stack([0.001 * x.sum((1, 2, 3)), torch.zeros(len(x))], 1)
+
+    attacked = attack(model, images, labels, 0.1)
+    assert bool((attacked >= 0.4 - 1e-6).all())
+    assert bool((attacked <= 0.45 + 1e-6).all())  # three steps of half the way, from anywhere
 
 
 # --- per-image statistics
@@ -296,16 +380,18 @@ def test_eps_out_of_range_is_named(small_cnn, batch, eps):
         lambda: fgsm(small_cnn, *batch, eps),
         lambda: perturb(batch[0], torch.ones_like(batch[0], dtype=torch.int8), eps),
         lambda: FGSMTransform(small_cnn, eps),
+        lambda: pgd(small_cnn, *batch, eps, alpha=0.1, steps=1),
     ):
         with pytest.raises(ValueError, match=rf"eps is {eps}; it must be a number from 0 to 1"):
             attack()
 
 
-def test_bad_images_are_refused_before_the_model_sees_them(batch):
+@either_attack
+def test_bad_images_are_refused_before_the_model_sees_them(attack, batch):
     images, labels = batch
     calls = []
     with pytest.raises(ValueError, match=r"range from 0 to 255|range from .* to 2\d\d"):
-        fgsm(calls.append, images * 255, labels, 0.1)
+        attack(calls.append, images * 255, labels, 0.1)
     assert not calls
 
 
@@ -325,8 +411,220 @@ def test_direction_of_other_images_is_refused(batch):
     ids=["rank", "length", "type", "classes"],
 )
 def test_model_with_wrong_output_is_refused(model, message, batch):
-    with pytest.raises(ValueError, match=message):
-        fgsm(model, *batch, 0.1)
+    for attack in (fgsm, short_pgd):
+        with pytest.raises(ValueError, match=message):
+            attack(model, *batch, 0.1)
+
+
+@pytest.mark.parametrize("alpha", [-0.01, 1.01, math.nan])
+def test_alpha_out_of_range_is_named(small_cnn, batch, alpha):
+    with pytest.raises(ValueError, match=f"alpha is {alpha}; it must be a number from 0 to 1"):
+        pgd(small_cnn, *batch, 0.1, alpha=alpha, steps=1)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_pgd_without_steps_is_refused(small_cnn, batch, steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}; PGD needs at least 1"):
+        pgd(small_cnn, *batch, 0.1, alpha=0.1, steps=steps)
+
+
+# --- PGD
+
+
+def is_right(model, images, labels):
+    """Return for each image whether `model` gets it right."""
+    with torch.no_grad():
+        return model(images).argmax(1) == labels
+
+
+def plain_pgd(model, images, labels, eps, alpha, steps):
+    """Return each image's point of highest loss, and whether it was ever broken; none leaves."""
+    x, highest = images, torch.full((len(images),), -math.inf)
+    worst, broken = images.clone(), torch.zeros(len(images), dtype=torch.bool)
+    for _ in range(steps + 1):
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        broken |= logits.argmax(1) != labels
+        higher = losses.detach() > highest
+        worst[higher], highest[higher] = x.detach()[higher], losses.detach()[higher]
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+        x = images + (x.detach() + alpha * gradient.sign() - images).clamp(-eps, eps)
+        x = x.clamp(0, 1)
+    return worst, broken
+
+
+@settings(max_examples=40)
+@given(
+    eps=st.floats(0, 1),
+    alpha=st.floats(0, 1),
+    steps=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+    random_start=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_pgd_keeps_norm_range_shape_and_dtype(eps, alpha, steps, seed, random_start, dtype):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    images, labels = make_batch(4, seed=seed)
+    images = images.to(dtype)
+    before = images.clone()
+    options = {"alpha": alpha, "steps": steps, "random_start": random_start, "seed": seed}
+    attacked = pgd(model, images, labels, eps, **options)
+    assert attacked.shape == images.shape
+    assert attacked.dtype == dtype
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # it works in float32
+    assert float((attacked.double() - images.double()).abs().max()) <= eps + rounding
+    assert torch.equal(images, before)
+
+
+@settings(max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@given(
+    eps=st.floats(1e-3, 0.03),
+    parts=st.integers(1, 6),
+    random_start=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_pgd_with_enough_steps_is_fgsm_on_a_linear_model(
+    linear_model, eps, parts, random_start, seed
+):
+    # There FGSM is the strongest attack, and every path of small steps ends in the same corner.
+    images, _ = make_batch(20, seed=seed)
+    labels = linear_model(images).argmax(1)
+    best = fgsm(linear_model, images, labels, eps)
+    steps = (2 if random_start else 1) * parts + 1  # from the other side of the ball, if need be
+    attacked = pgd(
+        linear_model,
+        images,
+        labels,
+        eps,
+        alpha=eps / parts,
+        steps=steps,
+        random_start=random_start,
+        seed=seed,
+    )
+    standing = is_right(linear_model, attacked, labels)
+    assert torch.equal(standing, is_right(linear_model, best, labels))
+    torch.testing.assert_close(attacked[standing], best[standing], rtol=0, atol=1e-6)
+
+
+def test_linear_model_is_broken_in_part(linear_model):
+    # So that the test above compares images that stand as well as images that fall.
+    images, _ = make_batch(20)
+    labels = linear_model(images).argmax(1)
+    attacked = fgsm(linear_model, images, labels, 0.01)
+    assert 3 < int(is_right(linear_model, attacked, labels).sum()) < 17
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_pgd_of_eps_zero_returns_the_images(undecided, random_start):
+    options = {"alpha": 0.1, "steps": 3, "random_start": random_start}
+    assert torch.equal(pgd(*undecided, 0, **options), undecided[1])
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_leaving_early_changes_nothing_for_the_others(undecided, steps):
+    model, images, labels = undecided
+    alpha = UNDECIDED_EPS / 4
+    expected, broken = plain_pgd(model, images, labels, UNDECIDED_EPS, alpha, steps)
+    attacked = pgd(
+        model, images, labels, UNDECIDED_EPS, alpha=alpha, steps=steps, random_start=False
+    )
+    assert 5 < int(broken.sum()) < 55
+    assert torch.equal(is_right(model, attacked, labels), ~broken)
+    assert share_of_moved_pixels(attacked[~broken], expected[~broken]) <= PATH_SHARE
+
+
+@pytest.mark.parametrize(("alpha", "steps", "best"), [(0.1, 1, 0.5), (0.04, 2, 0.54)])
+def test_image_that_stands_keeps_its_point_of_highest_loss(alpha, steps, best):
+    images, labels = torch.full((2, 3, 32, 32), 0.5), torch.zeros(2, dtype=torch.int64)
+
+    def model(x):  # its loss is highest at 0.53, which the steps jump over
+        return torch.stack([5 + 100 * (x.mean((1, 2, 3)) - 0.53) ** 2, torch.zeros(len(x))], 1)
+
+    attacked = pgd(model, images, labels, 0.2, alpha=alpha, steps=steps, random_start=False)
+    assert torch.allclose(attacked, torch.full_like(images, best), rtol=0, atol=1e-6)
+
+
+def test_broken_image_leaves_at_its_first_wrong_point(undecided):
+    model, images, labels = undecided
+    options = {"alpha": UNDECIDED_EPS / 4, "random_start": False}
+    paths = [
+        pgd(model, images, labels, UNDECIDED_EPS, steps=steps, **options) for steps in range(1, 9)
+    ]
+    fell = 0
+    for before, after in pairwise(paths):
+        standing = is_right(model, before, labels)
+        assert torch.equal(after[~standing], before[~standing])
+        fell += int((standing & ~is_right(model, after, labels)).sum())
+    assert fell > 5  # later than in the first step
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_image_that_is_wrong_from_the_start_comes_back_as_its_start(small_cnn, random_start):
+    images, _ = make_batch(30)
+    labels = small_cnn(images).argmin(1)  # wrong anywhere near
+    seen = []
+
+    def model(x):
+        seen.append(len(x))
+        return small_cnn(x)
+
+    starts = [
+        pgd(model, images, labels, 0.01, alpha=0.01, steps=steps, random_start=random_start)
+        for steps in (1, 7)
+    ]
+    assert torch.equal(*starts)
+    assert torch.equal(starts[0], images) is not random_start
+    assert sum(seen) == 2 * 30  # each image was looked at once a call
+
+
+def test_pgd_does_not_depend_on_order(undecided):
+    model, images, labels = undecided
+    options = {"alpha": UNDECIDED_EPS / 4, "steps": 6, "random_start": False}
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    shuffled = torch.empty_like(images)
+    shuffled[order] = pgd(model, images[order], labels[order], UNDECIDED_EPS, **options)
+    expected = pgd(model, images, labels, UNDECIDED_EPS, **options)
+    assert share_of_moved_pixels(shuffled, expected) <= PATH_SHARE
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_pgd_does_not_depend_on_how_it_is_cut(undecided, monkeypatch, random_start):
+    options = {"alpha": UNDECIDED_EPS / 4, "steps": 6, "random_start": random_start}
+    expected = pgd(*undecided, UNDECIDED_EPS, **options)
+    monkeypatch.setattr(attacks, "CHUNK", 7)
+    cut = pgd(*undecided, UNDECIDED_EPS, **options)
+    assert share_of_moved_pixels(cut, expected) <= PATH_SHARE
+
+
+def test_seed_decides_the_random_start(undecided):
+    model, images, labels = undecided
+    options = {"alpha": 0.01, "steps": 2}
+    first, again, other = (
+        pgd(model, images, labels, 0.05, seed=seed, **options) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert share_of_different_signs(first, other) > 0.5
+    plain = [
+        pgd(model, images, labels, 0.05, seed=seed, random_start=False, **options)
+        for seed in (3, 4)
+    ]
+    assert torch.equal(*plain)
+
+
+def test_random_start_fills_the_ball():
+    images = torch.full((20, 3, 32, 32), 0.5)
+    labels = torch.zeros(20, dtype=torch.int64)
+
+    def model(x):  # wrong everywhere, so that the start comes back
+        return torch.stack([-x.mean((1, 2, 3)), torch.zeros(len(x))], 1)
+
+    moved = (pgd(model, images, labels, 0.2, alpha=0.1, steps=3) - 0.5) / 0.2
+    assert float(moved.mean()) == pytest.approx(0, abs=0.02)
+    assert float(moved.std()) == pytest.approx(1 / math.sqrt(3), abs=0.02)  # of a uniform one
+    assert float(moved.abs().max()) == pytest.approx(1, abs=0.01)
 
 
 # --- on a model that has learned something
@@ -342,6 +640,17 @@ def test_fgsm_is_worse_than_noise_is_worse_than_clean(learned):
         under_noise = evaluate(model, perturb(images, noise, eps), labels)[0]
         attacked = evaluate(model, perturb(images, direction, eps), labels)[0]
         assert attacked < under_noise <= clean + 6  # 2 % of 300: noise may help a few
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_pgd_is_no_weaker_than_fgsm(learned, random_start):
+    model, test = learned
+    images, labels = test.first(100).batch(slice(None))
+    clean = evaluate(model, images, labels)[0]
+    options = {"alpha": 0.005, "steps": 10, "random_start": random_start}
+    iterated = evaluate(model, pgd(model, images, labels, 0.02, **options), labels)[0]
+    single = evaluate(model, fgsm(model, images, labels, 0.02), labels)[0]
+    assert iterated < single < clean
 
 
 def test_masked_gradients_look_like_robustness(learned):
@@ -424,7 +733,7 @@ def test_transform_works_in_compose_and_in_a_data_loader(small_cnn, shapes):
     images, expected_labels = shapes.train.batch(slice(0, 8))
     assert torch.equal(labels, expected_labels)
     expected = fgsm(small_cnn, images, labels, 0.05)
-    assert float(((attacked - expected).abs() > 1e-6).float().mean()) <= SIGN_SHARE
+    assert share_of_moved_pixels(attacked, expected) <= SIGN_SHARE
 
 
 def test_transform_works_in_a_torchvision_data_set(small_cnn, fake_cifar10):

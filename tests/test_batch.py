@@ -1,5 +1,6 @@
 """The batch runner, on lessons of two cells."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,24 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+from conftest import write_lesson
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from advlab import checkpoints, data, paper
 from advlab.tools import batch, train
 from advlab.training import Recipe
-
-PARAMETERS = "profile = 'auto'\nseed = 0\nword = 'quiet'"
-
-
-def write_lesson(home: Path, name: str, code: str) -> None:
-    """Write a notebook with a parameters cell and one more."""
-    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(code)]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    (home / "notebooks").mkdir(exist_ok=True)
-    nbformat.write(notebook, home / "notebooks" / f"{name}.ipynb")
 
 
 @pytest.fixture
@@ -67,8 +59,8 @@ def test_unknown_parameter_is_refused_by_name(lessons):
 
 
 def test_unknown_profile_is_refused_by_name(lessons):
-    with pytest.raises(ValueError, match="'fast'"):
-        batch.run(profile="fast", dataset="shapes10")
+    with pytest.raises(ValueError, match="'slow'"):
+        batch.run(profile="slow", dataset="shapes10")
 
 
 def test_failing_lesson_stops_the_run_and_resume_goes_on(lessons):
@@ -103,6 +95,18 @@ def test_resume_with_other_settings_is_refused(lessons):
     run_quick(lessons, seed=1)
     with pytest.raises(batch.BatchError, match=r"settings.*'seed': 1"):
         run_quick(lessons, seed=2, resume=True)
+
+
+def read_record(output: Path) -> dict:
+    return json.loads((output / "run.json").read_text())
+
+
+def test_record_holds_the_most_memory_of_all_parts(lessons):
+    record = read_record(run_quick(lessons))
+    assert record["peak_mb"] > 50  # one interpreter with torch is more
+    assert list(record["seconds"]) == ["01_first", "02_second"]
+    (lessons / "out" / "run.json").write_text(json.dumps(record | {"peak_mb": 1_000_000}))
+    assert read_record(run_quick(lessons, resume=True))["peak_mb"] == 1_000_000
 
 
 def test_two_runs_in_one_folder_are_refused(lessons):
@@ -170,7 +174,8 @@ def test_train_models_trains_what_is_missing_in_processes(tmp_path, capfd):
     make_zoo = partial(open_tiny_zoo, str(tmp_path))
     open_tiny_zoo(str(tmp_path)).get("cnn-lstm")
     before = (tmp_path / "cnn-lstm-baseline-seed0.safetensors").stat().st_mtime_ns
-    train.train_models(make_zoo, [("cnn-lstm", 0.0), ("cnn", 0.0), ("cnn", 0.2)], jobs=2)
+    wanted = [("cnn-lstm", 0.0), ("cnn", 0.0), ("cnn", 0.2)]
+    assert train.train_models(make_zoo, wanted, jobs=2) == 2
     assert make_zoo().find("cnn", 0.2)
     assert (tmp_path / "cnn-lstm-baseline-seed0.safetensors").stat().st_mtime_ns == before
     assert "2/2 models" in capfd.readouterr().out
@@ -190,10 +195,142 @@ def test_summary_compares_only_what_is_fair(tmp_path, capsys):
     assert "Shapes-10" in shown
     assert "paper's in brackets" not in shown
     assert "mean absolute difference" not in shown
-    for name in batch.readme.TABLES.values():
-        text = (figures / name).read_text().replace("Shapes-10", "CIFAR-10")
-        (figures / name).write_text(text.replace("quick", "paper"))
-    batch.print_summary(tmp_path, console)
-    shown = capsys.readouterr().out
-    assert "80.4 (80.4)" in shown
-    assert "mean absolute difference 0.00" in shown
+    recipe = "quick"
+    for fair in ("paper", "fast"):
+        for name in batch.readme.TABLES.values():
+            text = (figures / name).read_text().replace("Shapes-10", "CIFAR-10")
+            (figures / name).write_text(text.replace(recipe, fair))
+        recipe = fair
+        batch.print_summary(tmp_path, console)
+        shown = capsys.readouterr().out
+        assert "80.4 (80.4)" in shown
+        assert "mean absolute difference 0.00" in shown
+
+
+# --- the whole paper from nothing
+
+
+@pytest.fixture
+def whole_run(empty_home, monkeypatch):
+    """A home in which a run leaves its record and a figure; returns what each run was asked for."""
+    asked = []
+
+    def run(*, output_dir, console=None, **settings):
+        output = Path(output_dir)
+        kept = sorted(path.name for path in output.iterdir()) if output.exists() else []
+        cache = os.environ["ADVLAB_CACHE"]
+        asked.append({**settings, "output_dir": output, "kept": kept, "cache": cache})
+        (output / "figures").mkdir(parents=True, exist_ok=True)
+        (output / "run.json").write_text('{"seconds": {}, "peak_mb": 1}')
+        return output
+
+    monkeypatch.setattr(batch, "run", run)
+    monkeypatch.setattr(
+        batch,
+        "_tables_of_seed",
+        lambda seed, place: pd.DataFrame({"seed": [seed] * 2, "accuracy": [0.5, seed / 3]}),
+    )
+    return asked
+
+
+def test_reproduce_runs_the_fast_profile_with_a_cache_of_its_own(whole_run, empty_home):
+    before = os.environ["ADVLAB_CACHE"]
+    output = batch.reproduce(dataset="shapes10")
+    assert output == empty_home / "outputs" / "fast-shapes10"
+    assert whole_run == [
+        {
+            "profile": "fast",
+            "dataset": "shapes10",
+            "data_dir": "auto",
+            "output_dir": output,
+            "resume": False,
+            "kept": [],
+            "cache": str(output / "cache"),
+        }
+    ]
+    assert os.environ["ADVLAB_CACHE"] == before
+    assert not (output / "figures" / "l04_seeds.csv").exists()  # one seed has its tables anyway
+    assert not (empty_home / "figures").exists()
+
+
+@pytest.mark.parametrize(("resume", "kept"), [(False, []), (True, ["figures", "old", "run.json"])])
+def test_reproduce_starts_from_nothing_unless_it_resumes(whole_run, resume, kept):
+    output = batch.reproduce(dataset="shapes10")
+    (output / "old").touch()
+    batch.reproduce(dataset="shapes10", resume=resume)
+    assert (whole_run[1]["resume"], whole_run[1]["kept"]) == (resume, kept)
+
+
+def test_reproduce_writes_the_tables_of_all_seeds(whole_run):
+    output = batch.reproduce(2, dataset="shapes10")
+    table = pd.read_csv(output / "figures" / "l04_seeds.csv")
+    assert table["seed"].tolist() == [0, 0, 1, 1]
+    assert table["accuracy"].tolist() == [0.5, 0, 0.5, 0.333333]
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_reproduce_refuses_no_seeds(whole_run, seeds):
+    with pytest.raises(ValueError, match=f"seeds is {seeds}; train with one seed at least"):
+        batch.reproduce(seeds, dataset="shapes10")
+    assert whole_run == []
+
+
+@pytest.mark.parametrize("dataset", ["shapes10", "auto"])
+def test_other_data_than_cifar10_are_not_published(whole_run, no_network, dataset):
+    output = batch.reproduce(dataset="shapes10")
+    with pytest.raises(batch.BatchError, match=r"--publish: there is no CIFAR-10"):
+        batch.reproduce(dataset=dataset, publish=True)
+    assert (output / "run.json").exists()  # refused before anything is removed
+    assert len(whole_run) == 1
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_publish_copies_the_record_and_the_table_of_seeds(
+    whole_run, empty_home, fake_cifar10, seeds
+):
+    output = batch.reproduce(seeds, data_dir=str(fake_cifar10), publish=True)
+    assert output.name == "fast-cifar10"
+    assert whole_run[0]["data_dir"] == str(fake_cifar10)
+    sources = {"reproduce.json": output / "run.json"}
+    if seeds > 1:
+        sources["l04_seeds.csv"] = output / "figures" / "l04_seeds.csv"
+    published = {path.name: path.read_bytes() for path in (empty_home / "figures").iterdir()}
+    assert published == {name: path.read_bytes() for name, path in sources.items()}
+
+
+def test_reproduce_runs_every_lesson(lessons):
+    output = batch.reproduce(dataset="shapes10")
+    record = read_record(output)
+    assert record["settings"] == {"profile": "fast", "dataset": "shapes10", "seed": 0}
+    assert list(record["seconds"]) == ["01_first", "02_second"]
+    assert (output / "notebooks" / "02_second.ipynb").is_file()
+
+
+def test_tables_of_a_seed_are_the_papers_two(tiny_shapes, tmp_path, monkeypatch):
+    asked, opened = [], []
+
+    def make_zoo(*arguments):
+        opened.append(arguments)
+        recipe = Recipe("tiny", epochs=1, batch_size=32)
+        return checkpoints.Zoo(tiny_shapes, recipe, arguments[2], tmp_path, progress=False)
+
+    def train_models(make_zoo, wanted):
+        asked.extend(wanted)
+        return 0
+
+    monkeypatch.setattr(batch, "_zoo", make_zoo)
+    monkeypatch.setattr(batch, "train_models", train_models)
+    place = {"dataset": "shapes10", "data_dir": "auto", "output_dir": "out"}
+    table = batch._tables_of_seed(7, place)
+    assert set(opened) == {("fast", "shapes10", 7, "auto", "out")}
+    assert asked[:2] == [("cnn-lstm", 0.0), ("cnn", 0.0)]  # baselines first
+    assert set(asked) == {(arch, eps) for arch in paper.TABLES for eps in paper.TABLE_TRAIN_EPS}
+    assert len(asked) == 10
+    cells = paper.published()[["architecture", "train_eps", "test_eps"]]
+    assert table[["architecture", "train_eps", "test_eps"]].to_numpy().tolist() == (
+        cells.to_numpy().tolist()
+    )
+    assert set(table["seed"]) == {7}
+    assert set(table["attack"]) == {"fgsm-per-image"}
+    for arch, rows in table.groupby("architecture"):
+        assert set(rows["source"]) == {f"{arch} baseline"}

@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from advlab import checkpoints, models
 from advlab.checkpoints import CheckpointError, Zoo, load, load_weights, save, weights_hash
 from advlab.data import ImageData, Split
 from advlab.evaluation import evaluate
+from advlab.training import FAST, PAPER, Recipe
 
 
 def metadata_of(model, **more):
@@ -233,18 +236,62 @@ def replace_train(data, train):
     return ImageData(data.name, data.classes, train, data.test)
 
 
+FIELDS_OF_OLD = ("name", "epochs", "batch_size", "lr", "flip")
+
+
+def write_untrained(zoo, train_eps=0.0, fields=None):
+    """Write a file that says it is what `zoo` wants, with a recipe of some fields alone."""
+    model, metadata = models.build("cnn"), zoo.identity("cnn", train_eps)
+    if fields:
+        metadata["recipe"] = {name: metadata["recipe"][name] for name in fields}
+    path = zoo.folder / zoo.file_name("cnn", train_eps)
+    save(model, metadata | {"weights_hash": weights_hash(model), "history": []}, path)
+    return path
+
+
+@pytest.mark.parametrize("train_eps", [0.0, 0.2])
+def test_file_from_before_the_new_fields_is_found(tiny_shapes, tmp_path, train_eps):
+    zoo = tiny_zoo(tiny_shapes, tmp_path, recipe=PAPER)
+    path = write_untrained(zoo, train_eps, FIELDS_OF_OLD)
+    assert zoo.find("cnn", train_eps) == path
+    for change in ({"one_cycle": True}, {"epochs": 3}, {"lr": 1.0}):
+        other = tiny_zoo(tiny_shapes, tmp_path, recipe=replace(PAPER, **change))
+        assert other.find("cnn", train_eps) is None, change
+
+
+def test_old_file_that_lacks_more_than_the_new_fields_is_not_found(tiny_shapes, tmp_path):
+    zoo = tiny_zoo(tiny_shapes, tmp_path, recipe=PAPER)
+    write_untrained(zoo, fields=("batch_size", "lr", "flip"))
+    assert zoo.find("cnn") is None
+
+
+@pytest.mark.parametrize("train_eps", [0.0, 0.2])
+def test_recipes_do_not_take_each_others_files(tiny_shapes, tmp_path, train_eps):
+    for made, asked in ((PAPER, FAST), (FAST, PAPER)):
+        written = write_untrained(tiny_zoo(tiny_shapes, tmp_path, recipe=made), train_eps)
+        assert tiny_zoo(tiny_shapes, tmp_path, recipe=made).find("cnn", train_eps) == written
+        assert tiny_zoo(tiny_shapes, tmp_path, recipe=asked).find("cnn", train_eps) is None
+
+
+def test_robust_model_has_the_epochs_of_augmented_sets(tiny_shapes, tmp_path):
+    recipe = Recipe("r", epochs=1, batch_size=32, augmented_epochs=2)
+    robust = tiny_zoo(tiny_shapes, tmp_path, recipe=recipe).get("cnn", 0.2)
+    assert [row["epoch"] for row in robust.history] == [1, 2]
+    assert robust.metadata["recipe"] == asdict(recipe.for_augmented_set())
+    assert len(tiny_zoo(tiny_shapes, tmp_path, recipe=recipe).get("cnn").history) == 1
+    # That many epochs are that recipe's own: the same file, whichever way it is asked for.
+    same = replace(recipe, epochs=2, augmented_epochs=None)
+    assert tiny_zoo(tiny_shapes, tmp_path, recipe=same).find("cnn", 0.2) == robust.path
+    other = replace(recipe, augmented_epochs=3)
+    assert tiny_zoo(tiny_shapes, tmp_path, recipe=other).find("cnn", 0.2) is None
+
+
 def test_metadata_say_what_the_model_is(trained, zoo, shapes):
     baseline, robust = (checkpoint.metadata for checkpoint in trained)
     assert baseline["arch"] == "cnn"
     assert (baseline["train_eps"], robust["train_eps"]) == (0.0, 0.1)
-    assert baseline["recipe"] == {
-        "name": "tiny",
-        "epochs": 2,
-        "batch_size": 32,
-        "lr": 2e-3,
-        "flip": True,
-    }
-    assert robust["recipe"]["flip"] is False
+    assert baseline["recipe"] == asdict(TINY)
+    assert robust["recipe"] == asdict(TINY.for_augmented_set())
     assert (baseline["data"], baseline["data_md5"]) == ("Shapes-10", shapes.md5)
     assert (baseline["n"], baseline["train_n"], baseline["seed"]) == (130, 160, 0)
     assert len(baseline["history"]) == 2
@@ -381,15 +428,29 @@ def test_train_models_trains_what_is_missing(tmp_path, tiny_shapes, capfd):
     from advlab.tools.train import train_models
 
     make_zoo = functools.partial(tiny_zoo, tiny_shapes, tmp_path)
-    train_models(make_zoo, [("cnn", 0.0), ("cnn", 0.1)], jobs=1)
+    assert train_models(make_zoo, [("cnn", 0.0), ("cnn", 0.1)], jobs=1) == 2
     printed = capfd.readouterr().out
     assert "2/2 models" in printed
-    assert "cnn eps=0.1" in printed
+    assert re.search(r"cnn-baseline-seed0 +accuracy 0\.\d{4}, [\d,]+ images/s", printed)
+    assert "cnn-eps0.1-seed0 " in printed
     zoo = make_zoo()
     assert zoo.find("cnn") is not None
     assert zoo.find("cnn", 0.1) is not None
-    train_models(make_zoo, [("cnn", 0.0)], jobs=1)
+    assert train_models(make_zoo, [("cnn", 0.0)], jobs=1) == 0
     assert capfd.readouterr().out == ""
+
+
+def test_train_models_takes_a_robust_model_without_its_baseline(tmp_path, tiny_shapes, monkeypatch):
+    from advlab.tools import train
+
+    def threads(jobs, context, start, setup):  # in place of processes, which take seconds to start
+        return ThreadPoolExecutor(jobs, initializer=start, initargs=setup)
+
+    monkeypatch.setattr(train, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(train, "cores", lambda: 1)
+    make_zoo = functools.partial(tiny_zoo, tiny_shapes, tmp_path)
+    assert train.train_models(make_zoo, [("cnn", 0.1)]) == 1
+    assert make_zoo().find("cnn", 0.1) is not None
 
 
 # --- faults while writing

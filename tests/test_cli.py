@@ -1,5 +1,6 @@
 """The command `advlab`, called as a user calls it."""
 
+import inspect
 import json
 
 import pytest
@@ -97,6 +98,56 @@ def test_retrain_without_cifar10_says_why(monkeypatch, empty_home, no_network):
     assert result.exit_code == 1
     assert "CIFAR-10 is not here" in " ".join(result.output.split())
     assert not (empty_home / "figures").exists()
+
+
+def test_reproduce_passes_its_options_on(monkeypatch):
+    from advlab.tools import batch
+
+    asked = []
+    monkeypatch.setattr(batch, "reproduce", lambda seeds, **more: asked.append((seeds, more)))
+    assert runner.invoke(cli.app, ["reproduce"]).exit_code == 0
+    command = ["reproduce", "--seeds", "3", "--dataset", "shapes10", "--data-dir", "here"]
+    assert runner.invoke(cli.app, [*command, "--resume", "--publish"]).exit_code == 0
+    plain = {"dataset": "auto", "data_dir": "auto", "resume": False, "publish": False}
+    given = {"dataset": "shapes10", "data_dir": "here", "resume": True, "publish": True}
+    assert asked == [(1, plain | {"console": cli.console}), (3, given | {"console": cli.console})]
+
+
+def test_bench_passes_its_options_on(monkeypatch):
+    from advlab.tools import bench
+
+    asked = []
+    signature = inspect.signature(bench.run)
+
+    def run(*arguments, **more):
+        asked.append(signature.bind(*arguments, **more).arguments)
+
+    monkeypatch.setattr(bench, "run", run)
+    assert runner.invoke(cli.app, ["bench"]).exit_code == 0
+    command = ["bench", "--dataset", "shapes10", "--data-dir", "here", "--output-dir", "there"]
+    assert runner.invoke(cli.app, [*command, "--rounds", "2"]).exit_code == 0
+    plain = {"dataset": "auto", "data_dir": "auto", "output_dir": "auto", "rounds": 5}
+    given = {"dataset": "shapes10", "data_dir": "here", "output_dir": "there", "rounds": 2}
+    for found, expected in zip(asked, (plain, given), strict=True):
+        assert expected.items() <= found.items()
+        assert found["console"] is cli.console
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["reproduce", "--seeds", "0"], "Invalid value for '--seeds'"),
+        (["reproduce", "--dataset", "shapes10", "--publish"], "--publish: there is no CIFAR-10"),
+        (["reproduce", "--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["bench", "--rounds", "0"], "Invalid value for '--rounds'"),
+        (["bench", "--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["bench", "--dataset", "shapes10", "--publish"], "--publish: there is no CIFAR-10"),
+    ],
+)
+def test_reproduce_and_bench_refuse_with_the_reason(empty_home, command, message):
+    result = runner.invoke(cli.app, command)
+    assert result.exit_code in (1, 2)
+    assert message in " ".join(result.output.split())
 
 
 def test_every_architecture_has_a_parameter_count():

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from advlab import paper, plots
 from advlab.evaluation import confusion, wilson
+from advlab.tools.measure import Row, to_table
 
 LIMIT = 150_000  # bytes
 
@@ -143,12 +144,26 @@ def test_difference_map(table, tmp_path):
         assert {text.get_text() for text in axis.texts} == {"+3.0"}
 
 
-def test_bars(tmp_path):
-    rows = pd.DataFrame({"arch": ["a", "b"] * 2, "kind": ["x", "x", "y", "y"], "v": [1, 2, 3, 44]})
-    figure = plots.bars(rows, x="arch", y="v", hue="kind", xlabel="model", ylabel="s", title="t")
+def test_ratios_draws_the_rows_with_a_target(tmp_path):
+    rows = [
+        Row("training", "cnn", "batch 64", 900, 800, 999, "images/s", "plain", 2.5, target=2.2),
+        Row("training", "cnn", "batch 256", 990, 890, 999, "images/s", "plain", 2.7),
+        Row("training", "cnn", "plain", 360, 350, 370, "images/s"),
+        Row("crafting", "cnn", "batched", 4_000, 3_900, 4_100, "images/s", "plain", 12, target=6),
+    ]
+    figure = plots.ratios(to_table(rows))
     assert_small(figure, tmp_path)
-    assert labels_of(figure) == [("model", "s")]
-    assert "44" in {text.get_text() for text in figure.axes[0].texts}
+    (axis,) = figure.axes
+    names = [text.get_text() for text in axis.get_yticklabels()]  # from the bottom up
+    assert names == [
+        "crafting: cnn\nbatched against plain",
+        "training: cnn\nbatch 64 against plain",
+    ]
+    assert [bar.get_width() for bar in axis.patches] == [12, 2.5]
+    assert axis.lines[0].get_xdata().tolist() == [6, 2.2]
+    assert [text.get_text().strip() for text in axis.texts] == ["12 x", "2.5 x"]
+    assert axis.get_xscale() == "log"
+    assert "times as fast" in axis.get_xlabel()
 
 
 def test_matrix(tmp_path):

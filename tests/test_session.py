@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from advlab import files, paper, plots, session
 from advlab.data import DataError
 from advlab.session import start
-from advlab.training import PAPER, QUICK
+from advlab.training import FAST, PAPER, QUICK
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_argument_beats_the_environment(empty_home, no_network, monkeypatch, tmp
 
 
 def test_wrong_environment_is_named(monkeypatch):
-    monkeypatch.setenv("ADVLAB_PROFILE", "fast")
-    with pytest.raises(ValueError, match="'fast'; choose one of quick, lesson, paper"):
+    monkeypatch.setenv("ADVLAB_PROFILE", "slow")
+    with pytest.raises(ValueError, match="'slow'; choose one of quick, lesson, fast, paper"):
         start(dataset="shapes10")
 
 
@@ -100,10 +100,27 @@ def test_lesson_on_shapes10_ships_nothing(empty_home, no_network):
     assert made.settings is session.SHAPES_LESSON
 
 
-def test_paper_profile_keeps_its_models_with_its_results(fake_cifar10, empty_home, tmp_path):
-    made = start("paper", "cifar10", data_dir=str(fake_cifar10))
+@pytest.mark.parametrize(("profile", "recipe"), [("fast", FAST), ("paper", PAPER)])
+def test_whole_runs_keep_their_models_with_their_results(
+    fake_cifar10, empty_home, tmp_path, profile, recipe
+):
+    made = start(profile, "cifar10", data_dir=str(fake_cifar10))
     assert made.zoo.folder == tmp_path / "output" / "checkpoints"
     assert made.zoo.shipped is None
+    assert made.zoo.recipe == recipe
+    assert made.is_paper_scale
+    assert len(made.data.train) == 100
+
+
+def test_settings_of_a_profile_depend_on_the_data_for_lesson_alone():
+    assert session.settings_of("lesson", "shapes10") is session.SHAPES_LESSON
+    assert session.settings_of("lesson", "cifar10") is session.PROFILES["lesson"]
+    for name in ("quick", "fast", "paper"):
+        for dataset in ("shapes10", "cifar10"):
+            assert session.settings_of(name, dataset) is session.PROFILES[name]
+    kept = [name for name, profile in session.PROFILES.items() if profile.keep]
+    assert kept == ["fast", "paper"]
+    assert not session.SHAPES_LESSON.keep
 
 
 def test_default_output_folder(empty_home, no_network, monkeypatch):
@@ -128,19 +145,21 @@ def test_bad_seed_is_named(seed):
         start("quick", "shapes10", seed=seed)
 
 
-def test_models_are_those_of_the_lessons(quick):
-    wanted = quick.models()
+@pytest.mark.parametrize("profile", session.PROFILES)
+def test_models_are_those_of_the_lessons(profile):
+    settings = session.PROFILES[profile]
+    wanted = settings.models()
     assert len(wanted) == len(set(wanted))
     assert {("cnn-lstm-positions", 0.0), ("cnn-lstm-positions", 0.2)} <= set(wanted)
     for eps in paper.TABLE_TRAIN_EPS:
         assert {("cnn", eps), ("cnn-lstm", eps)} <= set(wanted)
-    assert {eps for arch, eps in wanted if arch == "cnn"} == set(quick.settings.sweep)
+    assert {eps for arch, eps in wanted if arch == "cnn"} == set(settings.sweep)
     for arch in ("cnn", "cnn-lstm", "cnn-lstm-positions"):  # a robust model needs its baseline
         assert min(wanted.index(m) for m in wanted if m[0] == arch) == wanted.index((arch, 0.0))
 
 
-def test_paper_profile_has_the_papers_sixteen_models(fake_cifar10, empty_home):
-    wanted = start("paper", "cifar10", data_dir=str(fake_cifar10)).models()
+def test_paper_profile_has_the_papers_sixteen_models():
+    wanted = session.PROFILES["paper"].models()
     assert len(wanted) == 16
     assert {eps for arch, eps in wanted if arch == "cnn"} == set(paper.SWEEP_TRAIN_EPS)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,11 +29,40 @@ def test_paper_recipe_is_the_papers():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epochs", 0), ("epochs", -1), ("batch_size", 0), ("lr", 0.0), ("lr", -1.0), ("lr", math.nan)],
+    [
+        ("epochs", 0),
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("augmented_epochs", 0),
+        ("augmented_epochs", -3),
+    ],
 )
 def test_recipe_refuses_what_is_not_positive(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}; it must be positive"):
         Recipe("bad", **{"epochs": 1, field: value})
+
+
+def test_fast_recipe_is_the_papers_annealed_in_under_half_of_the_images():
+    fast, papers = training.FAST, training.PAPER
+    assert (fast.name, fast.batch_size, fast.flip) == ("fast", papers.batch_size, papers.flip)
+    assert fast.one_cycle
+
+    def passes(recipe):  # of a baseline and four robust models, whose set is twice as large
+        return recipe.epochs + 4 * 2 * recipe.for_augmented_set().epochs
+
+    assert passes(papers) == 90
+    assert passes(fast) < 90 / 2
+
+
+def test_augmented_set_has_its_own_number_of_epochs_and_no_flip():
+    recipe = Recipe("r", 5, one_cycle=True, augmented_epochs=2)
+    own = recipe.for_augmented_set()
+    assert own == Recipe("r", 2, flip=False, one_cycle=True)
+    assert own.for_augmented_set() == own
+    assert training.PAPER.for_augmented_set() == replace(training.PAPER, flip=False)
 
 
 # --- AugmentedSet
@@ -130,8 +160,7 @@ def test_history_holds_the_figures_of_each_epoch(shapes):
     assert set(without_test[0]) == columns
 
 
-def test_training_figures_are_exact_means_over_images(tiny_shapes, monkeypatch):
-    monkeypatch.setattr(training, "has_fast_bf16", lambda device: False)
+def test_training_figures_are_exact_means_over_images(tiny_shapes):
     batches = []
 
     class Spy:
@@ -144,7 +173,7 @@ def test_training_figures_are_exact_means_over_images(tiny_shapes, monkeypatch):
 
     # A step so small that the weights stay: the loss of every batch can be computed afterwards.
     recipe = Recipe("still", epochs=1, batch_size=20, lr=1e-30, flip=False)
-    _, history = fitted(Spy(), recipe=recipe)
+    _, history = fitted(Spy(), recipe=recipe, precision="float32")
     model = make_small_cnn().train()
     with torch.no_grad():
         logits = torch.cat([model(images) for images, _ in batches])
@@ -180,6 +209,38 @@ def test_recipe_is_obeyed(tiny_shapes):
     assert not torch.equal(epochs[0], epochs[1])
 
 
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of each step that `fit` takes."""
+    seen = []
+
+    class Spy(torch.optim.Adam):
+        def step(self, *args, **options):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*args, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", Spy)
+    return seen
+
+
+def test_one_cycle_rises_to_lr_and_falls_back(tiny_shapes, rates):
+    recipe = Recipe("cycle", epochs=5, batch_size=16, lr=4e-3, one_cycle=True)
+    fitted(tiny_shapes.train, recipe=recipe)
+    assert len(rates) == 20
+    peak = rates.index(max(rates))
+    assert rates[peak] == pytest.approx(4e-3, rel=1e-3)
+    assert peak == 5  # 30 % of 20 steps end with the sixth
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    for rate in (rates[0], rates[-1]):
+        assert 0 < rate <= 4e-3 / 10 * (1 + 1e-6)
+
+
+def test_learning_rate_is_constant_without_one_cycle(tiny_shapes, rates):
+    fitted(tiny_shapes.train, recipe=Recipe("flat", epochs=4, batch_size=16, lr=4e-3))
+    assert rates == [4e-3] * 16
+
+
 def test_flip_changes_the_training(tiny_shapes):
     flipped, _ = fitted(tiny_shapes.train, recipe=Recipe("a", epochs=1, batch_size=32))
     plain, _ = fitted(tiny_shapes.train, recipe=Recipe("a", epochs=1, batch_size=32, flip=False))
@@ -209,8 +270,11 @@ class _Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-def test_resume_at_an_epoch_boundary_equals_uninterrupted(shapes, tmp_path):
-    whole, _ = fitted(shapes.train, recipe=FOUR, test=shapes.test)
+@pytest.mark.parametrize(
+    "recipe", [FOUR, replace(FOUR, one_cycle=True)], ids=["constant", "one cycle"]
+)
+def test_resume_at_an_epoch_boundary_equals_uninterrupted(shapes, tmp_path, recipe):
+    whole, _ = fitted(shapes.train, recipe=recipe, test=shapes.test)
     state = tmp_path / "training.state"
 
     def kill(row):
@@ -218,11 +282,11 @@ def test_resume_at_an_epoch_boundary_equals_uninterrupted(shapes, tmp_path):
             raise _Killed
 
     with pytest.raises(_Killed):
-        fitted(shapes.train, recipe=FOUR, state_path=state, on_epoch=kill)
+        fitted(shapes.train, recipe=recipe, state_path=state, on_epoch=kill)
     assert state.exists()
     rows = []
     resumed, history = fitted(
-        shapes.train, recipe=FOUR, test=shapes.test, state_path=state, on_epoch=rows.append
+        shapes.train, recipe=recipe, test=shapes.test, state_path=state, on_epoch=rows.append
     )
     # The third epoch was not saved when the kill came, so it is trained again.
     assert [row["epoch"] for row in rows] == [3, 4]
@@ -379,14 +443,27 @@ def test_full_disk_while_saving_the_state_leaves_nothing(tiny_shapes, tmp_path, 
 # --- bfloat16 is for training alone
 
 
-def test_weights_stay_float32(shapes, monkeypatch):
-    monkeypatch.setattr(training, "has_fast_bf16", lambda device: True)
-    half, _ = fitted(shapes.train)
-    monkeypatch.setattr(training, "has_fast_bf16", lambda device: False)
-    full, _ = fitted(shapes.train)
+def test_weights_stay_float32(shapes):
+    half, _ = fitted(shapes.train, precision="bfloat16")
+    full, _ = fitted(shapes.train, precision="float32")
     for model in (half, full):
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert weights_hash(half) != weights_hash(full)
+
+
+@pytest.mark.parametrize(("has_units", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_bfloat16_where_it_is_fast(tiny_shapes, monkeypatch, has_units, chosen):
+    monkeypatch.setattr(training, "has_fast_bf16", lambda device: has_units)
+    expected, _ = fitted(tiny_shapes.train, precision=chosen)
+    for found, _ in (fitted(tiny_shapes.train), fitted(tiny_shapes.train, precision="auto")):
+        assert_same_state(found, expected.state_dict())
+
+
+def test_unknown_precision_is_refused_by_name(tiny_shapes):
+    model = make_small_cnn()
+    with pytest.raises(ValueError, match="unknown precision 'float8'; choose auto, bfloat16 or"):
+        fit(model, tiny_shapes.train, TINY, precision="float8")
+    assert_same_state(model, make_small_cnn().state_dict())
 
 
 def test_pick_device_takes_what_it_is_told():

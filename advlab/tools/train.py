@@ -80,7 +80,8 @@ def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | N
             ready, pending = wait(pending, timeout=pause, return_when=FIRST_COMPLETED)
             while not epochs.empty():
                 name, seen = epochs.get()
-                done[name] += seen
+                if name in done:  # not a baseline that nobody asked for but a robust model needs
+                    done[name] += seen
             for future in ready:
                 name, accuracy, rate = future.result()
                 done[name] = images[name]
