@@ -37,6 +37,11 @@ REAL_DATA = str(_found.absolute()) if _found else None
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
 
 
+def pytest_unconfigure():
+    """Remove that folder: the workers of pytest-xdist end without doing so."""
+    HYPOTHESIS_FOLDER.cleanup()
+
+
 def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Assert that every weight and buffer of `model` is exactly that of `state`."""
     found = model.state_dict()

@@ -151,7 +151,7 @@ def test_ratios_draws_the_rows_with_a_target(tmp_path):
         Row("training", "cnn", "plain", 360, 350, 370, "images/s"),
         Row("crafting", "cnn", "batched", 4_000, 3_900, 4_100, "images/s", "plain", 12, target=6),
     ]
-    figure = plots.ratios(to_table(rows))
+    figure = plots.ratios(to_table(rows).assign(machine="this one"))
     assert_small(figure, tmp_path)
     (axis,) = figure.axes
     names = [text.get_text() for text in axis.get_yticklabels()]  # from the bottom up
@@ -159,7 +159,8 @@ def test_ratios_draws_the_rows_with_a_target(tmp_path):
         "crafting: cnn\nbatched against plain",
         "training: cnn\nbatch 64 against plain",
     ]
-    assert [bar.get_width() for bar in axis.patches] == [12, 2.5]
+    assert [bar.get_x() + bar.get_width() for bar in axis.patches] == [12, 2.5]
+    assert "this one" in figure.get_supxlabel()
     assert axis.lines[0].get_xdata().tolist() == [6, 2.2]
     assert [text.get_text().strip() for text in axis.texts] == ["12 x", "2.5 x"]
     assert axis.get_xscale() == "log"

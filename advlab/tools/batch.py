@@ -7,8 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from advlab import data, evaluation, files, paper, session
 from advlab.checkpoints import Zoo
 from advlab.tools import readme
 from advlab.tools.measure import PeakMemory
-from advlab.tools.train import train_models
+from advlab.tools.train import KEEP_MEMORY, environment, train_models
 
 
 class BatchError(RuntimeError):
@@ -75,21 +74,6 @@ def check_parameters(lessons: dict[str, Path], parameters: dict[str, Any]) -> No
             raise BatchError(
                 f"unknown parameter {name!r}; the lessons have {', '.join(sorted(known))}"
             )
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables for the kernels that are started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def kernel_config(folder: str) -> Config:
@@ -184,7 +168,8 @@ def run(
         with (
             FileLock(output / ".lock", timeout=0),
             PeakMemory() as memory,
-            _environment(
+            environment(
+                **KEEP_MEMORY,
                 ADVLAB_PROFILE=profile,
                 ADVLAB_DATASET=dataset,
                 ADVLAB_OUTPUT=str(output),
@@ -376,7 +361,7 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     for profile in ("lesson", "quick"):
         console.print(f"Timing profile {profile}")
         # With a cache of its own: what the run above has measured must not be found again.
-        with tempfile.TemporaryDirectory() as cache, _environment(ADVLAB_CACHE=cache):
+        with tempfile.TemporaryDirectory() as cache, environment(ADVLAB_CACHE=cache):
             folder = run(profile=profile, dataset="cifar10", console=console)
         times["profiles"][profile] = json.loads((folder / "run.json").read_text())["seconds"]
     files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
@@ -424,7 +409,7 @@ def reproduce(
         shutil.rmtree(output)
     place = {"dataset": name, "data_dir": str(root or "auto"), "output_dir": str(output)}
     # With a cache of its own: from nothing means that no measured cell is found again.
-    with _environment(ADVLAB_CACHE=str(output / "cache")):
+    with environment(ADVLAB_CACHE=str(output / "cache")):
         run(profile="fast", resume=resume, console=console, **place)
         if seeds > 1:
             table = pd.concat([_tables_of_seed(seed, place) for seed in range(seeds)])

@@ -48,7 +48,7 @@ from advlab.tools.measure import (
     side_by_side,
     to_table,
 )
-from advlab.tools.train import cores
+from advlab.tools.train import KEEP_MEMORY, cores, environment
 from advlab.training import AugmentedSet, Recipe, fit
 
 PAPERS = "paper's way"
@@ -105,6 +105,18 @@ def _train_papers_way(arch: str, split: Split) -> None:
     paper_way.train_steps(models.build(arch), loader, lr=1e-3)
 
 
+def _one_process_per_core() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(cores(), get_context("spawn"), torch.set_num_threads, (1,))
+
+
+def _train_on_every_core(
+    pool: ProcessPoolExecutor, variables: dict[str, str], arch: str, split: Split, precision: str
+) -> None:
+    with environment(**variables):  # the first call starts the processes
+        for job in [pool.submit(_train, arch, split, 64, precision) for _ in range(cores())]:
+            job.result()
+
+
 def training_part(images: ImageData, ceilings: Ceilings, rounds: int, n: int = 1_920) -> list[Row]:
     """Measure training steps of both architectures: batch sizes, precisions, processes.
 
@@ -116,7 +128,7 @@ def training_part(images: ImageData, ceilings: Ceilings, rounds: int, n: int = 1
     """
     split, rows = images.train.first(n), []
     best = PRECISIONS[-1]
-    with ProcessPoolExecutor(cores(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with _one_process_per_core() as keeping, _one_process_per_core() as returning:
         for arch in ("cnn", "cnn-lstm"):
             ways: dict[str, Callable[[], Any]] = {PAPERS: partial(_train_papers_way, arch, split)}
             amounts = {PAPERS: float(n)}
@@ -128,12 +140,13 @@ def training_part(images: ImageData, ceilings: Ceilings, rounds: int, n: int = 1
                     ways[way] = partial(_train, arch, split, size, precision)
                     amounts[way] = n
                     limits[way] = ceilings.images_per_second(model, "train", size, precision)
-            together = f"batch 64, {best}, one process per core"
-            ways[together] = lambda arch=arch: [
-                job.result() for job in [pool.submit(_train, arch, split, 64, best)
-                for _ in range(cores())]
-            ]  # fmt: skip
-            amounts[together] = n * cores()
+            for pool, variables, kind in (
+                (keeping, KEEP_MEMORY, ""),
+                (returning, {}, ", memory given back"),
+            ):
+                way = f"batch 64, {best}, one process per core{kind}"
+                ways[way] = partial(_train_on_every_core, pool, variables, arch, split, best)
+                amounts[way] = n * cores()
             seconds = side_by_side(ways, rounds)
             rows += rate_rows(
                 "training",

@@ -127,7 +127,7 @@ def fgsm_part(images: ImageData, model: nn.Module, ceilings: Ceilings, rounds: i
         repeated = {name: partial(_repeat, way, repeats) for name, way in ways.items()}
         rows += _beside_the_fastest(
             "FGSM against libraries",
-            f"{n:,} images",
+            f"{n:,} image{'s' if n > 1 else ''}",
             side_by_side(repeated, 2 * rounds),
             n * repeats,
             1.0,

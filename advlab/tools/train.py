@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
 
@@ -14,6 +15,26 @@ from advlab.training import progress_bar
 
 Model = tuple[str, float]
 _zoo: Zoo
+
+
+# The C library of Linux gives large blocks back to the system as soon as they are freed, and a
+# training step asks for the same ones again: workers keep them (`advlab bench` measures it).
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def cores() -> int:
@@ -71,7 +92,11 @@ def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | N
     epochs = context.SimpleQueue()
     setup = (make_zoo, max(1, cores() // jobs), epochs)
     bar = progress_bar(f"{len(missing)} models", sum(images.values()), " images")
-    with bar, ProcessPoolExecutor(jobs, context, _start_worker, setup) as pool:
+    with (
+        bar,
+        environment(**KEEP_MEMORY),
+        ProcessPoolExecutor(jobs, context, _start_worker, setup) as pool,
+    ):
         done, pending = dict.fromkeys(images, 0.0), {pool.submit(_train, m) for m in missing}
         finished = 0
         while pending:
