@@ -242,8 +242,8 @@ def ratios(table: pd.DataFrame) -> Figure:
     blue, orange = sns.color_palette("colorblind")[:2]
     axis.barh(names, rows["ratio"] - 1, left=1, color=blue, height=0.6, label="measured")
     axis.plot(rows["target"], names, "D", color=orange, markersize=6, label="target")
-    for place, ratio in enumerate(rows["ratio"]):
-        axis.text(max(ratio, 1), place, f"  {ratio:.3g} x", va="center", fontsize=8)
+    for place, (ratio, target) in enumerate(zip(rows["ratio"], rows["target"], strict=True)):
+        axis.text(max(ratio, target, 1), place, f"  {ratio:.3g} x", va="center", fontsize=8)
     axis.axvline(1, color="0.2", linewidth=1)
     axis.set(xscale="log", xlabel="times as fast (log scale; 1 = equally fast)")
     axis.xaxis.set_major_formatter("{x:g}")

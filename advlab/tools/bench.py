@@ -77,7 +77,7 @@ def machine_part(ceilings: Ceilings, rounds: int) -> list[Row]:
         seconds = side_by_side({f"2,048 x 2,048, {precision}": partial(torch.mm, a, a)}, rounds)
         amounts = dict.fromkeys(seconds, 2048**3 / 1e9)
         rows += rate_rows("ceiling", "matrix product", seconds, amounts, "billion multiply-adds/s")
-        for size in (64, 256):
+        for size in (64, 128):
             rate = ceilings.images_per_second(convolutions, "train", size, precision)
             value = 3 * work * rate / 1e9
             note = f"forward and both gradients: {rate:,.0f} images/s at most"
@@ -128,37 +128,38 @@ def training_part(images: ImageData, ceilings: Ceilings, rounds: int, n: int = 1
     """
     split, rows = images.train.first(n), []
     best = PRECISIONS[-1]
-    with _one_process_per_core() as keeping, _one_process_per_core() as returning:
-        for arch in ("cnn", "cnn-lstm"):
-            ways: dict[str, Callable[[], Any]] = {PAPERS: partial(_train_papers_way, arch, split)}
-            amounts = {PAPERS: float(n)}
-            limits = {}
-            model = models.build(arch)
-            for precision in PRECISIONS:
-                for size in (64, 256):
-                    way = f"batch {size}, {precision}"
-                    ways[way] = partial(_train, arch, split, size, precision)
-                    amounts[way] = n
-                    limits[way] = ceilings.images_per_second(model, "train", size, precision)
-            for pool, variables, kind in (
-                (keeping, KEEP_MEMORY, ""),
-                (returning, {}, ", memory given back"),
-            ):
-                way = f"batch 64, {best}, one process per core{kind}"
-                ways[way] = partial(_train_on_every_core, pool, variables, arch, split, best)
-                amounts[way] = n * cores()
-            seconds = side_by_side(ways, rounds)
-            rows += rate_rows(
-                "training",
-                arch,
-                seconds,
-                amounts,
-                "images/s",
-                against=PAPERS,
-                ceilings=limits,
-                targets={f"batch 64, {best}": 2.2} if arch == "cnn" else {},
-                notes={PAPERS: "torchvision data set, DataLoader, float32, batch 64"},
-            )
+    for arch in ("cnn", "cnn-lstm"):
+        ways: dict[str, Callable[[], Any]] = {PAPERS: partial(_train_papers_way, arch, split)}
+        limits = {}
+        model = models.build(arch)
+        for precision in PRECISIONS:
+            for size in (64, 128):
+                way = f"batch {size}, {precision}"
+                ways[way] = partial(_train, arch, split, size, precision)
+                limits[way] = ceilings.images_per_second(model, "train", size, precision)
+        amounts = dict.fromkeys(ways, float(n))
+        seconds = side_by_side(ways, rounds)
+        # On their own: while workers are alive, even asleep, training in this process is slower.
+        with _one_process_per_core() as keeping, _one_process_per_core() as returning:
+            way = f"batch 64, {best}, one process per core"
+            train = partial(_train_on_every_core, arch=arch, split=split, precision=best)
+            together = {
+                way: partial(train, keeping, KEEP_MEMORY),
+                f"{way}, memory given back": partial(train, returning, {}),
+            }
+            seconds |= side_by_side(together, rounds)
+        amounts |= dict.fromkeys(together, float(n * cores()))
+        rows += rate_rows(
+            "training",
+            arch,
+            seconds,
+            amounts,
+            "images/s",
+            against=PAPERS,
+            ceilings=limits,
+            targets={f"batch 64, {best}": 2.2} if arch == "cnn" else {},
+            notes={PAPERS: "torchvision data set, DataLoader, float32, batch 64"},
+        )
     reached = next(r for r in rows if (r.what, r.way) == ("cnn", f"batch 64, {best}"))
     share = 100 * reached.of_ceiling
     rows.append(
@@ -339,7 +340,7 @@ def evaluation_part(
         {PAPERS: len(few) * cells, "advlab": n * cells},
         "image-cells/s",
         against=PAPERS,
-        ceilings={"advlab": ceilings.images_per_second(source.model, "predict", 256, "float32")},
+        ceilings={"advlab": ceilings.images_per_second(source.model, "predict", 128, "float32")},
         notes={PAPERS: f"{len(few)} images", "advlab": f"{n} images; crafting included"},
     )
 
