@@ -89,7 +89,8 @@ class Recipe:
 
 # Paper, sections 3 and 6.2; the batch size and the flip from the code behind it (findings.md, 2).
 PAPER = Recipe("paper", epochs=10, batch_size=64, lr=1e-3, flip=True)
-# The same in under half of the images: with one cycle fewer passes reach the same accuracy.
+# The same in under half of the images: with one cycle fewer passes reach the same accuracy. Its
+# numbers were chosen by test accuracies of seed 0, so that seed is a little flattered.
 FAST = Recipe("fast", 7, batch_size=128, lr=5e-3, one_cycle=True, augmented_epochs=4)
 # For a few thousand images: the lessons in minutes, on a laptop, in tests.
 QUICK = Recipe("quick", epochs=5, batch_size=64, lr=2e-3, flip=True)
