@@ -161,6 +161,12 @@ def setting(value: str | None, variable: str, default: str) -> str:
     return os.environ.get(variable) or default if value in (None, "", "auto") else value
 
 
+def resolve_data(dataset: str, data_dir: str) -> tuple[str, Path | None]:
+    """Return name and folder of the data set that the settings ask for (see `data.resolve`)."""
+    wanted = setting(dataset, "ADVLAB_DATASET", "auto")
+    return data.resolve(wanted, setting(data_dir, "", "") or None)
+
+
 def check_profile(profile: str) -> None:
     """Raise ValueError if there is no such profile."""
     if profile not in PROFILES:
@@ -207,8 +213,7 @@ def start(
     check_profile(profile)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}; it must be an integer from 0 on")
-    wanted = setting(dataset, "ADVLAB_DATASET", "auto")
-    name, root = data.resolve(wanted, setting(data_dir, "", "") or None)
+    name, root = resolve_data(dataset, data_dir)
     settings = settings_of(profile, name)
     images = data.load(name, root, train_n=settings.train_n, test_n=settings.test_n)
     chosen = setting(output_dir, "ADVLAB_OUTPUT", "")

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from traitlets.config import Config
 
-from advlab import data, evaluation, files, paper, session
+from advlab import evaluation, files, paper, session
 from advlab.checkpoints import Zoo
 from advlab.tools import readme
 from advlab.tools.measure import PeakMemory
-from advlab.tools.train import KEEP_MEMORY, environment, train_models
+from advlab.tools.train import KEEP_MEMORY, cores, environment, train_models
 
 
 class BatchError(RuntimeError):
@@ -150,10 +150,7 @@ def run(
     check_parameters(lessons, parameters)
     profile = session.setting(profile, "ADVLAB_PROFILE", "lesson")
     session.check_profile(profile)
-    dataset, root = data.resolve(
-        session.setting(dataset, "ADVLAB_DATASET", "auto"),
-        session.setting(data_dir, "", "") or None,
-    )
+    dataset, root = session.resolve_data(dataset, data_dir)
     chosen = session.setting(output_dir, "ADVLAB_OUTPUT", "")
     output = Path(chosen or session.default_output(profile, dataset)).expanduser().absolute()
     files.make_folder(output / "notebooks")
@@ -357,7 +354,7 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
         shutil.rmtree(output)
     run(profile="paper", dataset="cifar10", output_dir=str(output), resume=resume, console=console)
     _publish(output, files.home())
-    times: dict[str, Any] = {"machine": machine(), "processes": os.cpu_count(), "profiles": {}}
+    times: dict[str, Any] = {"machine": machine(), "processes": cores(), "profiles": {}}
     for profile in ("lesson", "quick"):
         console.print(f"Timing profile {profile}")
         # With a cache of its own: what the run above has measured must not be found again.
@@ -398,10 +395,7 @@ def reproduce(
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with one seed at least")
     console = console or Console()
-    name, root = data.resolve(
-        session.setting(dataset, "ADVLAB_DATASET", "auto"),
-        session.setting(data_dir, "", "") or None,
-    )
+    name, root = session.resolve_data(dataset, data_dir)
     if publish and name != "cifar10":
         raise BatchError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
     output = session.default_output("fast", name)

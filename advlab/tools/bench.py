@@ -52,7 +52,6 @@ from advlab.tools.train import KEEP_MEMORY, cores, environment
 from advlab.training import AugmentedSet, Recipe, fit
 
 PAPERS = "paper's way"
-EPS = 8 / 255
 TABLE = "table of 2 models x 6 eps"
 # Operators by what they belong to, as the profiler calls them.
 OPERATORS = {
@@ -239,7 +238,7 @@ def crafting_part(
             fgsm_direction(model, *whole_batch)
 
     ways = {
-        PAPERS: partial(_craft_papers_way, model, few, EPS),
+        PAPERS: partial(_craft_papers_way, model, few, rivals.EPS),
         "batched, per-image statistics": partial(
             fgsm_direction, model, *whole_batch, per_image_statistics=True
         ),
@@ -265,7 +264,9 @@ def crafting_part(
 
 def _many_eps(model: nn.Module, arch: str, few: Split, many: Split, rounds: int) -> list[Row]:
     eps = paper.SWEEP_TRAIN_EPS[1:]
-    ways: dict[str, Callable[[], Any]] = {PAPERS: partial(_craft_papers_way, model, few, EPS)}
+    ways: dict[str, Callable[[], Any]] = {
+        PAPERS: partial(_craft_papers_way, model, few, rivals.EPS)
+    }
     counts = (1, 4, 8)
     for k in counts:
         ways[f"k = {k}"] = partial(_craft_for, model, many, eps[:k])
@@ -578,10 +579,7 @@ def run(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; measure at least once")
     console = console or Console()
-    name, root = data.resolve(
-        session.setting(dataset, "ADVLAB_DATASET", "auto"),
-        session.setting(data_dir, "", "") or None,
-    )
+    name, root = session.resolve_data(dataset, data_dir)
     if publish and name != "cifar10":
         raise ValueError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
     chosen = session.setting(output_dir, "", "") or files.home() / "outputs" / "bench"
