@@ -125,16 +125,10 @@ def _crafting(model: Classifier, images: Tensor) -> Iterator[None]:
         yield
 
 
-def _losses(model: Classifier, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits (n, classes) and the cross entropy of each image (n,), both float32."""
-    logits = check_logits(model(x), labels).float()
-    return logits, F.cross_entropy(logits, labels, reduction="none")
-
-
 def _gradients(
     model: Classifier, images: Tensor, labels: Tensor, per_image_statistics: bool
-) -> Iterator[Tensor]:
-    """Yield the input gradients of `CHUNK` images at a time (see `input_gradient`)."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `CHUNK` images at a time with their input gradients (see `input_gradient`)."""
     check_batch(images, labels)
     # Reordering costs a single image more than it gains.
     layout = fastest_layout(model) if len(images) > 1 else torch.contiguous_format
@@ -142,12 +136,15 @@ def _gradients(
         if per_image_statistics:
             stack.enter_context(per_image_statistics_mode(model))
             layout = torch.contiguous_format  # group_norm is slow in the other
-        for part, targets in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            x = part.detach().float().clone(memory_format=layout).requires_grad_()
+        parts = zip(images.detach().split(CHUNK), labels.split(CHUNK), strict=True)
+        for part, targets in parts:
+            x = part.float().clone(memory_format=layout).requires_grad_()
             # A clone, outside inference mode: autograd refuses the tensors of that mode.
-            _, losses = _losses(model, x, targets.clone())
+            targets = targets.clone()
+            logits = check_logits(model(x), targets).float()
             # The sum, not the mean: each image's gradient is then its own, whatever the batch.
-            yield torch.autograd.grad(losses.sum(), x)[0].contiguous()
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            yield part, torch.autograd.grad(loss, x)[0].contiguous()
 
 
 def input_gradient(
@@ -169,7 +166,8 @@ def input_gradient(
         ValueError: if images, labels or logits are not as above.
         TypeError: if images or labels have the wrong dtype.
     """
-    return torch.cat(list(_gradients(model, images, labels, per_image_statistics)))
+    chunks = _gradients(model, images, labels, per_image_statistics)
+    return torch.cat([gradient for _, gradient in chunks])
 
 
 def fgsm_direction(
@@ -184,7 +182,7 @@ def fgsm_direction(
     """
     # Signs at once, chunk by chunk: the gradients of 50,000 images would fill 600 MB.
     chunks = _gradients(model, images, labels, per_image_statistics)
-    return torch.cat([gradient.sign().to(torch.int8) for gradient in chunks])
+    return torch.cat([gradient.sign().to(torch.int8) for _, gradient in chunks])
 
 
 def perturb(images: Tensor, direction: Tensor, eps: float) -> Tensor:
@@ -231,8 +229,9 @@ def fgsm(
         TypeError: if a dtype is wrong.
     """
     check_eps(eps)
-    direction = fgsm_direction(model, images, labels, per_image_statistics=per_image_statistics)
-    return perturb(images.detach(), direction, eps)
+    # Not by way of `fgsm_direction`: for a single image its detour through int8 can be measured.
+    chunks = _gradients(model, images, labels, per_image_statistics)
+    return torch.cat([perturb(x, g.sign().to(x.dtype), eps) for x, g in chunks])
 
 
 def _start(images: Tensor, eps: float, random_start: bool, seed: int) -> Tensor:
@@ -294,7 +293,8 @@ def pgd(
             # All images take a step before any takes the next: the chunks stay full to the end.
             for part in active.split(CHUNK):
                 now = x[part].contiguous(memory_format=layout).requires_grad_(step < steps)
-                logits, losses = _losses(model, now, targets[part])
+                logits = check_logits(model(now), targets[part]).float()
+                losses = F.cross_entropy(logits, targets[part], reduction="none")
                 broken = logits.argmax(1) != targets[part]
                 worse = broken | (losses.detach() > highest[part])
                 worst[part[worse]] = now.detach()[worse]

@@ -174,7 +174,10 @@ def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _test_figures(model: nn.Module, test: Split, device: torch.device) -> dict[str, float]:
+def measure_on_test(
+    model: nn.Module, test: Split, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Return test_loss (mean cross entropy) and test_accuracy of `model` in eval mode."""
     loss, correct = 0.0, 0
     with eval_mode(model):
         for start in range(0, len(test), 100):
@@ -333,7 +336,7 @@ def fit(
             seconds = time.perf_counter() - start
             figures |= {"seconds": seconds, "images_per_second": len(data) / seconds}
             if test is not None:
-                figures |= _test_figures(model, test, where)
+                figures |= measure_on_test(model, test, where)
             history.append({"epoch": epoch + 1, **figures})
             bar.set_postfix(accuracy=f"{figures['train_accuracy']:.3f}")
             if on_epoch:

@@ -12,11 +12,12 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from conftest import write_lesson
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from advlab import checkpoints, data, paper
+from advlab import checkpoints, data, paper, session
 from advlab.tools import batch, train
 from advlab.training import Recipe
 
@@ -288,14 +289,22 @@ def test_other_data_than_cifar10_are_not_published(whole_run, no_network, datase
 def test_publish_copies_the_record_and_the_table_of_seeds(
     whole_run, empty_home, fake_cifar10, seeds
 ):
-    output = batch.reproduce(seeds, data_dir=str(fake_cifar10), publish=True)
-    assert output.name == "fast-cifar10"
+    output = session.default_output("fast", "cifar10")
+    figures = empty_home / "figures"
+    batch.reproduce(seeds, data_dir=str(fake_cifar10))
+    for seed in (0, 1):
+        path = output / "checkpoints" / f"cnn-baseline-seed{seed}.safetensors"
+        checkpoints.save(torch.nn.Linear(1, 1), {"seconds": 7.06 + seed}, path)
+    assert not figures.exists()
+    batch.reproduce(seeds, data_dir=str(fake_cifar10), resume=True, publish=True)
     assert whole_run[0]["data_dir"] == str(fake_cifar10)
-    sources = {"reproduce.json": output / "run.json"}
+    record = json.loads((output / "run.json").read_text())
+    published = json.loads((figures / "reproduce.json").read_text())
+    assert published == record | {"models": {"cnn-baseline-seed0": 7.1}}
+    assert (figures / "l04_seeds.csv").exists() == (seeds > 1)
     if seeds > 1:
-        sources["l04_seeds.csv"] = output / "figures" / "l04_seeds.csv"
-    published = {path.name: path.read_bytes() for path in (empty_home / "figures").iterdir()}
-    assert published == {name: path.read_bytes() for name, path in sources.items()}
+        table = (output / "figures" / "l04_seeds.csv").read_bytes()
+        assert (figures / "l04_seeds.csv").read_bytes() == table
 
 
 def test_reproduce_runs_every_lesson(lessons):

@@ -444,12 +444,17 @@ def test_whole_paper_is_the_sum_of_its_parts(measured, shipped):
 
 
 def test_published_run_stands_beside_the_projection(measured, shipped):
+    trained = [path.stem for path in (shipped / "data" / "checkpoints").glob("*.safetensors")]
     record = {"seconds": {"training": 1_000.0, "01": 500.0}, "peak_mb": 1_500, "machine": "mine"}
+    record |= {"processes": 4, "models": dict.fromkeys([*trained, "one more"], 80.0)}
     (shipped / "figures" / "reproduce.json").write_text(json.dumps(record))
-    theirs, _, fast, memory = bench.whole_part(measured, shipped)
-    assert fast.value == pytest.approx(1_500 / 3600)
+    theirs, ours, fast, clock, memory = bench.whole_part(measured, shipped)
+    # The same ten models, in 80 seconds each on one of four cores, not 200 on one of two.
+    assert ours.value - fast.value == pytest.approx((10 * 200 / 2 - 10 * 80 / 4) / 3600)
     assert fast.ratio == pytest.approx(theirs.value / fast.value)
-    assert "mine" in fast.note
+    assert (clock.value, clock.target_of) == (pytest.approx(1_500 / 3600), "at most")
+    assert "11 models" in clock.what
+    assert "mine" in clock.note
     assert (memory.value, memory.unit, memory.target_of) == (1_500, "MB", "at most")
 
 
@@ -478,14 +483,14 @@ def test_table_is_printed_part_by_part(some_rows):
 
 @pytest.fixture
 def measuring(monkeypatch, some_rows):
-    """Let `measure` return some rows; gives the arguments that it was called with."""
+    """Let `measure_apart` return some rows; gives the arguments that it was called with."""
     asked = []
 
-    def measure(dataset, root, rounds, console):
+    def measure(dataset, root, rounds):
         asked.append((dataset, root, rounds))
         return some_rows
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "measure_apart", measure)
     return asked
 
 

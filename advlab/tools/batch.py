@@ -22,7 +22,7 @@ from rich.table import Table
 from traitlets.config import Config
 
 from advlab import evaluation, files, paper, session
-from advlab.checkpoints import Zoo
+from advlab.checkpoints import Zoo, read_metadata
 from advlab.tools import readme
 from advlab.tools.measure import PeakMemory
 from advlab.tools.train import KEEP_MEMORY, cores, environment, train_models
@@ -203,6 +203,7 @@ def _open_record(output: Path, settings: dict[str, Any], resume: bool) -> dict[s
     return {
         "settings": settings,
         "machine": machine(),
+        "processes": cores(),
         "seconds": {},
     }
 
@@ -410,11 +411,19 @@ def reproduce(
             with files.atomic_write(output / "figures" / "l04_seeds.csv") as temporary:
                 table.to_csv(temporary, index=False, float_format="%.6g")
     if publish:
-        published = {"run.json": "reproduce.json"}
-        published |= {"figures/l04_seeds.csv": "l04_seeds.csv"} if seeds > 1 else {}
-        for source, target in published.items():
-            files.write_bytes(files.home() / "figures" / target, (output / source).read_bytes())
+        _publish_clock(output, files.home() / "figures")
+        if seeds > 1:
+            table = (output / "figures" / "l04_seeds.csv").read_bytes()
+            files.write_bytes(files.home() / "figures" / "l04_seeds.csv", table)
     return output
+
+
+def _publish_clock(output: Path, figures: Path) -> None:
+    """Write the record of a run and the seconds of its models' trainings to reproduce.json."""
+    record = json.loads((output / "run.json").read_text())
+    models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
+    record["models"] = {path.stem: round(read_metadata(path)["seconds"], 1) for path in models}
+    files.write_bytes(figures / "reproduce.json", json.dumps(record, indent=2).encode())
 
 
 def _tables_of_seed(seed: int, place: dict[str, str]) -> pd.DataFrame:
