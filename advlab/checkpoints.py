@@ -274,7 +274,12 @@ class Zoo:
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
                     signs = self._craft(source.model)
-                    files.write_bytes(path, safetensors.torch.save({"directions": signs}))
+                    # Straight to the file: 154 MB, and each worker is crafting at this time.
+                    with files.atomic_write(path) as temporary:
+                        try:
+                            safetensors.torch.save_file({"directions": signs}, temporary)
+                        except SafetensorError as error:
+                            raise OSError(None, str(error)) from error
             self._directions[arch] = _read_tensors(path)["directions"]
         return self._directions[arch]
 

@@ -82,8 +82,11 @@ class Split:
         return len(self.labels)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Return the images at `index` as float32 in [0, 1], and their labels."""
-        return to_float(self.images[index]), self.labels[index]
+        """Return the images at `index` (int64 numbers, or a slice) as float32, and their labels."""
+        if isinstance(index, slice):
+            return to_float(self.images[index]), self.labels[index]
+        # Eight times as fast as `images[index]`.
+        return to_float(self.images.index_select(0, index)), self.labels[index]
 
     def first(self, size: int | None) -> "Split":
         """Return the first `size` images; all of them for None.

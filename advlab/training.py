@@ -137,9 +137,8 @@ class AugmentedSet:
         original = index % len(self.originals)
         images, labels = self.originals.batch(original)
         attacked = index >= len(self.originals)
-        signs = self.directions[original[attacked]]
-        images[attacked] = perturb(images[attacked], signs, self.eps)
-        return images, labels
+        signs = self.directions.index_select(0, original).mul_(attacked[:, None, None, None])
+        return perturb(images, signs, self.eps), labels
 
 
 def pick_device(device: str = "auto") -> torch.device:

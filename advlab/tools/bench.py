@@ -209,7 +209,7 @@ def _craft_for(model: nn.Module, split: Split, eps: tuple[float, ...]) -> None:
     for one in eps:
         for _ in range(EPOCHS):
             for index in torch.arange(len(split)).split(64):
-                perturb(split.batch(index)[0], direction[index], one)
+                perturb(split.batch(index)[0], direction.index_select(0, index), one)
 
 
 def check_crafting(model: nn.Module, split: Split, eps: float) -> None:
