@@ -286,8 +286,8 @@ class Zoo:
     def _craft(self, model: nn.Module) -> Tensor:
         """Craft the directions of all training images, a few at a time to spare memory."""
         signs = torch.empty(self.data.train.images.shape, dtype=torch.int8)
-        for start in range(0, len(signs), 5_000):
-            part = slice(start, start + 5_000)
+        for start in range(0, len(signs), 1_000):
+            part = slice(start, start + 1_000)
             batch = self.data.train.batch(part)
             signs[part] = fgsm_direction(model, *batch, per_image_statistics=True)
         return signs

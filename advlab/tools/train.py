@@ -18,8 +18,9 @@ _zoo: Zoo
 
 
 # The C library of Linux gives large blocks back to the system as soon as they are freed, and a
-# training step asks for the same ones again: workers keep them (`advlab bench` measures it).
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+# training step asks for the same ones again: workers keep them (`advlab bench` measures it), but
+# not those of 20 MB or more, which are pieces of the data set.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(20 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 @contextmanager
