@@ -4,19 +4,24 @@ A lesson's parameters cell holds plain literals; "auto" there means the environm
 setting (ADVLAB_PROFILE, ADVLAB_DATASET, ADVLAB_DATA, ADVLAB_OUTPUT), or else the default.
 """
 
+from __future__ import annotations
+
 import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-from matplotlib.figure import Figure
 from PIL import Image
 
 from advlab import data, files, paper
 from advlab.checkpoints import Zoo
 from advlab.data import ImageData
 from advlab.training import FAST, PAPER, QUICK, Recipe
+
+if TYPE_CHECKING:  # worker processes open a session too, and draw nothing
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 LARGEST_PNG = 150_000
 

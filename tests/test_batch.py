@@ -327,7 +327,7 @@ def test_tables_of_a_seed_are_the_papers_two(tiny_shapes, tmp_path, monkeypatch)
         asked.extend(wanted)
         return 0
 
-    monkeypatch.setattr(batch, "_zoo", make_zoo)
+    monkeypatch.setattr(batch, "open_zoo", make_zoo)
     monkeypatch.setattr(batch, "train_models", train_models)
     place = {"dataset": "shapes10", "data_dir": "auto", "output_dir": "out"}
     table = batch._tables_of_seed(7, place)

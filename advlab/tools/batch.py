@@ -22,10 +22,10 @@ from rich.table import Table
 from traitlets.config import Config
 
 from advlab import evaluation, files, paper, session
-from advlab.checkpoints import Zoo, read_metadata
+from advlab.checkpoints import read_metadata
 from advlab.tools import readme
 from advlab.tools.measure import PeakMemory
-from advlab.tools.train import KEEP_MEMORY, cores, environment, train_models
+from advlab.tools.train import KEEP_MEMORY, cores, environment, open_zoo, train_models
 
 
 class BatchError(RuntimeError):
@@ -109,11 +109,6 @@ def _execute(name: str, source: Path, target: Path, parameters: dict[str, Any], 
             "After mending, go on from there with --resume"
         ) from error
     partial_path.replace(target)
-
-
-def _zoo(profile: str, dataset: str, seed: int, data_dir: str, output: str) -> Zoo:
-    """Open the zoo of a run; a plain function, so that worker processes can call it."""
-    return session.start(profile, dataset, seed, data_dir, output, progress=False).zoo
 
 
 def run(
@@ -226,7 +221,7 @@ def _train(
     record: dict[str, Any],
 ) -> None:
     start = time.perf_counter()
-    make_zoo = partial(_zoo, profile, dataset, seed, str(root or "auto"), str(output))
+    make_zoo = partial(open_zoo, profile, dataset, seed, str(root or "auto"), str(output))
     if train_models(make_zoo, session.settings_of(profile, dataset).models()):
         earlier = record["seconds"].get("training", 0)
         _note(record, output, "training", earlier + time.perf_counter() - start)
@@ -428,7 +423,9 @@ def _publish_clock(output: Path, figures: Path) -> None:
 
 def _tables_of_seed(seed: int, place: dict[str, str]) -> pd.DataFrame:
     """Train the ten models of Tables 1 and 2 with `seed`; return the tables' rows."""
-    make_zoo = partial(_zoo, "fast", place["dataset"], seed, place["data_dir"], place["output_dir"])
+    make_zoo = partial(
+        open_zoo, "fast", place["dataset"], seed, place["data_dir"], place["output_dir"]
+    )
     archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
     train_models(make_zoo, [(arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs])
     zoo = make_zoo()

@@ -10,6 +10,7 @@ from multiprocessing.queues import SimpleQueue
 
 import torch
 
+from advlab import session
 from advlab.checkpoints import Zoo
 from advlab.training import progress_bar
 
@@ -40,6 +41,11 @@ def _set(variables: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def open_zoo(profile: str, dataset: str, seed: int, data_dir: str, output: str) -> Zoo:
+    """Open the zoo of a run; a plain function of a light module, for worker processes."""
+    return session.start(profile, dataset, seed, data_dir, output, progress=False).zoo
 
 
 def cores() -> int:
