@@ -14,7 +14,7 @@ test: .venv/installed         ## unit tests, then every lesson by papermill and 
 lab: .venv/installed          ## open JupyterLab on the lessons
 	$(BIN)/jupyter lab notebooks
 
-reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST (under an hour)
+reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST (half an hour)
 	$(BIN)/advlab reproduce
 
 retrain: .venv/installed      ## train all models anew (hours); refresh notebooks and figures

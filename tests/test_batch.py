@@ -182,6 +182,24 @@ def test_train_models_trains_what_is_missing_in_processes(tmp_path, capfd):
     assert "2/2 models" in capfd.readouterr().out
 
 
+def test_environment_is_set_unset_and_restored(monkeypatch):
+    monkeypatch.setenv("ADVLAB_ONE", "before")
+    monkeypatch.setenv("ADVLAB_TWO", "before")
+    monkeypatch.delenv("ADVLAB_THREE", raising=False)
+    names = ("ADVLAB_ONE", "ADVLAB_TWO", "ADVLAB_THREE")
+    with train.environment(ADVLAB_ONE="inside", ADVLAB_TWO=None, ADVLAB_THREE="inside"):
+        assert [os.environ.get(name) for name in names] == ["inside", None, "inside"]
+    assert [os.environ.get(name) for name in names] == ["before", "before", None]
+
+
+def test_worker_imports_neither_plotting_nor_papermill():
+    code = "import sys, advlab.tools.train; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"matplotlib", "papermill", "seaborn"} & set(loaded.stdout.split())
+
+
 def test_summary_compares_only_what_is_fair(tmp_path, capsys):
     console = batch.Console(width=200)
     figures = tmp_path / "figures"

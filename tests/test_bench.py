@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -16,9 +17,10 @@ from rich.console import Console
 from advlab import checkpoints, models, paper
 from advlab.attacks import fgsm, fgsm_direction, pgd
 from advlab.checkpoints import Checkpoint, weights_hash
-from advlab.data import ImageData, Split
+from advlab.data import ImageData, Shapes10, Split
 from advlab.tools import batch, bench, measure, paper_way, rivals
 from advlab.tools.measure import Row, to_table
+from advlab.tools.train import KEEP_MEMORY
 from advlab.training import AugmentedSet
 
 PAPERS = bench.PAPERS
@@ -53,9 +55,9 @@ def by_way(rows, what):
 # --- the guard: ratios alone, for seconds differ from machine to machine
 
 
-def best_of_three(measure_once, enough):
+def best_of_five(measure_once, enough):
     """Return the first figure that is good enough, or the last: other work disturbs a timing."""
-    for _ in range(3):
+    for _ in range(5):
         figure = measure_once()
         if enough(figure):
             break
@@ -64,13 +66,13 @@ def best_of_three(measure_once, enough):
 
 # Marked: they run on their own, with every core (`make test`), since single images cannot use more
 # than one and batches can.
-LEAST_RATIO_OF_CRAFTING = 4  # `advlab bench` measures 6 with five times as many images
+LEAST_RATIO_OF_CRAFTING = 5  # `advlab bench` measures 6
 
 
 @pytest.mark.guard
 def test_guard_batched_crafting_is_faster_than_image_by_image(shapes):
     model = models.build("cnn").eval()
-    few, many = shapes.train.first(16), shapes.train.batch(slice(None))
+    few, many = shapes.train.first(16), Shapes10(600, 1).train.batch(slice(None))
 
     def one_by_one():
         attacked = paper_way.Attacked(paper_way.Pictures(few), deepcopy(model), 0.01)
@@ -87,7 +89,7 @@ def test_guard_batched_crafting_is_faster_than_image_by_image(shapes):
         alone = seconds["one by one"].median / len(few)
         return alone / (seconds["batched"].median / len(many[1]))
 
-    ratio = best_of_three(measure_once, lambda ratio: ratio >= LEAST_RATIO_OF_CRAFTING)
+    ratio = best_of_five(measure_once, lambda ratio: ratio >= LEAST_RATIO_OF_CRAFTING)
     assert ratio >= LEAST_RATIO_OF_CRAFTING
 
 
@@ -111,7 +113,7 @@ def test_guard_eight_training_eps_cost_little_more_than_one(shapes):
         seconds = measure.side_by_side(ways, rounds=2)
         return seconds[8].median / seconds[1].median
 
-    cost = best_of_three(measure_once, lambda cost: cost < 1.5)
+    cost = best_of_five(measure_once, lambda cost: cost < 1.5)
     assert cost < 1.5
 
 
@@ -492,6 +494,17 @@ def measuring(monkeypatch, some_rows):
 
     monkeypatch.setattr(bench, "measure_apart", measure)
     return asked
+
+
+def test_benchmark_is_measured_by_a_process_that_keeps_memory(monkeypatch):
+    def threads(jobs, context):  # in place of a process, which takes seconds to start
+        assert {name: os.environ[name] for name in KEEP_MEMORY} == KEEP_MEMORY
+        return ThreadPoolExecutor(jobs)
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(bench, "measure", lambda *arguments: arguments)
+    assert bench.measure_apart("shapes10", None, 3) == ("shapes10", None, 3)
+    assert not set(KEEP_MEMORY) & set(os.environ)
 
 
 def test_run_writes_table_and_figure(measuring, empty_home, tmp_path):

@@ -453,6 +453,16 @@ def test_train_models_takes_a_robust_model_without_its_baseline(tmp_path, tiny_s
     assert make_zoo().find("cnn", 0.1) is not None
 
 
+def test_learning_curve_is_of_baselines_alone(tiny_shapes, tmp_path):
+    zoo = tiny_zoo(tiny_shapes, tmp_path)
+    for training_eps in (0.0, 0.1):
+        found = zoo.get("cnn", training_eps)
+        assert all(("test_accuracy" in row) == (training_eps == 0) for row in found.history)
+        correct, _ = evaluate(found.model, *tiny_shapes.test.batch(slice(None)))
+        assert abs(found.metadata["correct"] - correct) <= 1  # rounding of two ways to compute it
+        assert found.metadata["test_accuracy"] == found.metadata["correct"] / 32
+
+
 # --- faults while writing
 
 

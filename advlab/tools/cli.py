@@ -108,7 +108,7 @@ def reproduce(
         bool, typer.Option("--publish", help="Refresh the table of seeds in figures/.")
     ] = False,
 ) -> None:
-    """Rebuild the whole paper from nothing by the recipe FAST (under an hour on two cores)."""
+    """Rebuild the whole paper from nothing by the recipe FAST (half an hour on two cores)."""
     from advlab.tools import batch
 
     try:
