@@ -309,7 +309,7 @@ class Zoo:
             train_set,
             recipe,
             seed=self.seed,
-            # A curve for the baselines alone: for all of them it would be a tenth of the time.
+            # A curve for the baselines alone: no lesson shows one of the others.
             test=None if train_eps else self.data.test,
             device=self.device,
             state_path=path.with_name(f"{name}-{key}.state"),
