@@ -175,6 +175,11 @@ def load_weights(path: Path, arch: str) -> Checkpoint:
     return Checkpoint(model, metadata, path)
 
 
+def model_name(arch: str, train_eps: float, seed: int) -> str:
+    """Return what a checkpoint's file is called, without its ending, in every folder."""
+    return f"{arch}-{f'eps{train_eps:g}' if train_eps else 'baseline'}-seed{seed}"
+
+
 class Zoo:
     """The trained models of one data set, recipe and seed: load what is there, train what is not.
 
@@ -228,8 +233,7 @@ class Zoo:
 
     def file_name(self, arch: str, train_eps: float = 0.0) -> str:
         """Return the checkpoint's file name, the same in every folder."""
-        kind = f"eps{train_eps:g}" if train_eps else "baseline"
-        return f"{arch}-{kind}-seed{self.seed}.safetensors"
+        return f"{model_name(arch, train_eps, self.seed)}.safetensors"
 
     def find(self, arch: str, train_eps: float = 0.0) -> Path | None:
         """Return the file of a trained model that matches in every respect, or None.

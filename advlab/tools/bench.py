@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from advlab import attacks, data, evaluation, files, models, paper, plots, session
 from advlab.attacks import fgsm, fgsm_direction, perturb
-from advlab.checkpoints import Checkpoint, load_weights, read_metadata
+from advlab.checkpoints import Checkpoint, load_weights, model_name, read_metadata
 from advlab.data import ImageData, Split
 from advlab.tools import batch, paper_way, readme, rivals
 from advlab.tools.measure import (
@@ -459,11 +459,7 @@ def whole_part(rows: list[Row], home: Path) -> list[Row]:
         seconds += 5 * 6 * 10_000 / rate("evaluation", TABLE)
         own += 50_000 / rate("crafting", craft, "batched, per-image statistics")
         own += 5 * 6 * 10_000 / rate("evaluation", TABLE, "advlab")
-    names = [
-        f"{arch}-{f'eps{eps:g}' if eps else 'baseline'}-seed0"
-        for arch in paper.TABLES
-        for eps in paper.TABLE_TRAIN_EPS
-    ]
+    names = [model_name(arch, eps, 0) for arch in paper.TABLES for eps in paper.TABLE_TRAIN_EPS]
     shipped = [home / "data" / "checkpoints" / f"{name}.safetensors" for name in names]
     processes = json.loads((home / "figures" / "times.json").read_text())["processes"]
     by_paper = own + sum(read_metadata(path)["seconds"] for path in shipped) / processes
