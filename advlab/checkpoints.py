@@ -284,8 +284,9 @@ class Zoo:
                             safetensors.torch.save_file({"directions": signs}, temporary)
                         except SafetensorError as error:
                             raise OSError(None, str(error)) from error
-            # Of one architecture at a time: they fill 154 MB.
-            self._directions = {arch: _read_tensors(path)["directions"]}
+            # Of one architecture at a time, the others gone before these come: they fill 154 MB.
+            self._directions.clear()
+            self._directions[arch] = _read_tensors(path)["directions"]
         return self._directions[arch]
 
     def _craft(self, model: nn.Module) -> Tensor:
