@@ -105,7 +105,7 @@ def reproduce(
         bool, typer.Option("--resume", help="Keep what an interrupted run finished.")
     ] = False,
     publish: Annotated[
-        bool, typer.Option("--publish", help="Refresh the table of seeds in figures/.")
+        bool, typer.Option("--publish", help="Refresh clock and table of seeds in figures/.")
     ] = False,
 ) -> None:
     """Rebuild the whole paper from nothing by the recipe FAST (half an hour on two cores)."""
