@@ -1,4 +1,4 @@
-"""The fast gradient sign method (FGSM), its torchvision transform, and its iteration (PGD).
+"""The fast gradient sign method (FGSM), its torchvision transform, and its iterations (PGD, BIM).
 
 FGSM (Goodfellow et al. 2015, arXiv 1412.6572; paper, section 1.1) moves every pixel by `eps` in the
 direction that raises the loss: ``clamp(x + eps * sign(gradient), 0, 1)``. The direction does not
@@ -25,6 +25,10 @@ Classifier = Callable[[Tensor], Tensor]
 # Images per gradient. Small chunks stay in the processor's cache: on two cores, 100 at a time is
 # about 1.7 times as fast as 1,000 at a time.
 CHUNK = 100
+NORMS = ("linf", "l2")
+LOSSES = ("ce", "dlr", "margin")
+# The L2 distance of a black image from a white one, sqrt(3 * 32 * 32).
+LARGEST_L2 = math.sqrt(3 * 32 * 32)
 
 
 def check_eps(eps: float, name: str = "eps") -> float:
@@ -44,6 +48,58 @@ def check_eps(eps: float, name: str = "eps") -> float:
             "(8 steps of an 8-bit image are 8/255)"
         )
     return value
+
+
+def check_size(value: float, norm: str, name: str = "eps") -> float:
+    """Return an eps or alpha of `norm` as a float.
+
+    Args:
+        value: A size in units of the pixel range [0, 1]; for "l2" a length over all pixels.
+        norm: One of `NORMS`.
+        name: What the error calls it.
+
+    Raises:
+        ValueError: if there is no such norm, or no two images are so far apart.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(NORMS)}")
+    if norm == "linf":
+        return check_eps(value, name)
+    if not math.isfinite(value) or not 0 <= value <= LARGEST_L2:
+        raise ValueError(
+            f"{name} is {value}; as an L2 length of images in [0, 1] it must be a number from 0 to "
+            f"{LARGEST_L2:.1f}. Usual is 0.5; lengths of 8-bit images must be divided by 255"
+        )
+    return float(value)
+
+
+def check_targets(targeted: Tensor, labels: Tensor) -> Tensor:
+    """Return the classes that a targeted attack aims at.
+
+    Args:
+        targeted: (N,) int64, none the true class.
+        labels: (N,) int64, the true classes.
+
+    Raises:
+        TypeError: if `targeted` is no int64 tensor.
+        ValueError: if its shape is wrong, a class is negative or is the image's own.
+    """
+    if not isinstance(targeted, Tensor) or targeted.dtype != torch.int64:
+        kind = targeted.dtype if isinstance(targeted, Tensor) else type(targeted).__name__
+        raise TypeError(f"targeted is {kind}; give an int64 tensor of the classes to aim at")
+    if targeted.shape != labels.shape:
+        raise ValueError(
+            f"targeted has shape {tuple(targeted.shape)}; it must be {tuple(labels.shape)}, a "
+            "class for each image"
+        )
+    if int(targeted.min()) < 0:
+        raise ValueError(f"target {int(targeted.min())} is negative; classes count from 0")
+    same = int((targeted == labels).sum())
+    if same:
+        raise ValueError(
+            f"{same} of {len(labels)} targets are the image's own class; aim at another one"
+        )
+    return targeted
 
 
 @contextmanager
@@ -210,6 +266,7 @@ def fgsm(
     labels: Tensor,
     eps: float,
     *,
+    targeted: Tensor | None = None,
     per_image_statistics: bool = False,
 ) -> Tensor:
     """Attack `images` with one step of size `eps` (paper, section 1.1).
@@ -219,6 +276,8 @@ def fgsm(
         images: (N, 3, 32, 32) float in [0, 1].
         labels: (N,) int64, the true classes.
         eps: Size of the step, from 0 to 1, in units of the pixel range.
+        targeted: (N,) int64, classes to move towards, not the true ones; None moves away from the
+            true class, wherever that leads.
         per_image_statistics: As in `input_gradient`.
 
     Returns:
@@ -229,18 +288,87 @@ def fgsm(
         TypeError: if a dtype is wrong.
     """
     check_eps(eps)
+    away = 1
+    if targeted is not None:
+        away, labels = -1, check_targets(targeted, labels)
     # Not by way of `fgsm_direction`: for a single image its detour through int8 can be measured.
     chunks = _gradients(model, images, labels, per_image_statistics)
-    return torch.cat([perturb(x, g.sign().to(x.dtype), eps) for x, g in chunks])
+    return torch.cat([perturb(x, g.sign().mul_(away).to(x.dtype), eps) for x, g in chunks])
 
 
-def _start(images: Tensor, eps: float, random_start: bool, seed: int) -> Tensor:
-    """Return where PGD begins: the images, or a uniformly random point of each one's eps-ball."""
-    if not random_start:
-        return images.clone()
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(images.shape, generator=generator).mul_(2).sub_(1).to(images.device)
-    return noise.mul_(eps).add_(images).clamp_(0, 1)
+def attack_loss(
+    logits: Tensor, labels: Tensor, loss: str = "ce", targeted: Tensor | None = None
+) -> Tensor:
+    """Return what an attack raises, for each image.
+
+    Args:
+        logits: (N, classes); "dlr" needs at least 4 classes.
+        labels: (N,) int64, the true classes.
+        loss: "ce": the cross entropy. "margin": the best other logit minus the true one, above 0
+            once the image is broken (Carlini and Wagner 2017, 1608.04644). "dlr": that margin
+            divided by the gap from the best to the third logit, so that scaling the logits changes
+            nothing (Croce and Hein 2020, 2003.01690).
+        targeted: (N,) int64; the same losses, towards these classes.
+
+    Returns:
+        (N,) of the logits' dtype.
+
+    Raises:
+        ValueError: if there is no such loss.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
+    if loss == "ce":
+        if targeted is None:
+            return F.cross_entropy(logits, labels, reduction="none")
+        return -F.cross_entropy(logits, targeted, reduction="none")
+    if loss == "margin":
+        return _margin(logits, labels) if targeted is None else -_margin(logits, targeted)
+    best = logits.topk(4, dim=1).values
+    if targeted is None:
+        return _margin(logits, labels) / (best[:, 0] - best[:, 2] + 1e-12)
+    chosen = logits.gather(1, torch.stack([targeted, labels], 1))
+    gap = best[:, 0] - (best[:, 2] + best[:, 3]) / 2
+    return (chosen[:, 0] - chosen[:, 1]) / (gap + 1e-12)
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the best logit but that of `labels`, minus the latter."""
+    own = labels[:, None]
+    others = logits.scatter(1, own, -math.inf)
+    return others.amax(1) - logits.gather(1, own)[:, 0]
+
+
+def _start(images: Tensor, eps: float, norm: str, generator: torch.Generator) -> Tensor:
+    """Return a uniformly random point of each image's eps-ball, cut to [0, 1]."""
+    if norm == "linf":
+        noise = torch.rand(images.shape, generator=generator).mul_(2).sub_(1).mul_(eps)
+    else:
+        noise = torch.randn(images.shape, generator=generator)
+        radius = torch.rand(len(images), generator=generator) ** (1 / noise[0].numel()) * eps
+        noise *= (radius / noise.flatten(1).norm(dim=1))[:, None, None, None]
+    return noise.to(images.device).add_(images).clamp_(0, 1)
+
+
+def _step(
+    x: Tensor, gradient: Tensor, originals: Tensor, eps: float, alpha: float, norm: str
+) -> Tensor:
+    """Go `alpha` along the gradient, then back into the eps-ball of the originals and [0, 1]."""
+    if norm == "linf":
+        moved = x.add(gradient.sign(), alpha=alpha)
+        return moved.clamp_(originals - eps, originals + eps).clamp_(0, 1)
+    moved = x + alpha * gradient / _lengths(gradient).clamp_min(1e-12)
+    change = moved.sub_(originals)
+    # Cutting to [0, 1] afterwards brings each pixel nearer to the original: the ball is kept.
+    return (
+        change.mul_((eps / _lengths(change).clamp_min(1e-12)).clamp_max(1))
+        .add_(originals)
+        .clamp_(0, 1)
+    )
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)[:, None, None, None]
 
 
 def pgd(
@@ -252,63 +380,106 @@ def pgd(
     alpha: float,
     steps: int,
     random_start: bool = True,
+    restarts: int = 1,
+    targeted: Tensor | None = None,
+    norm: str = "linf",
+    loss: str = "ce",
     seed: int = 0,
 ) -> Tensor:
     """Attack `images` with many small steps that stay within `eps` (Madry et al. 2018, 1706.06083).
 
-    Projected gradient descent: ``x <- clamp(x + alpha * sign(gradient))``, clamped to within `eps`
-    of the image and to [0, 1]. An image leaves the batch as soon as the model gets it wrong, so
-    weak models are attacked in a fraction of the time; the others keep the point of highest loss.
+    Projected gradient descent: a step along the gradient (its sign for "linf", itself, made `alpha`
+    long, for "l2"), back to within `eps` of the image and to [0, 1], and so on. An image leaves the
+    batch as soon as the model gets it wrong, so weak models are attacked in a fraction of the time;
+    the others keep the point of highest loss over all steps and restarts.
 
     Args:
         model: Maps images to logits (N, classes); any callable.
         images: (N, 3, 32, 32) float in [0, 1].
         labels: (N,) int64, the true classes.
-        eps: Largest change of a pixel, from 0 to 1, in units of the pixel range.
-        alpha: Size of a step, the same units.
+        eps: Largest change, in units of the pixel range: of a pixel (from 0 to 1) for "linf", of
+            the image as a whole (a length, from 0 to 55.4) for "l2".
+        alpha: Size of a step, the same units, above 0.
         steps: How many steps.
         random_start: Begin at a random point within `eps` of each image, not at the image.
-        seed: Of the random start.
+        restarts: How often to begin anew, with the images that still hold.
+        targeted: (N,) int64, classes to reach, not the true ones; None: any wrong class will do.
+        norm: "linf" or "l2".
+        loss: As in `attack_loss`.
+        seed: Of the random starts.
 
     Returns:
         Attacked images, the same shape and dtype, in [0, 1] and at most `eps` from `images`.
 
     Raises:
-        ValueError: if `eps`, `alpha`, `steps` or a value is out of range, or a shape is wrong.
+        ValueError: if a number is out of range, a shape is wrong, there is no such norm or loss, a
+            target is the image's own class, or restarts would repeat the same attack.
         TypeError: if a dtype is wrong.
     """
-    check_eps(eps)
-    check_eps(alpha, "alpha")
+    check_size(eps, norm)
+    if not check_size(alpha, norm, "alpha") > 0:
+        raise ValueError(f"alpha is {alpha}; a step must have a size above 0")
     if steps < 1:
         raise ValueError(f"steps is {steps}; PGD needs at least 1")
+    if restarts < 1 or (restarts > 1 and not random_start):
+        raise ValueError(
+            f"restarts is {restarts} with random_start={random_start}; give at least 1, and only 1 "
+            "without a random start: every restart would be the same"
+        )
     check_batch(images, labels)
+    goal = None if targeted is None else check_targets(targeted, labels).clone()
     layout = fastest_layout(model)
+    generator = torch.Generator().manual_seed(seed)
+
     with _crafting(model, images):
-        originals, targets = images.detach().float().clone(), labels.clone()
-        x = _start(originals, eps, random_start, seed)
-        worst, highest = x.clone(), torch.full_like(targets, -math.inf, dtype=torch.float32)
+        originals, own = images.detach().float().clone(), labels.clone()
+        worst, highest = originals.clone(), torch.full_like(own, -math.inf, dtype=torch.float32)
         active = torch.arange(len(images), device=images.device)
-        for step in range(steps + 1):
-            holding = []
-            # All images take a step before any takes the next: the chunks stay full to the end.
-            for part in active.split(CHUNK):
-                now = x[part].contiguous(memory_format=layout).requires_grad_(step < steps)
-                logits = check_logits(model(now), targets[part]).float()
-                losses = F.cross_entropy(logits, targets[part], reduction="none")
-                broken = logits.argmax(1) != targets[part]
-                worse = broken | (losses.detach() > highest[part])
-                worst[part[worse]] = now.detach()[worse]
-                highest[part[worse]] = losses.detach()[worse]
-                holding.append(part[~broken])
-                if step < steps:
-                    gradient = torch.autograd.grad(losses.sum(), now)[0]
-                    moved = now.detach().add(gradient.sign(), alpha=alpha)
-                    near = originals[part]
-                    x[part] = moved.clamp_(near - eps, near + eps).clamp_(0, 1)
-            active = torch.cat(holding)
-            if len(active) == 0:
-                break
-        return worst.to(images.dtype)
+        for _ in range(restarts):
+            # For all images, so that an image's noise does not depend on which others hold.
+            x = _start(originals, eps, norm, generator) if random_start else originals.clone()
+            for step in range(steps + 1):
+                holding = []
+                # All take a step before any takes the next: the chunks stay full to the end.
+                for part in active.split(CHUNK):
+                    now = x[part].contiguous(memory_format=layout).requires_grad_(step < steps)
+                    logits = check_logits(model(now), own[part]).float()
+                    aim = None if goal is None else goal[part]
+                    losses = attack_loss(logits, own[part], loss, aim)
+                    found = logits.detach().argmax(1)
+                    broken = found != own[part] if aim is None else found == aim
+                    worse = broken | (losses.detach() > highest[part])
+                    worst[part[worse]] = now.detach()[worse]
+                    highest[part[worse]] = losses.detach()[worse]
+                    holding.append(part[~broken])
+                    if step < steps:
+                        gradient = torch.autograd.grad(losses.sum(), now)[0]
+                        x[part] = _step(now.detach(), gradient, originals[part], eps, alpha, norm)
+                active = torch.cat(holding)
+                if len(active) == 0:
+                    return worst.to(images.dtype)
+    return worst.to(images.dtype)
+
+
+def bim(
+    model: Classifier, images: Tensor, labels: Tensor, eps: float, *, alpha: float, steps: int
+) -> Tensor:
+    """Attack by the basic iterative method (Kurakin et al. 2017, 1607.02533): FGSM in small steps.
+
+    It is `pgd` without a random start; arguments, returns and errors as there.
+    """
+    return pgd(model, images, labels, eps, alpha=alpha, steps=steps, random_start=False)
+
+
+def rfgsm(
+    model: Classifier, images: Tensor, labels: Tensor, eps: float, *, alpha: float, seed: int = 0
+) -> Tensor:
+    """Attack with one step from a random start (Wong et al. 2020, 2001.03994).
+
+    It is `pgd` with a single step, of 1.25 `eps` in the source; arguments, returns and errors as
+    there.
+    """
+    return pgd(model, images, labels, eps, alpha=alpha, steps=1, seed=seed)
 
 
 class FGSMTransform(v2.Transform):

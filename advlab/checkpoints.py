@@ -9,7 +9,7 @@ it.
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from advlab.training import (
     Recipe,
     fit,
     has_fast_bf16,
+    hold_out,
     measure_on_test,
     pick_device,
 )
@@ -80,6 +81,11 @@ def save(model: nn.Module, metadata: dict[str, Any], path: Path) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     text = {"advlab": json.dumps({"format": FORMAT, **metadata}, sort_keys=True)}
     files.write_bytes(path, safetensors.torch.save(tensors, text))
+
+
+def is_adversarial(metadata: Mapping[str, Any]) -> bool:
+    """Tell whether a model was attacked anew in every batch (older files name no adversary)."""
+    return metadata["recipe"].get("adversary", "fixed") != "fixed"
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -175,9 +181,17 @@ def load_weights(path: Path, arch: str) -> Checkpoint:
     return Checkpoint(model, metadata, path)
 
 
-def model_name(arch: str, train_eps: float, seed: int) -> str:
+# The training eps of the paper's defence (0: the baseline), or an adversarial training's recipe.
+Training = float | Recipe
+
+
+def model_name(arch: str, training: Training, seed: int) -> str:
     """Return what a checkpoint's file is called, without its ending, in every folder."""
-    return f"{arch}-{f'eps{train_eps:g}' if train_eps else 'baseline'}-seed{seed}"
+    if isinstance(training, Recipe):
+        kind = training.name
+    else:
+        kind = f"eps{training:g}" if training else "baseline"
+    return f"{arch}-{kind}-seed{seed}"
 
 
 class Zoo:
@@ -214,13 +228,17 @@ class Zoo:
         self.device, self.progress, self.on_epoch = device, progress, on_epoch
         self._directions: dict[str, Tensor] = {}
 
-    def identity(self, arch: str, train_eps: float = 0.0) -> dict[str, Any]:
+    def identity(self, arch: str, training: Training = 0.0) -> dict[str, Any]:
         """Return what a checkpoint must say of itself to be this model."""
         if arch not in models.ARCHITECTURES:
             raise ValueError(
                 f"unknown architecture {arch!r}; choose one of {', '.join(models.ARCHITECTURES)}"
             )
-        recipe = self.recipe.for_augmented_set() if train_eps else self.recipe
+        if isinstance(training, Recipe):
+            recipe, train_eps = training, training.eps
+        else:
+            recipe = self.recipe.for_augmented_set() if training else self.recipe
+            train_eps = training
         return {
             "arch": arch,
             "train_eps": check_eps(train_eps),
@@ -231,19 +249,19 @@ class Zoo:
             "train_n": len(self.data.train),
         }
 
-    def file_name(self, arch: str, train_eps: float = 0.0) -> str:
+    def file_name(self, arch: str, training: Training = 0.0) -> str:
         """Return the checkpoint's file name, the same in every folder."""
-        return f"{model_name(arch, train_eps, self.seed)}.safetensors"
+        return f"{model_name(arch, training, self.seed)}.safetensors"
 
-    def find(self, arch: str, train_eps: float = 0.0) -> Path | None:
+    def find(self, arch: str, training: Training = 0.0) -> Path | None:
         """Return the file of a trained model that matches in every respect, or None.
 
         Raises:
             CheckpointError: if a file of that name is damaged.
         """
-        wanted = self.identity(arch, train_eps)
+        wanted = self.identity(arch, training)
         for folder in (self.shipped, self.folder):
-            path = folder / self.file_name(arch, train_eps) if folder else None
+            path = folder / self.file_name(arch, training) if folder else None
             if path and path.is_file():
                 found = read_metadata(path)
                 # A file from before a field existed was trained with that field's default.
@@ -252,18 +270,23 @@ class Zoo:
                     return path
         return None
 
-    def get(self, arch: str, train_eps: float = 0.0) -> Checkpoint:
-        """Return the model of `arch` trained with `train_eps` (0: the baseline), training it once.
+    def get(self, arch: str, training: Training = 0.0) -> Checkpoint:
+        """Return a trained model of `arch`, training it if it is not there.
+
+        Args:
+            arch: One of `models.ARCHITECTURES`.
+            training: The training eps of the paper's defence (0: the baseline), or the recipe of an
+                adversarial training.
 
         Two processes that ask for the same model train it once: the second waits for the first.
         """
-        path = self.find(arch, train_eps)
+        path = self.find(arch, training)
         if path is None:
-            path = self.folder / self.file_name(arch, train_eps)
+            path = self.folder / self.file_name(arch, training)
             files.make_folder(self.folder)
             with FileLock(path.with_suffix(".lock")):
-                if self.find(arch, train_eps) is None:
-                    self._train(arch, train_eps, path)
+                if self.find(arch, training) is None:
+                    self._train(arch, training, path)
         return load(path)
 
     def directions(self, arch: str) -> Tensor:
@@ -298,14 +321,14 @@ class Zoo:
             signs[part] = fgsm_direction(model, *batch, per_image_statistics=True)
         return signs
 
-    def _train(self, arch: str, train_eps: float, path: Path) -> None:
-        identity = self.identity(arch, train_eps)
+    def _train(self, arch: str, training: Training, path: Path) -> None:
+        identity = self.identity(arch, training)
         recipe = Recipe(**identity["recipe"])
-        train_set = (
-            AugmentedSet(self.data.train, self.directions(arch), train_eps)
-            if train_eps
-            else self.data.train
-        )
+        train_set, validation = self.data.train, None
+        if recipe.on_the_fly:
+            train_set, validation = hold_out(self.data.train)
+        elif training:
+            train_set = AugmentedSet(self.data.train, self.directions(arch), training)
         name = path.stem
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         model = models.build(arch, self.seed)
@@ -315,7 +338,8 @@ class Zoo:
             recipe,
             seed=self.seed,
             # A curve for the baselines alone: no lesson shows one of the others.
-            test=None if train_eps else self.data.test,
+            test=None if training else self.data.test,
+            validation=validation,
             device=self.device,
             state_path=path.with_name(f"{name}-{key}.state"),
             progress=name if self.progress else None,

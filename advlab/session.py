@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from advlab import data, files, paper
-from advlab.checkpoints import Zoo
+from advlab.checkpoints import Training, Zoo
 from advlab.data import ImageData
-from advlab.training import FAST, PAPER, QUICK, Recipe
+from advlab.training import FAST, FGSM, PAPER, QUICK, ROBUST, RS_FGSM, Recipe
 
 if TYPE_CHECKING:  # worker processes open a session too, and draw nothing
     import pandas as pd
@@ -34,6 +35,7 @@ class Profile:
         recipe: How models are trained.
         train_n, test_n: Images used; None for all.
         sweep: Training eps of the CNN's sweep.
+        robust: Recipes of the adversarially trained models (lessons 06 to 08), by name.
         shipped: Whether the trained models of the repository may be used.
         keep: Whether trained models belong to the run's results, not to the cache.
     """
@@ -42,11 +44,12 @@ class Profile:
     train_n: int | None = None
     test_n: int | None = None
     sweep: tuple[float, ...] = paper.SWEEP_TRAIN_EPS
+    robust: Mapping[str, Recipe] = field(default_factory=lambda: _ROBUST)
     shipped: bool = False
     keep: bool = False
 
-    def models(self) -> list[tuple[str, float]]:
-        """Return (architecture, training eps) of every model that the lessons need.
+    def models(self) -> list[tuple[str, Training]]:
+        """Return (architecture, training eps) of every model that lessons 01 to 05 need.
 
         Slow ones first, so that two cores finish at about the same time.
         """
@@ -55,16 +58,42 @@ class Profile:
         wanted += [("cnn-lstm-positions", 0.2)]
         return wanted + [("cnn", eps) for eps in self.sweep if eps]
 
+    def robust_models(self) -> list[tuple[str, Training]]:
+        """Return (architecture, recipe) of the adversarially trained models, slow ones first."""
+        best, quick = self.robust["robust"], self.robust["rs-fgsm"]
+        wanted: list[tuple[str, Training]] = [
+            ("cnn-lstm", best),
+            ("cnn", best),
+            ("cnn-lstm", quick),
+        ]
+        return wanted + [("cnn", recipe) for recipe in self.robust.values() if recipe != best]
 
+
+def _at_eps(steps: int) -> Recipe:
+    """Return the recipe RS-FGSM for an eps of so many steps of 1/255."""
+    eps = steps / 255
+    return replace(RS_FGSM, name=f"rs-fgsm-eps{steps}", eps=eps, alpha=1.25 * eps)
+
+
+def _in_short(epochs: int) -> dict[str, Recipe]:
+    """Return the same recipes for a few thousand images."""
+    short = {"epochs": epochs, "batch_size": 32, "average": 0.0, "warm_up": 0.7}
+    # No early stopping: by a few hundred images, an epoch that names one class could be the best.
+    short |= {"optimiser": "adam", "lr": 3e-3, "weight_decay": 0.0, "early_stopping": False}
+    return {name: replace(recipe, **short) for name, recipe in _ROBUST.items()}
+
+
+_ROBUST = {r.name: r for r in (FGSM, _at_eps(2), _at_eps(4), RS_FGSM, ROBUST)}
 _SHORT_SWEEP = (0.0, 0.005, 0.01, 0.015, 0.2, 0.5)
 PROFILES = {
-    "quick": Profile(QUICK, train_n=2_000, test_n=500, sweep=_SHORT_SWEEP),
+    "quick": Profile(QUICK, train_n=2_000, test_n=500, sweep=_SHORT_SWEEP, robust=_in_short(4)),
     "lesson": Profile(PAPER, shipped=True),
-    "fast": Profile(FAST, sweep=_SHORT_SWEEP, keep=True),
+    # Of the shipped models none is of recipe FAST; the adversarially trained ones are the same.
+    "fast": Profile(FAST, sweep=_SHORT_SWEEP, shipped=True, keep=True),
     "paper": Profile(PAPER, keep=True),
 }
 # On Shapes-10 nothing is shipped, so profile "lesson" trains every model on the spot.
-SHAPES_LESSON = Profile(QUICK, train_n=4_000, test_n=2_000, sweep=_SHORT_SWEEP)
+SHAPES_LESSON = Profile(QUICK, train_n=4_000, test_n=2_000, sweep=_SHORT_SWEEP, robust=_in_short(6))
 
 
 @dataclass(frozen=True)
@@ -92,15 +121,17 @@ class Session:
         """Whether the numbers can be set beside the paper's: CIFAR-10, whole, its procedure."""
         return self.data.name == "CIFAR-10" and self.settings.recipe in (PAPER, FAST)
 
-    def caption(self, n: int | None = None) -> str:
+    def caption(self, n: int | None = None, recipe: str | None = None) -> str:
         """Return what every figure says of its origin.
 
         Args:
             n: Test images behind it; None for all, 0 for a figure of something else.
+            recipe: Name of what trained the models shown; None for the session's own.
         """
+        recipe = recipe or self.settings.recipe.name
         n = len(self.data.test) if n is None else n
         images = f"{n:,} test images, " if n else ""
-        return f"{self.data.name}, {images}recipe {self.settings.recipe.name}, seed {self.zoo.seed}"
+        return f"{self.data.name}, {images}recipe {recipe}, seed {self.zoo.seed}"
 
     def save(
         self,
@@ -109,6 +140,7 @@ class Session:
         table: pd.DataFrame | None = None,
         *,
         n: int | None = None,
+        recipe: str | None = None,
     ) -> None:
         """Write `figure` as NAME.png and `table` as NAME.csv into figures/ of the output folder.
 
@@ -116,7 +148,7 @@ class Session:
             name: File name without ending.
             figure: Gets a line at its foot that says what it was measured on.
             table: Tidy rows.
-            n: Test images behind the figure; None for all, 0 for a figure of something else.
+            n, recipe: As in `caption`.
 
         Raises:
             OSError: if it cannot be written; names the folder and the mend.
@@ -127,7 +159,9 @@ class Session:
             engine = figure.get_layout_engine()
             if engine is not None:
                 engine.set(rect=(0, foot, 1, 1 - foot))
-            figure.text(0.99, 0.01, self.caption(n), ha="right", va="bottom", size=6, color="0.4")
+            figure.text(
+                0.99, 0.01, self.caption(n, recipe), ha="right", va="bottom", size=6, color="0.4"
+            )
             files.write_bytes(folder / f"{name}.png", _render(figure))
         if table is not None:
             with files.atomic_write(folder / f"{name}.csv") as temporary:

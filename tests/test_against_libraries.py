@@ -4,13 +4,14 @@ import pytest
 import torch
 from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
-from advlab import models
+from advlab import checkpoints, data, evaluation, files, models
 from advlab.attacks import fgsm, pgd
 from advlab.tools import rivals
 
 MODULES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art"}
 STEPS = 10
 PGD_EPS = 0.002  # breaks about half of the images
+L2_EPS = 0.06  # so does this
 
 
 @pytest.fixture(params=["small", "cnn", "cnn-lstm"])
@@ -57,5 +58,69 @@ def test_pgd_breaks_every_image_that_a_library_breaks(case, set_up, monkeypatch)
         broken_by_them = model(theirs).argmax(1) != labels
         broken_by_us = model(ours).argmax(1) != labels
     assert float((theirs - images).abs().max()) <= PGD_EPS + 1e-6
+    assert 2 < int(broken_by_them.sum()) < 14
+    assert bool(broken_by_us[broken_by_them].all())
+
+
+@pytest.mark.parametrize("arch", ["cnn", "cnn-lstm"])
+def test_pgd_on_the_shipped_robust_models_is_as_strong_as_a_library(arch, set_up, cifar10_root):
+    path = files.shipped_checkpoints() / f"{arch}-robust-seed0.safetensors"
+    model, alpha = checkpoints.load(path).model, rivals.EPS / 4
+    images, labels = data.load("cifar10", cifar10_root).test.first(50).batch(slice(None))
+    theirs = set_up(model, alpha).pgd(images, labels)
+    ours = pgd(model, images, labels, rivals.EPS, alpha=alpha, steps=STEPS, random_start=False)
+    left = [int(evaluation.holds(model, made, labels).sum()) for made in (ours, theirs)]
+    assert 0 < left[0] <= left[1] < 50
+
+
+def l2_of_torchattacks(model, alpha):
+    import torchattacks
+
+    return torchattacks.PGDL2(model, eps=L2_EPS, alpha=alpha, steps=STEPS, random_start=False)
+
+
+def l2_of_foolbox(model, alpha):
+    import foolbox
+
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    made = foolbox.attacks.L2PGD(abs_stepsize=alpha, steps=STEPS, random_start=False)
+    return lambda images, labels: made.run(wrapped, images, labels, epsilon=L2_EPS)
+
+
+def l2_of_art(model, alpha):
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    wrapped = PyTorchClassifier(
+        model,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=(3, 32, 32),
+        nb_classes=model(torch.zeros(1, 3, 32, 32)).shape[1],
+        clip_values=(0, 1),
+        device_type="cpu",
+    )
+    made = ProjectedGradientDescentPyTorch(
+        wrapped, norm=2, eps=L2_EPS, eps_step=alpha, max_iter=STEPS, verbose=False
+    )
+    return lambda images, labels: torch.from_numpy(made.generate(images.numpy(), labels.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("module", "make"),
+    [("torchattacks", l2_of_torchattacks), ("foolbox", l2_of_foolbox), ("art", l2_of_art)],
+)
+def test_pgd_in_l2_breaks_every_image_that_a_library_breaks(case, module, make):
+    pytest.importorskip(module, reason=f"{module} is not installed; it is in the extra [bench]")
+    model, images, labels = case
+    alpha = L2_EPS / 4
+    theirs = make(model, alpha)(images, labels)
+    ours = pgd(
+        model, images, labels, L2_EPS, alpha=alpha, steps=STEPS, random_start=False, norm="l2"
+    )
+    with torch.no_grad():
+        broken_by_them = model(theirs).argmax(1) != labels
+        broken_by_us = model(ours).argmax(1) != labels
+    for made in (theirs, ours):
+        assert float((made - images).flatten(1).norm(dim=1).max()) <= L2_EPS + 1e-5
     assert 2 < int(broken_by_them.sum()) < 14
     assert bool(broken_by_us[broken_by_them].all())

@@ -16,7 +16,17 @@ from torch import nn
 
 from advlab import attacks, models
 from advlab._torchvision import datasets, tv_tensors, v2
-from advlab.attacks import FGSMTransform, fgsm, fgsm_direction, input_gradient, perturb, pgd
+from advlab.attacks import (
+    FGSMTransform,
+    attack_loss,
+    bim,
+    fgsm,
+    fgsm_direction,
+    input_gradient,
+    perturb,
+    pgd,
+    rfgsm,
+)
 from advlab.evaluation import attack_direction, evaluate
 
 SIGN_SHARE = 1e-4  # of signs that rounding may turn where batches are cut differently
@@ -428,6 +438,91 @@ def test_pgd_without_steps_is_refused(small_cnn, batch, steps):
         pgd(small_cnn, *batch, 0.1, alpha=0.1, steps=steps)
 
 
+def test_alpha_of_nothing_is_refused(small_cnn, batch):
+    with pytest.raises(ValueError, match="alpha is 0; a step must have a size above 0"):
+        pgd(small_cnn, *batch, 0.1, alpha=0, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"restarts": 0}, "restarts is 0 with random_start=True; give at least 1"),
+        ({"restarts": 2, "random_start": False}, "only 1 without a random start"),
+        ({"norm": "l1"}, "unknown norm 'l1'; choose one of linf, l2"),
+        ({"loss": "mse"}, "unknown loss 'mse'; choose one of ce, dlr, margin"),
+    ],
+)
+def test_unknown_options_of_pgd_are_refused(small_cnn, batch, options, message):
+    with pytest.raises(ValueError, match=message):
+        pgd(small_cnn, *batch, 0.1, alpha=0.1, steps=1, **options)
+
+
+@pytest.mark.parametrize("eps", [128, -0.5, math.nan])
+def test_l2_eps_in_the_wrong_unit_is_named(small_cnn, batch, eps):
+    with pytest.raises(ValueError, match=f"eps is {eps}; as an L2 length .* divided by 255"):
+        pgd(small_cnn, *batch, eps, alpha=0.1, steps=1, norm="l2")
+
+
+@pytest.mark.parametrize("attack", [fgsm, partial(pgd, alpha=0.1, steps=1)])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda labels: labels, ValueError, "12 of 12 targets are the image's own class"),
+        (lambda labels: labels[1:], ValueError, r"targeted has shape \(11,\); it must be \(12,\)"),
+        (lambda labels: -1 - labels, ValueError, "is negative; classes count from 0"),
+        (lambda labels: labels.float(), TypeError, "targeted is torch.float32; give an int64"),
+        (lambda labels: 3, TypeError, "targeted is int; give an int64 tensor"),
+    ],
+)
+def test_bad_targets_are_refused(small_cnn, batch, attack, change, error, message):
+    images, labels = batch
+    with pytest.raises(error, match=message):
+        attack(small_cnn, images, labels, 0.1, targeted=change(labels))
+
+
+# --- the losses
+
+
+def test_losses_are_their_formulas():
+    logits = torch.tensor([[3.0, 1.0, 0.5, 0.0], [0.0, 2.0, 4.0, 1.0]])
+    labels = torch.tensor([0, 1])
+    margin = torch.tensor([1.0 - 3.0, 4.0 - 2.0])
+    torch.testing.assert_close(attack_loss(logits, labels, "margin"), margin)
+    torch.testing.assert_close(
+        attack_loss(logits, labels, "dlr"), margin / torch.tensor([3.0 - 0.5, 4.0 - 1.0])
+    )
+    torch.testing.assert_close(
+        attack_loss(logits, labels), -torch.log_softmax(logits, 1)[[0, 1], labels]
+    )
+    aim = torch.tensor([2, 3])
+    torch.testing.assert_close(
+        attack_loss(logits, labels, "margin", aim), torch.tensor([0.5 - 3.0, 1.0 - 4.0])
+    )
+    torch.testing.assert_close(
+        attack_loss(logits, labels, "dlr", aim),
+        torch.tensor([(0.5 - 3.0) / (3.0 - 0.25), (1.0 - 2.0) / (4.0 - 0.5)]),
+    )
+    torch.testing.assert_close(
+        attack_loss(logits, labels, "ce", aim), torch.log_softmax(logits, 1)[[0, 1], aim]
+    )
+
+
+def test_margin_is_positive_exactly_for_wrong_images(small_cnn, batch):
+    images, labels = batch
+    with torch.no_grad():
+        logits = small_cnn(images)
+    wrong = logits.argmax(1) != labels
+    assert torch.equal(attack_loss(logits, labels, "margin") > 0, wrong)
+
+
+def test_dlr_does_not_see_the_scale_of_the_logits(small_cnn, batch):
+    images, labels = batch
+    with torch.no_grad():
+        logits = small_cnn(images)
+    one, other = (attack_loss(scale * logits, labels, "dlr") for scale in (1, 1000))
+    torch.testing.assert_close(one, other)
+
+
 # --- PGD
 
 
@@ -457,7 +552,7 @@ def plain_pgd(model, images, labels, eps, alpha, steps):
 @settings(max_examples=40)
 @given(
     eps=st.floats(0, 1),
-    alpha=st.floats(0, 1),
+    alpha=st.floats(1e-3, 1),
     steps=st.integers(1, 4),
     seed=st.integers(0, 1000),
     random_start=st.booleans(),
@@ -625,6 +720,163 @@ def test_random_start_fills_the_ball():
     assert float(moved.mean()) == pytest.approx(0, abs=0.02)
     assert float(moved.std()) == pytest.approx(1 / math.sqrt(3), abs=0.02)  # of a uniform one
     assert float(moved.abs().max()) == pytest.approx(1, abs=0.01)
+
+
+# --- PGD: restarts, targets, L2
+
+
+@pytest.mark.parametrize("loss", attacks.LOSSES)
+@pytest.mark.parametrize("norm", attacks.NORMS)
+def test_restarts_never_hurt(undecided, norm, loss):
+    model, images, labels = undecided
+    eps = UNDECIDED_EPS if norm == "linf" else 0.06
+    # Steps so short that the start decides.
+    options = {"alpha": eps / 10, "steps": 2, "norm": norm, "loss": loss}
+    held = [
+        is_right(model, pgd(model, images, labels, eps, restarts=restarts, **options), labels)
+        for restarts in (1, 2, 20)
+    ]
+    assert not (held[1] & ~held[0]).any()  # what is broken stays broken
+    assert not (held[2] & ~held[1]).any()
+    if norm == "linf":  # in an L2 ball random directions are nearly worthless
+        assert held[2].sum() < held[0].sum()
+
+
+def test_restarts_keep_the_point_of_highest_loss(undecided):
+    model, images, labels = undecided
+    options = {"alpha": UNDECIDED_EPS / 3, "steps": 2}
+
+    def losses(restarts):
+        attacked = pgd(model, images, labels, UNDECIDED_EPS, restarts=restarts, **options)
+        standing = is_right(model, attacked, labels)
+        with torch.no_grad():
+            return F.cross_entropy(model(attacked), labels, reduction="none"), standing
+
+    (one, _), (five, standing) = losses(1), losses(5)
+    assert (five[standing] >= one[standing] - 1e-6).all()
+    assert (five[standing] > one[standing] + 1e-6).any()
+
+
+@pytest.mark.parametrize("norm", attacks.NORMS)
+def test_targeted_attack_reaches_its_target(undecided, norm):
+    model, images, labels = undecided
+    aim = (labels + 3) % 10
+    eps = 0.1 if norm == "linf" else 3.0
+    attacked = pgd(model, images, labels, eps, alpha=eps / 8, steps=30, targeted=aim, norm=norm)
+    assert float(is_right(model, attacked, aim).float().mean()) > 0.95
+
+
+def test_targeted_fgsm_moves_towards_the_target(undecided):
+    model, images, labels = undecided
+    aim = (labels + 3) % 10
+
+    def loss(x):
+        with torch.no_grad():
+            return float(F.cross_entropy(model(x), aim))
+
+    assert loss(fgsm(model, images, labels, 0.01, targeted=aim)) < loss(images)
+    away = fgsm(model, images, aim, 0.01)
+    towards = fgsm(model, images, labels, 0.01, targeted=aim)
+    inside = (images > 0.01) & (images < 0.99)
+    torch.testing.assert_close((towards - images)[inside], -(away - images)[inside])
+
+
+@settings(max_examples=40)
+@given(
+    eps=st.floats(0, 20),
+    alpha=st.floats(1e-3, 20),
+    steps=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+    random_start=st.booleans(),
+)
+def test_l2_ball_is_kept(eps, alpha, steps, seed, random_start):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    images, labels = make_batch(4, seed=seed)
+    options = {"alpha": alpha, "steps": steps, "random_start": random_start, "seed": seed}
+    attacked = pgd(model, images, labels, eps, norm="l2", **options)
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    assert float((attacked - images).flatten(1).norm(dim=1).max()) <= eps + 1e-5
+
+
+def test_l2_attack_of_a_linear_model_is_known(linear_model):
+    # One long step along the gradient, cut to the ball: eps times the difference of the weights.
+    images, labels = make_batch(20, classes=2)
+    images = images * 0.2 + 0.4  # so that no pixel is clamped
+    weight = linear_model[1].weight.detach()
+    towards = weight[1 - labels] - weight[labels]
+    expected = images + 0.5 * (towards / towards.norm(dim=1, keepdim=True)).reshape(images.shape)
+    right = is_right(linear_model, images, labels)
+    options = {"alpha": 2.0, "steps": 1, "norm": "l2", "random_start": False}
+    attacked = pgd(linear_model, images, labels, 0.5, **options)
+    torch.testing.assert_close(attacked[right], expected[right], rtol=0, atol=1e-5)
+
+
+def test_l2_start_is_inside_the_ball_and_reaches_far():
+    images = torch.full((50, 3, 32, 32), 0.5)
+    labels = torch.zeros(50, dtype=torch.int64)
+
+    def model(x):  # wrong everywhere, so that the start comes back
+        return torch.stack([-x.mean((1, 2, 3)), torch.zeros(len(x))], 1)
+
+    moved = pgd(model, images, labels, 2.0, alpha=0.1, steps=3, norm="l2") - 0.5
+    lengths = moved.flatten(1).norm(dim=1)
+    # Of a ball in 3,072 dimensions nearly all is next to its surface.
+    assert 1.99 < float(lengths.median()) < 2
+    assert float(lengths.max()) <= 2 + 1e-5
+
+
+def test_bim_and_rfgsm_are_cases_of_pgd(undecided):
+    model, images, labels = undecided
+    options = {"alpha": UNDECIDED_EPS / 4, "steps": 4}
+    assert torch.equal(
+        bim(model, images, labels, UNDECIDED_EPS, **options),
+        pgd(model, images, labels, UNDECIDED_EPS, random_start=False, **options),
+    )
+    assert torch.equal(
+        rfgsm(model, images, labels, 0.01, alpha=0.0125, seed=3),
+        pgd(model, images, labels, 0.01, alpha=0.0125, steps=1, seed=3),
+    )
+
+
+def test_planted_example_is_found():
+    # Right everywhere but in a thin slab next to the images: a single step over it misses.
+    images, labels = torch.full((5, 3, 32, 32), 0.5), torch.zeros(5, dtype=torch.int64)
+
+    def model(x):
+        mean = x.mean((1, 2, 3))
+        wrong = (mean > 0.515) & (mean < 0.525)
+        logits = torch.stack([torch.ones(len(x)), mean - 0.4], 1)
+        return logits + torch.stack([-2 * wrong, 2 * wrong], 1)
+
+    assert is_right(model, fgsm(model, images, labels, 0.06), labels).all()
+    attacked = pgd(model, images, labels, 0.06, alpha=0.01, steps=10, random_start=False)
+    assert not is_right(model, attacked, labels).any()
+
+
+def test_eps_near_one_breaks_everything(learned):
+    model, test = learned
+    images, labels = test.first(50).batch(slice(None))
+    attacked = pgd(model, images, labels, 0.9, alpha=0.1, steps=30)
+    assert not is_right(model, attacked, labels).any()
+
+
+def test_scale_free_losses_break_a_masked_model(learned):
+    model, test = learned
+    images, labels = test.first(60).batch(slice(None))
+
+    def masked(x):
+        return 1000 * model(x)
+
+    options = {"alpha": 0.01, "steps": 15}
+    held = {
+        loss: int(
+            is_right(masked, pgd(masked, images, labels, 0.05, loss=loss, **options), labels).sum()
+        )
+        for loss in attacks.LOSSES
+    }
+    assert held["dlr"] < 0.5 * held["ce"]
+    assert held["margin"] < 0.5 * held["ce"]
 
 
 # --- on a model that has learned something

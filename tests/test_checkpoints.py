@@ -21,7 +21,7 @@ from conftest import TINY, assert_same_state, make_small_cnn
 from advlab import checkpoints, models
 from advlab.checkpoints import CheckpointError, Zoo, load, load_weights, save, weights_hash
 from advlab.data import ImageData, Split
-from advlab.evaluation import evaluate
+from advlab.evaluation import evaluate, name_of
 from advlab.training import FAST, PAPER, Recipe
 
 
@@ -461,6 +461,46 @@ def test_learning_curve_is_of_baselines_alone(tiny_shapes, tmp_path):
         correct, _ = evaluate(found.model, *tiny_shapes.test.batch(slice(None)))
         assert abs(found.metadata["correct"] - correct) <= 1  # rounding of two ways to compute it
         assert found.metadata["test_accuracy"] == found.metadata["correct"] / 32
+
+
+# --- adversarial recipes
+
+RS_FGSM = Recipe("rs", 1, 32, adversary="rs-fgsm", eps=0.05, alpha=0.06)
+
+
+def test_zoo_trains_by_an_adversarial_recipe_once(tiny_shapes, tmp_path, monkeypatch):
+    zoo = tiny_zoo(tiny_shapes, tmp_path)
+    found = zoo.get("cnn", RS_FGSM)
+    assert found.path.name == "cnn-rs-seed0.safetensors"
+    assert found.metadata["train_eps"] == 0.05
+    assert found.metadata["recipe"]["adversary"] == "rs-fgsm"
+    assert {"val_accuracy", "val_pgd_accuracy"} <= set(found.history[0])
+    assert name_of(found) == "cnn rs"
+    assert zoo.get("cnn").metadata["weights_hash"] != found.metadata["weights_hash"]
+    forbid_training(monkeypatch)
+    again = tiny_zoo(tiny_shapes, tmp_path).get("cnn", RS_FGSM)
+    assert again.metadata == found.metadata
+
+
+def test_other_adversary_is_another_model(tiny_shapes, tmp_path):
+    zoo = tiny_zoo(tiny_shapes, tmp_path)
+    zoo.get("cnn", RS_FGSM)
+    assert zoo.find("cnn", RS_FGSM) is not None
+    assert zoo.find("cnn", replace(RS_FGSM, eps=0.04)) is None
+
+
+def test_adversarial_training_holds_out_its_validation_images(tiny_shapes, tmp_path, monkeypatch):
+    asked = {}
+
+    def fit(model, data, recipe, **options):
+        asked.update(train=data, validation=options["validation"], test=options["test"])
+        return checkpoints_fit(model, data, recipe, **options)
+
+    checkpoints_fit = checkpoints.fit
+    monkeypatch.setattr(checkpoints, "fit", fit)
+    tiny_zoo(tiny_shapes, tmp_path).get("cnn", RS_FGSM)
+    assert (len(asked["train"]), len(asked["validation"])) == (58, 6)
+    assert asked["test"] is None
 
 
 # --- faults while writing

@@ -28,7 +28,7 @@ def test_conda_environment_has_the_same_packages_and_versions():
     assert "pip" in found
     del found["pip"]
     assert found == requirements()
-    assert lines[-1] == {"pip": ["-e ."]}
+    assert lines[-1] == {"pip": ["-e .[audit]"]}
 
 
 def test_each_conda_package_has_a_reason_beside_it():

@@ -1,19 +1,34 @@
 """Evaluation: intervals, exact counts, the accuracy table, its cells on disk."""
 
 import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_small_cnn
+from conftest import balance, make_batch, make_small_cnn
 from torch import nn
 
 from advlab import evaluation, models
-from advlab.attacks import fgsm
+from advlab.attacks import fgsm, pgd
 from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import Split
-from advlab.evaluation import accuracy_table, attack_direction, confusion, evaluate, predict, wilson
+from advlab.evaluation import (
+    accuracy_table,
+    attack_direction,
+    attacked,
+    audit,
+    auto_attack,
+    confusion,
+    evaluate,
+    holds,
+    minimal_eps,
+    predict,
+    wilson,
+)
 
 # --- Wilson intervals
 
@@ -313,3 +328,309 @@ def test_foreign_weights_are_called_by_their_file(trained, shapes, tmp_path):
 def test_table_shows_progress_only_when_asked(trained, shapes, capsys):
     accuracy_table(trained[:1], shapes, [0.0])
     assert capsys.readouterr() == ("", "")
+
+
+# --- one image at a time
+
+
+def test_holds_counts_what_evaluate_counts(small_cnn):
+    images, labels = make_batch(130)
+    found = holds(small_cnn, images, labels)
+    assert found.dtype == torch.bool
+    assert int(found.sum()) == evaluate(small_cnn, images, labels)[0]
+
+
+@pytest.mark.parametrize("attack", evaluation.ATTACKS)
+def test_every_attack_keeps_its_eps(small_cnn, attack):
+    images, labels = make_batch(8)
+    made = attacked(attack, small_cnn, images, labels, 0.03)
+    assert float((made - images).abs().max()) <= 0.03 + 1e-6
+    assert made.min() >= 0
+    assert made.max() <= 1
+    assert torch.equal(attacked(attack, small_cnn, images, labels, 0), images)
+
+
+def test_unknown_attack_is_refused(small_cnn):
+    with pytest.raises(ValueError, match="unknown attack 'magic'; choose one of fgsm"):
+        attacked("magic", small_cnn, *make_batch(2), 0.1)
+
+
+def test_pgd_in_a_table_is_pgd(trained, shapes):
+    baseline, robust = trained
+    some = replace(shapes, test=shapes.test.first(40))
+    table = accuracy_table([robust], some, (0.0, 0.04), attack="pgd-20", seed=2)
+    images, labels = some.test.batch(slice(None))
+    made = pgd(robust.model, images, labels, 0.04, alpha=0.005, steps=20, seed=2)
+    assert table["correct"].tolist() == [
+        evaluate(robust.model, shown, labels)[0] for shown in (images, made)
+    ]
+    moved = accuracy_table([robust], some, (0.04,), attack="pgd-20", source=baseline)
+    assert moved["source"].tolist() == ["cnn baseline"]
+
+
+def test_board_has_a_column_per_attack_and_the_best_model_first():
+    rows = pd.DataFrame(
+        [
+            ("weak", 0.0, "clean", 0.9),
+            ("weak", 8 / 255, "fgsm", 0.5),
+            ("weak", 8 / 255, "autoattack", 0.0),
+            ("strong", 0.0, "clean", 0.7),
+            ("strong", 8 / 255, "fgsm", 0.4),
+            ("strong", 0.0313725, "autoattack", 0.3),  # as a CSV keeps 8/255
+            ("strong", 4 / 255, "autoattack", 0.6),
+        ],
+        columns=["model", "test_eps", "attack", "accuracy"],
+    )
+    found = evaluation.board(rows)
+    assert list(found.columns) == ["clean", "fgsm", "autoattack"]
+    assert found.index.tolist() == ["strong", "weak"]
+    assert found.loc["strong"].tolist() == [0.7, 0.4, 0.3]
+    assert evaluation.board(rows, 4 / 255).columns.tolist() == ["clean", "autoattack"]
+    with pytest.raises(ValueError, match=r"no row has test_eps 0\.5"):
+        evaluation.board(rows, 0.5)
+
+
+def test_restarts_on_both_losses_break_what_either_breaks():
+    model, (images, labels) = make_small_cnn(), make_batch(32)
+    labels = balance(model, images)
+    eps = 0.001  # breaks about half of them
+    options = {"alpha": eps / 8, "steps": 50, "restarts": 3}
+    by_loss = [
+        holds(model, pgd(model, images, labels, eps, loss=loss, **options), labels)
+        for loss in ("ce", "margin")
+    ]
+    both = holds(model, attacked("pgd-50x3", model, images, labels, eps), labels)
+    assert 0 < int(both.sum()) < 32
+    assert bool((both <= (by_loss[0] & by_loss[1])).all())
+
+
+def test_minimal_eps_of_a_linear_model_is_known(linear_model):
+    images, _ = make_batch(30)
+    images = images * 0.5 + 0.25
+    with torch.no_grad():
+        logits = linear_model(images)
+    labels = logits.argmax(1)
+    weight = linear_model[1].weight.detach()
+    slope = (weight[0] - weight[1]).abs().sum()  # of the margin, along FGSM's direction
+    exact = (logits[:, 0] - logits[:, 1]).abs() / slope
+    found = minimal_eps(linear_model, images, labels)
+    assert (found >= exact).all()
+    assert (found <= exact + 1 / 255 + 1e-6).all()
+    torch.testing.assert_close(found * 255, (found * 255).round())
+    wrong = minimal_eps(linear_model, images, 1 - labels)
+    assert (wrong == 0).all()
+
+
+def test_minimal_eps_is_inf_for_what_holds(linear_model):
+    images, _ = make_batch(30)
+    labels = linear_model(images).argmax(1)
+    found = minimal_eps(linear_model, images, labels, largest=1)
+    reached = minimal_eps(linear_model, images, labels)
+    assert torch.equal(found.isinf(), reached > 1 / 255)
+    assert found.isinf().any()
+
+
+def test_minimal_eps_by_pgd_is_no_larger(learned):
+    model, test = learned
+    images, labels = test.first(20).batch(slice(None))
+    one = minimal_eps(model, images, labels, largest=40)
+    many = minimal_eps(model, images, labels, attack="pgd-20", largest=40)
+    assert float((many <= one).float().mean()) >= 0.9
+    assert many.median() <= one.median()
+
+
+@pytest.mark.parametrize("largest", [0, 256])
+def test_minimal_eps_refuses_a_range_that_is_none(small_cnn, largest):
+    with pytest.raises(ValueError, match=f"largest is {largest}; it counts steps of 1/255"):
+        minimal_eps(small_cnn, *make_batch(2), largest=largest)
+
+
+# --- AutoAttack
+
+
+def test_auto_attack_without_its_package_says_how_to_get_it(small_cnn, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match=r'pip install "advlab\[audit\]"'):
+        auto_attack(small_cnn, *make_batch(2))
+
+
+def test_auto_attack_is_at_least_as_strong_as_pgd(learned, tmp_path):
+    pytest.importorskip("pyautoattack", reason='needs the extra "audit"')
+    model, test = learned
+    images, labels = test.first(30).batch(slice(None))
+    state = torch.get_rng_state()
+    held = auto_attack(model, images, labels, 0.01, attacks=["apgd-ce"], folder=tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    made = pgd(model, images, labels, 0.01, alpha=0.00125, steps=20)
+    assert int(held.sum()) <= int(holds(model, made, labels).sum()) + 1
+
+
+@pytest.fixture
+def fake_auto_attack(monkeypatch):
+    """In place of pyautoattack: an attack that turns every other image grey; counts its images."""
+    seen = []
+
+    class AutoAttack:
+        def __init__(self, model, **options):
+            self.options = options
+            self.square = SimpleNamespace(n_queries=None)
+
+        def run_standard_evaluation(self, images, labels, batch_size):
+            seen.append((len(images), self.options | {"queries": self.square.n_queries}))
+            made = images.clone()
+            made[::2] = 0.5
+            return made, labels
+
+    monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace(AutoAttack=AutoAttack))
+    return seen
+
+
+def test_interrupted_auto_attack_goes_on(small_cnn, fake_auto_attack, tmp_path, monkeypatch):
+    images, _ = make_batch(230)
+    labels = predict(small_cnn, images).argmax(1)
+    labels[5] = (labels[5] + 1) % 10
+    whole = auto_attack(small_cnn, images, labels, folder=tmp_path)
+    assert [n for n, _ in fake_auto_attack] == [100, 100, 30]
+    assert fake_auto_attack[0][1] == {
+        "norm": "Linf",
+        "eps": 8 / 255,
+        "seed": 0,
+        "queries": 5_000,
+    }
+    sorted(tmp_path.iterdir())[0].unlink()
+    fake_auto_attack.clear()
+    again = auto_attack(small_cnn, images, labels, folder=tmp_path)
+    assert len(fake_auto_attack) == 1  # the part that was lost
+    assert torch.equal(again, whole)
+    assert whole.shape == (230,)
+    assert not whole[5]
+
+
+def test_parts_are_found_again_when_the_logits_differ_in_their_last_bits(
+    small_cnn, fake_auto_attack, tmp_path, monkeypatch
+):
+    images, labels = make_batch(20)
+    auto_attack(small_cnn, images, labels, folder=tmp_path)
+    exact = evaluation.predict  # another number of threads rounds in another order
+    monkeypatch.setattr(evaluation, "predict", lambda *args: exact(*args) * (1 + 1e-6))
+    auto_attack(small_cnn, images, labels, folder=tmp_path)
+    assert len(fake_auto_attack) == 1
+
+
+def test_damaged_part_of_auto_attack_is_computed_again(small_cnn, fake_auto_attack, tmp_path):
+    images, labels = make_batch(20)
+    whole = auto_attack(small_cnn, images, labels, folder=tmp_path)
+    (part,) = tmp_path.iterdir()
+    for content in ("[true", "[1]", '{"a": 1}'):
+        part.write_text(content)
+        assert torch.equal(auto_attack(small_cnn, images, labels, folder=tmp_path), whole)
+    assert len(fake_auto_attack) == 4
+
+
+def test_parts_of_other_models_attacks_and_seeds_are_not_mixed(fake_auto_attack, tmp_path):
+    images, labels = make_batch(5)
+    for model in (make_small_cnn(0), make_small_cnn(1)):
+        for options in ({}, {"eps": 0.1}, {"seed": 1}, {"queries": 9}, {"norm": "l2"}):
+            auto_attack(model, images, labels, folder=tmp_path, **options)
+    auto_attack(make_small_cnn(0), images, (labels + 1) % 10, folder=tmp_path)
+    auto_attack(make_small_cnn(0), images, labels, folder=tmp_path, attacks=["square"])
+    assert fake_auto_attack[-1][1]["attacks"] == ["square"]
+    assert len(list(tmp_path.iterdir())) == len(fake_auto_attack) == 12
+    assert fake_auto_attack[-1][1]["version"] == "custom"
+
+
+# --- the audit
+
+
+@pytest.fixture
+def no_square(monkeypatch):
+    """Leave out the line that needs another package and minutes."""
+
+    def missing(*args, **options):
+        raise ImportError
+
+    monkeypatch.setattr(evaluation, "auto_attack", missing)
+
+
+def verdicts(table):
+    return dict(zip(table["check"], table["verdict"], strict=True))
+
+
+def test_audit_of_an_honest_model_has_no_alarm(learned, no_square):
+    model, test = learned
+    images, labels = test.first(60).batch(slice(None))
+    table = audit(model, images, labels, eps=0.004)
+    assert len(table) == 9
+    found = verdicts(table)
+    assert found.pop("black box weaker than white box") == "not run"
+    assert found.pop("white box at least as strong as transfer") == "not run"
+    assert set(found.values()) == {"pass"}
+    assert set(table["n"]) == {60}
+
+
+class Toy(nn.Module):
+    """Two classes; the margin of class 0 is a function of how far the image is from grey."""
+
+    def __init__(self, margin):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, x):
+        margin = self.margin(x - 0.5)
+        return torch.stack([margin, torch.zeros_like(margin)], dim=1)
+
+
+def ridge(change):
+    """Fall a little, rise, then fall below 0 at the end of the step: small steps stay in front."""
+    t = change.flatten(1).mean(1) / 0.1
+    return torch.where(t < 0.25, 1 - t, torch.where(t < 0.5, 0.75 + 4 * (t - 0.25), 5.75 - 8 * t))
+
+
+def brittle(change):
+    """Fall with every pixel that changes, whatever its sign."""
+    return 0.01 - change.flatten(1).abs().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("margin", "check"),
+    [
+        (ridge, "iterated attack at least as strong as one step"),
+        (brittle, "noise of the same size does little"),
+    ],
+)
+def test_audit_hears_what_a_toy_model_does(margin, check, no_square):
+    images, labels = torch.full((40, 3, 32, 32), 0.5), torch.zeros(40, dtype=torch.long)
+    assert verdicts(audit(Toy(margin), images, labels, eps=0.1))[check] == "ALARM"
+
+
+def test_audit_asks_no_black_box_where_nothing_is_left(learned, no_square):
+    model, test = learned
+    images, labels = test.first(60).batch(slice(None))
+    row = (
+        audit(model, images, labels, eps=0.2)
+        .set_index("check")
+        .loc["black box weaker than white box"]
+    )
+    assert row["verdict"] == "pass"
+    assert row["measured"] == "white box 0.0 %, nothing is left to break"
+
+
+def test_audit_sees_through_a_masked_model(learned, no_square):
+    model, test = learned
+    images, labels = test.first(60).batch(slice(None))
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return 1000 * self.model(x)
+
+    found = verdicts(audit(Masked().eval(), images, labels, source=model, eps=0.03))
+    for check in (
+        "white box at least as strong as transfer",
+        "accuracy falls to 0 as eps grows",
+        "gradients neither vanish nor explode",
+    ):
+        assert found[check] == "ALARM", check

@@ -38,6 +38,7 @@ def test_session_says_what_it_is(quick):
     assert "This is Shapes-10, not CIFAR-10: nothing here compares with the paper." in text
     assert quick.caption() == "Shapes-10, 500 test images, recipe quick, seed 3"
     assert quick.caption(40) == "Shapes-10, 40 test images, recipe quick, seed 3"
+    assert quick.caption(0, "robust") == "Shapes-10, recipe robust, seed 3"
 
 
 def test_environment_is_read_for_auto(empty_home, no_network, monkeypatch):
@@ -106,7 +107,7 @@ def test_whole_runs_keep_their_models_with_their_results(
 ):
     made = start(profile, "cifar10", data_dir=str(fake_cifar10))
     assert made.zoo.folder == tmp_path / "output" / "checkpoints"
-    assert made.zoo.shipped is None
+    assert (made.zoo.shipped is None) == (profile == "paper")
     assert made.zoo.recipe == recipe
     assert made.is_paper_scale
     assert len(made.data.train) == 100

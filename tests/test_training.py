@@ -1,5 +1,6 @@
 """Training: recipes, the augmented set, determinism, going on after a kill."""
 
+import copy
 import math
 import os
 import resource
@@ -14,11 +15,21 @@ import torch
 from conftest import TINY, assert_same_state, make_small_cnn
 
 from advlab import models, training
-from advlab.attacks import fgsm, fgsm_direction
+from advlab.attacks import fgsm, fgsm_direction, pgd
 from advlab.checkpoints import weights_hash
-from advlab.data import Shapes10
+from advlab.data import Shapes10, Split
 from advlab.evaluation import evaluate
-from advlab.training import AugmentedSet, Recipe, fit, flip_some
+from advlab.training import (
+    ADVERSARIES,
+    AugmentedSet,
+    Recipe,
+    attack_batch,
+    fit,
+    flip_some,
+    hold_out,
+    measure_on_validation,
+    overfitted_catastrophically,
+)
 
 # --- Recipe
 
@@ -327,7 +338,7 @@ def test_kill_9_and_resume_equals_uninterrupted(tmp_path):
     script = textwrap.dedent(f"""
         from pathlib import Path
         from advlab import models
-        from advlab.data import Shapes10
+        from advlab.data import Shapes10, Split
         from advlab.training import Recipe, fit
         fit(
             models.build("cnn", 0), Shapes10(256, 1).train, Recipe("k", epochs=30, batch_size=32),
@@ -482,3 +493,278 @@ def test_cnn_learns_shapes10_and_fgsm_fools_it(learned):
     attacked = evaluate(model, fgsm(model, images, labels, 0.1), labels)[0]
     assert clean >= 900, "of 1,000"
     assert attacked < 300, "of 1,000"
+
+
+# --- adversarial training
+
+
+def adversarial(name, **options):
+    settings = {
+        "epochs": 2,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "adversary": name,
+        "eps": 0.05,
+        "alpha": 0.06,
+    }
+    return Recipe(name, **{**settings, **options})
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimiser": "lion"}, "unknown optimiser 'lion'; choose adam or sgd"),
+        ({"warm_up": 1.0}, "warm_up is 1.0"),
+        ({"final_lr": 0.0}, "final_lr is 0.0"),
+        ({"adversary": "noise"}, "unknown adversary 'noise'; choose one of fixed, fgsm, rs-fgsm"),
+        ({"adversary": "pgd"}, r"eps is 0.0 and alpha 0.0; pgd needs both above 0"),
+        ({"adversary": "pgd", "eps": 8}, "eps is 8; it must be a number from 0 to 1"),
+        ({"adversary": "pgd", "eps": 0.1, "alpha": 2}, "alpha is 2; it must be a number from 0"),
+        ({"average": 1.0}, "average is 1.0; it must be from 0 to below 1"),
+        ({"steps": 0}, "steps is 0; it must be positive"),
+    ],
+)
+def test_recipe_refuses_bad_adversaries(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe("bad", 1, **options)
+
+
+@pytest.mark.parametrize("name", ADVERSARIES[1:])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_attacked_batch_keeps_norm_and_range(shapes, name, steps):
+    model = make_small_cnn().train()
+    images, labels = shapes.train.batch(slice(0, 20))
+    made = attack_batch(model, images, labels, adversarial(name, steps=steps), generator())
+    assert made.shape == images.shape
+    assert made.min() >= 0
+    assert made.max() <= 1
+    assert float((made - images).abs().max()) <= 0.05 + 1e-6
+    assert float((made - images).abs().mean()) > 0.02
+    assert not made.requires_grad
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_fgsm_of_a_batch_is_fgsm_with_batch_statistics(shapes):
+    model = make_small_cnn().train()
+    images, labels = shapes.train.batch(slice(0, 20))
+    made = attack_batch(model, images, labels, adversarial("fgsm", alpha=0.05), generator())
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), labels), x)
+    expected = (images + 0.05 * gradient.sign()).clamp(0, 1)
+    assert float(((made - expected).abs() > 1e-6).float().mean()) < 1e-3
+
+
+def test_random_start_depends_on_the_generator_alone(shapes):
+    model = make_small_cnn().train()
+    batch = shapes.train.batch(slice(0, 20))
+    recipe = adversarial("rs-fgsm")
+    first, again, other = (
+        attack_batch(model, *batch, recipe, generator(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_trades_attacks_in_eval_mode_and_the_models_own_answer(shapes):
+    model = make_small_cnn().train()
+    images, labels = shapes.train.batch(slice(0, 20))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = adversarial("trades", steps=3, alpha=0.02)
+    made = attack_batch(model, images, labels, recipe, generator())
+    assert_same_state(model, before)  # no running statistics were touched
+    other = attack_batch(model, images, (labels + 1) % 10, recipe, generator())
+    assert torch.equal(made, other)  # the labels play no part
+
+
+def test_loss_of_trades_is_its_formula(shapes):
+    model = make_small_cnn().train()
+    images, labels = shapes.train.batch(slice(0, 20))
+    recipe = adversarial("trades", beta=6.0)
+    twin = copy.deepcopy(model)  # the loss changes the running statistics
+    loss, _ = training._loss(model, images, labels, recipe, generator())
+    made = attack_batch(twin, images, labels, recipe, generator())
+    clean, attacked = twin(torch.cat([images, made])).chunk(2)
+    p, q = clean.softmax(1), attacked.softmax(1)
+    gap = (p * (p.log() - q.log())).sum(1).mean()
+    expected = torch.nn.functional.cross_entropy(clean, labels) + 6 * gap
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ADVERSARIES[1:])
+def test_adversarial_training_is_reproducible_and_differs(shapes, name):
+    first, _ = fitted(shapes.train, recipe=adversarial(name, beta=1.0))
+    again, _ = fitted(shapes.train, recipe=adversarial(name, beta=1.0))
+    assert_same_state(again, first.state_dict())
+    plain, _ = fitted(shapes.train, recipe=Recipe("plain", 2, 32, 2e-3))
+    assert weights_hash(plain) != weights_hash(first)
+
+
+def test_adversarial_training_makes_more_robust():
+    shapes = Shapes10(4_000, 200)
+    images, labels = shapes.test.batch(slice(None))
+    eps, held = 4 / 255, []
+    short = {"epochs": 4, "batch_size": 32, "lr": 3e-3, "one_cycle": True}
+    attack = {"eps": eps, "alpha": 1.25 * eps, "warm_up": 0.7}
+    for recipe in (Recipe("plain", **short), adversarial("rs-fgsm", **short, **attack)):
+        model, _ = fitted(shapes.train, recipe=recipe, precision="float32")
+        attacked = pgd(model, images, labels, eps, alpha=eps / 4, steps=10)
+        held.append(evaluate(model, attacked, labels)[0])
+    assert held[1] > held[0] + 20  # a tenth of the images
+
+
+def test_attack_grows_during_the_warm_up():
+    recipe = adversarial("rs-fgsm", eps=0.05, alpha=0.06, warm_up=0.5)
+    steps = [recipe.at_step(step, 8) for step in range(8)]
+    growth = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert [now.eps for now in steps] == pytest.approx([0.05 * share for share in growth])
+    assert [now.alpha for now in steps] == pytest.approx([0.06 * share for share in growth])
+    assert replace(recipe, warm_up=0.0).at_step(0, 8).eps == 0.05
+    plain = Recipe("plain", 1, warm_up=0.5)
+    assert plain.at_step(0, 8) is plain
+
+
+def test_fit_warms_up_over_the_whole_training(tiny_shapes, monkeypatch):
+    seen = []
+
+    def spy(model, images, labels, recipe, generator):
+        seen.append(recipe.eps)
+        return images
+
+    monkeypatch.setattr(training, "attack_batch", spy)
+    fitted(tiny_shapes.train, recipe=adversarial("pgd", eps=0.04, warm_up=0.5))
+    assert seen == pytest.approx([0.02, 0.04, 0.04, 0.04])  # two epochs of two batches
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+def test_optimiser_is_the_recipes(tiny_shapes, monkeypatch, name, kind):
+    made = []
+    real = training._schedule
+    monkeypatch.setattr(training, "_schedule", lambda o, *rest: made.append(o) or real(o, *rest))
+    fitted(tiny_shapes.train, recipe=replace(TINY, optimiser=name, weight_decay=0.25))
+    (optimiser,) = made
+    assert type(optimiser) is kind
+    assert optimiser.defaults["weight_decay"] == 0.25
+    assert optimiser.defaults.get("nesterov", False) == (name == "sgd")
+
+
+@pytest.mark.parametrize("final_lr", [0.1, 0.001])
+def test_one_cycle_ends_at_its_final_rate(final_lr):
+    recipe = Recipe("cycle", 1, lr=0.5, one_cycle=True, final_lr=final_lr)
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = training._schedule(optimiser, recipe, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        if len(rates) < 100:
+            schedule.step()
+    assert rates[0] == pytest.approx(0.05)
+    assert max(rates) == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0.5 * final_lr)
+
+
+def test_average_of_the_weights_is_the_result(tiny_shapes):
+    plain, _ = fitted(tiny_shapes.train)
+    averaged, _ = fitted(tiny_shapes.train, recipe=replace(TINY, average=0.25))
+    seen = []
+
+    class Spy(torch.optim.Adam):
+        def step(self, *args, **options):
+            result = super().step(*args, **options)
+            seen.append(self.param_groups[0]["params"][0].detach().clone())
+            return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "Adam", Spy)
+        fitted(tiny_shapes.train)
+    expected = seen[0]
+    for decay, weights in zip((2 / 11, 0.25, 0.25), seen[1:], strict=True):
+        expected = decay * expected + (1 - decay) * weights
+    torch.testing.assert_close(next(averaged.parameters()).detach(), expected)
+    assert weights_hash(plain) != weights_hash(averaged)
+
+
+def test_validation_keeps_the_best_epoch(shapes, monkeypatch):
+    scores = iter([0.3, 0.5, 0.4])
+    seen = []
+
+    def measured(model, validation, eps, seed=0):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"val_accuracy": 0.9, "val_fgsm_accuracy": 0.6, "val_pgd_accuracy": next(scores)}
+
+    monkeypatch.setattr(training, "measure_on_validation", measured)
+    recipe = replace(adversarial("rs-fgsm"), epochs=3)
+    model, history = fitted(shapes.train, recipe=recipe, validation=shapes.test)
+    assert [row["val_pgd_accuracy"] for row in history] == [0.3, 0.5, 0.4]
+    assert_same_state(model, seen[1])
+
+
+def test_validation_figures_are_those_of_the_attacks(shapes):
+    model = make_small_cnn()
+    split = shapes.test.first(110)
+    found = measure_on_validation(model, split, 0.01)
+    images, labels = split.batch(slice(None))
+    expected = {
+        "val_accuracy": images,
+        "val_fgsm_accuracy": fgsm(model, images, labels, 0.01),
+        "val_pgd_accuracy": pgd(model, images, labels, 0.01, alpha=0.0025, steps=10),
+    }
+    for name, shown in expected.items():
+        assert found[name] == pytest.approx(evaluate(model, shown, labels)[0] / 110, abs=1.5 / 110)
+
+
+def test_killed_adversarial_training_goes_on_to_the_same_weights(shapes, tmp_path):
+    recipe = replace(adversarial("trades", beta=2.0, average=0.9), epochs=3)
+    options = {"recipe": recipe, "validation": shapes.test.first(40)}
+    whole, history = fitted(shapes.train, **options)
+    state = tmp_path / "state"
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(shapes.train, state_path=state, on_epoch=stop, **options)
+    assert state.exists()  # of the first epoch: the second was not whole
+    resumed, again = fitted(shapes.train, state_path=state, **options)
+    assert_same_state(resumed, whole.state_dict())
+    for one, other in zip(history, again, strict=True):
+        assert one["val_pgd_accuracy"] == other["val_pgd_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("curve", "epoch"),
+    [([0.1, 0.3, 0.35], None), ([0.3, 0.35, 0.1, 0.3], 3), ([0.3, 0.16], None), ([0.3, 0.0], 2)],
+)
+def test_catastrophic_overfitting_is_a_fall_to_under_half(curve, epoch):
+    history = [
+        {"epoch": i, "val_fgsm_accuracy": value, "val_pgd_accuracy": value}
+        for i, value in enumerate(curve, 1)
+    ]
+    assert overfitted_catastrophically(history) == epoch
+
+
+def test_catastrophic_overfitting_is_seen_from_the_first_epoch_on():
+    history = [{"epoch": 1, "val_fgsm_accuracy": 0.16, "val_pgd_accuracy": 0.07}]
+    assert overfitted_catastrophically(history) == 1
+
+
+@pytest.mark.parametrize(("n", "held", "watched"), [(160, 16, 16), (50, 5, 5)])
+def test_held_out_images_are_not_trained_on(shapes, n, held, watched):
+    whole = shapes.train.first(n)
+    rest, validation = hold_out(whole)
+    assert (len(rest), len(validation)) == (n - held, watched)
+    assert torch.equal(rest.images, whole.images[: n - held])
+    assert torch.equal(validation.images, whole.images[n - held : n - held + watched])
+
+
+def test_of_a_large_set_five_thousand_are_held_out():
+    images = torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8)
+    rest, validation = hold_out(Split(images, torch.arange(50_000)))
+    assert len(rest) == 45_000
+    assert validation.labels.tolist() == list(range(45_000, 47_000))
