@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab reproduce retrain bench libraries doctor lint clean
+.PHONY: run test lab reproduce retrain audit bench libraries doctor lint clean
 
 run: .venv/installed          ## run all lessons and print the paper's tables beside ours
 	$(BIN)/advlab run
@@ -19,6 +19,9 @@ reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST
 
 retrain: .venv/installed      ## train all models anew (hours); refresh notebooks and figures
 	$(BIN)/advlab retrain
+
+audit: .venv/installed        ## attack every shipped model, AutoAttack included (hours; resumes)
+	$(BIN)/advlab audit
 
 bench: libraries              ## speed beside the paper's way and other libraries (minutes)
 	$(BIN)/advlab bench
@@ -41,5 +44,5 @@ clean:                        ## remove the environment and all outputs
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[test]"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[test,audit]"
 	touch .venv/installed

@@ -320,8 +320,9 @@ def test_pgd_is_compared_with_the_fastest_library(easy, checkpoint, instant, ins
     assert found["advlab"].target == 4
     assert found["advlab"].of_ceiling == pytest.approx(100 / (1_000 / 20))
     left = {way: int(row.note.split(", ")[1].split()[0]) for way, row in found.items()}
-    assert 10 < left["advlab"] == left["slow"] < left["weak"] < 100
-    assert found["advlab"].note.startswith("100 right on clean images")
+    n = len(easy.test)
+    assert n / 10 < left["advlab"] == left["slow"] < left["weak"] < n
+    assert found["advlab"].note.startswith(f"of {n} images {n} are right on clean images")
 
 
 def test_library_that_breaks_more_images_is_not_timed(easy, checkpoint, instant, install):
@@ -339,29 +340,6 @@ def test_library_that_is_not_installed_is_left_out(small_cnn, monkeypatch):
     monkeypatch.setattr(rivals, "_art", missing)
     monkeypatch.setattr(rivals, "_foolbox", lambda model, alpha, steps: ours(model, alpha))
     assert [library.name for library in rivals.libraries(small_cnn, 0.01, 1)] == ["ours"]
-
-
-def test_images_attacked_on_the_fly_stay_in_the_ball(checkpoint, easy):
-    images, labels = easy.test.batch(torch.arange(20))
-    torch.manual_seed(0)
-    attacked, same = rivals.AttackedOnTheFly(checkpoint.model, easy.test).batch(torch.arange(20))
-    assert torch.equal(same, labels)
-    assert float((attacked - images).abs().max()) <= rivals.EPS + 1e-6
-    assert float(attacked.min()) >= 0
-    assert float(attacked.max()) <= 1
-    with torch.no_grad():
-        left = checkpoint.model(attacked).argmax(1) == labels
-    assert int(left.sum()) < 10
-
-
-def test_robust_training_leaves_the_random_state_alone(shapes):
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    model = rivals.train_robust(shapes, n=32, epochs=1)
-    assert torch.equal(torch.rand(4), expected)
-    assert weights_hash(model) != weights_hash(models.build("cnn"))
-    assert weights_hash(rivals.train_robust(shapes, n=32, epochs=1)) == weights_hash(model)
 
 
 # --- start

@@ -519,7 +519,7 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
     lesson = session.start("lesson", dataset, data_dir=str(root or "auto"), progress=False)
     images, zoo = lesson.data, lesson.zoo
     baselines = {arch: zoo.get(arch) for arch in ("cnn", "cnn-lstm")}
-    cnn = baselines["cnn"].model
+    cnn, robust = baselines["cnn"].model, lesson.settings.robust["robust"]
     ceilings = Ceilings(rounds)
     rows: list[Row] = []
     parts: dict[str, Callable[[], list[Row]]] = {
@@ -534,7 +534,10 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
         "FGSM": lambda: rivals.fgsm_part(images, cnn, ceilings, rounds),
         "PGD": lambda: rivals.pgd_part(
             images,
-            {"standard CNN": (cnn, 4.0), "robust CNN": (rivals.train_robust(images), 1.5)},
+            {
+                "standard CNN": (cnn, 4.0),
+                **{f"robust {arch}": (zoo.get(arch, robust).model, 1.5) for arch in baselines},
+            },
             ceilings,
             rounds,
         ),

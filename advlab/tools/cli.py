@@ -146,6 +146,73 @@ def bench(
 
 
 @app.command()
+def audit(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Beginnings of checkpoints' names; all for none.")
+    ] = None,
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+    auto_n: Annotated[
+        int, typer.Option(min=0, help="Test images for AutoAttack; 0 leaves it out.")
+    ] = 1_000,
+    test_n: Annotated[
+        int | None, typer.Option(help="Test images for FGSM and PGD-20; all for none.")
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write figures/audit.csv, which the lessons show.")
+    ] = False,
+) -> None:
+    """Attack the shipped models white box: FGSM, PGD-20, AutoAttack (hours; resumes by itself)."""
+    from advlab.tools import audit as trial
+
+    try:
+        trial.run(
+            models or (),
+            dataset=dataset,
+            data_dir=data_dir,
+            auto_n=auto_n,
+            test_n=test_n,
+            publish=publish,
+            console=console,
+        )
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        _fail(error)
+
+
+challenge = typer.Typer(help="The open challenge of lesson 08.", no_args_is_help=True)
+app.add_typer(challenge, name="challenge")
+
+
+@challenge.callback()
+def _challenge() -> None:
+    """Keep `score` a subcommand: typer would drop the name of a command that is alone."""
+
+
+@challenge.command()
+def score(
+    submission: Annotated[Path, typer.Argument(help="An attack, or weights of a defence.")],
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+) -> None:
+    """Check a submission, score it, and append it to outputs/challenge/leaderboard.csv."""
+    from advlab.tools import challenge as arena
+
+    try:
+        row = arena.score(submission, dataset=dataset, data_dir=data_dir)
+    except (RuntimeError, ValueError, OSError) as error:
+        _fail(error)
+    console.print(
+        f"{row['kind']} on {row['data']}: {row['correct']} of {row['n']} images hold "
+        f"({100 * row['accuracy']:.1f} %, 95 % interval {100 * row['low']:.1f} to "
+        f"{100 * row['high']:.1f}); the reference: {100 * row['reference']:.1f} %. "
+        f"{'Better than the reference.' if row['better'] else 'Not better than the reference.'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Check Python, packages, data, checkpoints and machine; exit code 1 if anything fails."""
     from advlab.tools.doctor import run_checks

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advlab import evaluation, models
-from advlab.attacks import fgsm, fgsm_direction, perturb, pgd
+from advlab import evaluation
+from advlab.attacks import fgsm, pgd
 from advlab.data import ImageData, Split
 from advlab.tools.measure import Ceilings, Row, check_equal, rate_rows, side_by_side
-from advlab.training import Recipe, fit
 
 EPS = 8 / 255
 
@@ -82,37 +81,6 @@ def _art(model: nn.Module, alpha: float, steps: int) -> Library:
     )
 
 
-@dataclass(frozen=True)
-class AttackedOnTheFly:
-    """Training images attacked anew for the model as it is (RS-FGSM, Wong et al. 2020).
-
-    It gives the benchmark a network that iterated attacks do not break at once.
-    """
-
-    model: nn.Module
-    originals: Split
-
-    def __len__(self) -> int:
-        return len(self.originals)
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images at `index`, attacked within `EPS`, and their labels."""
-        images, labels = self.originals.batch(index)
-        start = images.add(torch.empty_like(images).uniform_(-EPS, EPS)).clamp(0, 1)
-        moved = perturb(start, fgsm_direction(self.model, start, labels), 1.25 * EPS)
-        return moved.clamp(images - EPS, images + EPS).clamp_(0, 1), labels
-
-
-def train_robust(images: ImageData, n: int = 10_000, epochs: int = 4) -> nn.Module:
-    """Train a CNN on `n` images attacked on the fly, in a minute: robust a little, not much."""
-    model, split = models.build("cnn"), images.train.first(min(n, len(images.train)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        recipe = Recipe("bench", epochs, lr=3e-3, flip=False, one_cycle=True)
-        fit(model, AttackedOnTheFly(model, split), recipe)
-    return model
-
-
 def fgsm_part(images: ImageData, model: nn.Module, ceilings: Ceilings, rounds: int) -> list[Row]:
     """Measure FGSM at 1, 10, 100 and 1,000 images beside the other libraries, in float32."""
     rows = []
@@ -177,7 +145,8 @@ def pgd_part(
     """Measure PGD-20 (no random start, alpha = eps / 4, eps = 8/255) beside the other libraries.
 
     Args:
-        images: Data; the first `n` test images are attacked.
+        images: Data; the first `n` test images are attacked for the time, the first 1,000 to
+            compare how many hold.
         networks: By name, the model and the target ratio.
         ceilings: For the fraction of the convolutions' rate, as if all 20 steps were taken.
         rounds: As in `side_by_side`.
@@ -187,18 +156,21 @@ def pgd_part(
         RuntimeError: if a library breaks more images than advlab does.
     """
     steps, rows = 20, []
+    options = {"alpha": EPS / 4, "steps": steps, "random_start": False}
     batch = images.test.batch(slice(0, n))
+    compared = images.test.first(min(1_000, len(images.test)))
     for name, (model, target) in networks.items():
-        options = {"alpha": EPS / 4, "steps": steps, "random_start": False}
-        ways: dict[str, Callable[[], Any]] = {"advlab": partial(pgd, model, *batch, EPS, **options)}
-        left = {"advlab": evaluation.evaluate(model, ways["advlab"](), batch[1])[0]}
-        for library in libraries(model, EPS / 4, steps):
-            ways[library.name] = partial(library.pgd, *batch)
-            left[library.name] = evaluation.evaluate(model, library.pgd(*batch), batch[1])[0]
-            if left["advlab"] > left[library.name]:
-                raise RuntimeError(f"{library.name}'s PGD is stronger than advlab's: {left}")
+        attacks: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "advlab": partial(pgd, model, eps=EPS, **options)
+        }
+        attacks |= {library.name: library.pgd for library in libraries(model, EPS / 4, steps)}
+        left = {way: _held(model, attack, compared, n) for way, attack in attacks.items()}
+        for way in left:
+            if left["advlab"] > left[way]:
+                raise RuntimeError(f"{way}'s PGD is stronger than advlab's: {left}")
         limit = ceilings.images_per_second(model, "craft", 64, "float32") / steps
-        clean = evaluation.evaluate(model, *batch)[0]
+        clean = evaluation.evaluate(model, *compared.batch(slice(None)))[0]
+        ways = {way: partial(attack, *batch) for way, attack in attacks.items()}
         rows += _beside_the_fastest(
             "PGD-20 against libraries",
             f"{name}, {n} images",
@@ -206,6 +178,18 @@ def pgd_part(
             n,
             target,
             limit,
-            {way: f"{clean} right on clean images, {left[way]} under attack" for way in ways},
+            {
+                way: f"of {len(compared):,} images {clean} are right on clean images, "
+                f"{left[way]} under attack"
+                for way in ways
+            },
         )
     return rows
+
+
+def _held(
+    model: nn.Module, attack: Callable[[Tensor, Tensor], Tensor], split: Split, size: int
+) -> int:
+    """Return how many images of `split` hold, attacked `size` at a time."""
+    parts = [split.batch(slice(k, k + size)) for k in range(0, len(split), size)]
+    return sum(evaluation.evaluate(model, attack(x, y), y)[0] for x, y in parts)

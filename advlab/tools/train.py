@@ -11,10 +11,10 @@ from multiprocessing.queues import SimpleQueue
 import torch
 
 from advlab import session
-from advlab.checkpoints import Zoo
-from advlab.training import progress_bar
+from advlab.checkpoints import Training, Zoo
+from advlab.training import Recipe, hold_out, progress_bar
 
-Model = tuple[str, float]
+Model = tuple[str, Training]
 _zoo: Zoo
 
 
@@ -70,9 +70,11 @@ def _train(model: Model) -> tuple[str, float, float]:
 
 def _images_to_train(zoo: Zoo, model: Model) -> int:
     """Return how many images the training of a model goes through."""
-    arch, eps = model
-    epochs = zoo.identity(arch, eps)["recipe"]["epochs"]
-    return epochs * len(zoo.data.train) * (2 if eps else 1)
+    arch, training = model
+    epochs = zoo.identity(arch, training)["recipe"]["epochs"]
+    if isinstance(training, Recipe):
+        return epochs * len(hold_out(zoo.data.train)[0])
+    return epochs * len(zoo.data.train) * (2 if training else 1)
 
 
 def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | None = None) -> int:
@@ -84,7 +86,7 @@ def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | N
 
     Args:
         make_zoo: Makes the zoo in each process; picklable.
-        wanted: (architecture, training eps) of each model; baselines should come first.
+        wanted: (architecture, training) of each model, as for `Zoo.get`; baselines first.
         jobs: Processes at a time; one per core by default.
 
     Returns:

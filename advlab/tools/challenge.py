@@ -1,0 +1,186 @@
+"""Score a submission to the open challenge of lesson 08: an attack, or a defence of Shapes-10.
+
+An **attack** is a safetensors file with `images` (attacked versions of the first test images,
+float32 in [0, 1] or uint8) and `labels`. A **defence** is a file of weights of the CNN, trained on
+Shapes-10. Everything is computed again here; nothing that a file claims is believed.
+"""
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from advlab import data, evaluation, files, session
+from advlab.attacks import pgd
+from advlab.checkpoints import CheckpointError, load_weights
+from advlab.data import to_float
+
+EPS = 8 / 255
+ATTACKED = 1_000  # test images of an attack, fewer where the data set has fewer
+DEFENDED = 500  # test images of Shapes-10 by which a defence is scored
+
+
+class SubmissionError(ValueError):
+    """A submission that is refused; the message says why and what to do."""
+
+
+def read_attack(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Return images and labels of an attack's file; None if it is no such file.
+
+    Raises:
+        SubmissionError: if the file is damaged or only one of the two is in it.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SubmissionError(f"{path} cannot be read: {error}") from error
+    named = {"images", "labels"} & set(found)
+    if not named:
+        return None
+    if len(named) == 1 or len(found) != 2:
+        raise SubmissionError(
+            f"{path} holds {', '.join(sorted(found))}; an attack holds images and labels, no more"
+        )
+    return found["images"], found["labels"]
+
+
+def check_attack(images: Tensor, labels: Tensor, originals: Tensor, true: Tensor) -> Tensor:
+    """Return the attacked images as float32, if they keep the rules.
+
+    Args:
+        images: The submission: (N, 3, 32, 32), float32 in [0, 1] or uint8.
+        labels: The submission's, (N,) int64.
+        originals: (N, 3, 32, 32) uint8.
+        true: (N,) int64.
+
+    Raises:
+        SubmissionError: for a wrong length, shape or dtype, changed labels, NaN, values out of
+            range, pixels moved by more than eps, or values that do not survive 8-bit saving.
+    """
+    if images.shape != originals.shape:
+        raise SubmissionError(
+            f"images have shape {tuple(images.shape)}; it must be {tuple(originals.shape)}, all "
+            "of the first test images in their order"
+        )
+    if labels.shape != true.shape or labels.dtype != torch.int64 or not torch.equal(labels, true):
+        changed = int((labels != true).sum()) if labels.shape == true.shape else "all"
+        raise SubmissionError(
+            f"labels are not the test set's ({changed} differ); submit them as they are, int64"
+        )
+    if images.dtype == torch.uint8:
+        images = to_float(images)
+    if images.dtype != torch.float32:
+        raise SubmissionError(f"images are {images.dtype}; give float32 in [0, 1], or uint8")
+    if not images.isfinite().all():
+        count = int((~images.isfinite()).flatten(1).any(1).sum())
+        raise SubmissionError(f"{count} images hold NaN or infinity")
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        raise SubmissionError(f"images range from {low:.4g} to {high:.4g}; they must be in [0, 1]")
+    steps = 255 * images
+    if float((steps - steps.round()).abs().max()) > 1e-3:
+        raise SubmissionError(
+            "some pixels are no whole steps of 1/255 and would change when saved as a picture; "
+            "round them yourself: (images * 255).round() / 255"
+        )
+    moved = (steps.round() - originals.float()).abs().flatten(1).amax(1)
+    over = int((moved > round(255 * EPS)).sum())
+    if over:
+        raise SubmissionError(
+            f"{over} images are moved by more than eps = {round(255 * EPS)}/255 "
+            f"(up to {int(moved.max())}/255)"
+        )
+    return images
+
+
+def score_attack(path: Path, images: Tensor, labels: Tensor, dataset: str, data_dir: str) -> dict:
+    """Return the row of an attack: how many images the robust CNN still gets right."""
+    lesson = session.start("lesson", dataset, data_dir=data_dir)
+    test = lesson.data.test.first(min(ATTACKED, len(lesson.data.test)))
+    shown = check_attack(images, labels, test.images, test.labels)
+    target = lesson.zoo.get("cnn", lesson.settings.robust["robust"])
+    reference = evaluation.attacked("pgd-20", target.model, *test.batch(slice(None)), EPS)
+    reference = (255 * reference).round() / 255  # as every submission
+    return _row(
+        path,
+        "attack",
+        lesson.data.name,
+        int(evaluation.holds(target.model, shown, test.labels).sum()),
+        int(evaluation.holds(target.model, reference, test.labels).sum()),
+        len(test),
+    )
+
+
+def score_defence(path: Path) -> dict[str, Any]:
+    """Return the row of a defence: Shapes-10 images right under all of three PGD attacks."""
+    try:
+        checkpoint = load_weights(path, "cnn")
+    except CheckpointError as error:
+        raise SubmissionError(str(error)) from error
+    test = data.Shapes10(1, DEFENDED).test
+    lesson = session.start("lesson", "shapes10")
+    reference = lesson.zoo.get("cnn", lesson.settings.robust["robust"])
+    held = [_worst_case(c.model, *test.batch(slice(None))) for c in (checkpoint, reference)]
+    return _row(path, "defence", "Shapes-10", *held, len(test))
+
+
+def _worst_case(model: torch.nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Count the images that hold under PGD with each of its losses: one alone could be masked."""
+    held = evaluation.holds(model, images, labels)
+    for loss in ("ce", "dlr", "margin"):
+        made = pgd(model, images, labels, EPS, alpha=EPS / 8, steps=20, restarts=2, loss=loss)
+        held &= evaluation.holds(model, made, labels)
+    return int(held.sum())
+
+
+def _row(path: Path, kind: str, name: str, correct: int, reference: int, n: int) -> dict[str, Any]:
+    low, high = evaluation.wilson(correct, n)
+    return {
+        "file": path.name,
+        "kind": kind,
+        "data": name,
+        "accuracy": correct / n,
+        "low": low,
+        "high": high,
+        "reference": reference / n,
+        "better": correct < reference if kind == "attack" else correct > reference,
+        "correct": correct,
+        "n": n,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "scored": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def score(path: Path, *, dataset: str = "auto", data_dir: str = "auto") -> dict[str, Any]:
+    """Check and score a submission; append it to outputs/challenge/leaderboard.csv.
+
+    Args:
+        path: An attack or a defence (see above).
+        dataset, data_dir: Of an attack, as in `session.start`.
+
+    Returns:
+        Its row: file, kind, data, accuracy with its interval, the reference's accuracy (PGD-20, or
+        our own defence), better, correct, n, sha256, scored.
+
+    Raises:
+        SubmissionError: if it is refused.
+    """
+    if not path.is_file():
+        raise SubmissionError(f"there is no file {path}")
+    attack = read_attack(path)
+    row = score_attack(path, *attack, dataset, data_dir) if attack else score_defence(path)
+    board = files.home() / "outputs" / "challenge" / "leaderboard.csv"
+    rows = pd.DataFrame([row])
+    if board.is_file():
+        rows = pd.concat([pd.read_csv(board), rows], ignore_index=True)
+    with files.atomic_write(board) as temporary:
+        rows.to_csv(temporary, index=False, float_format="%.6g")
+    return row

@@ -1,0 +1,119 @@
+"""`advlab audit`: rows for every shipped model, resumable, and nothing half published."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from advlab import evaluation, files, session
+from advlab.session import Profile, Session
+from advlab.tools import audit
+from advlab.tools.cli import app
+
+
+@pytest.fixture
+def house(empty_home, trained, shapes, zoo, monkeypatch, tmp_path):
+    """A repository that ships two models, on 130 images, with an AutoAttack that is instant."""
+    shipped = empty_home / "data" / "checkpoints"
+    shipped.mkdir(parents=True)
+    for checkpoint in trained:
+        shutil.copy(checkpoint.path, shipped)
+    monkeypatch.setattr(files, "shipped_checkpoints", lambda: shipped)
+    opened = Session("lesson", Profile(zoo.recipe), shapes, zoo, tmp_path, tmp_path / "cells")
+    monkeypatch.setattr(session, "start", lambda *args, **kwargs: opened)
+    calls = []
+
+    def auto_attack(model, images, labels, eps, **options):
+        calls.append((len(images), eps))
+        return torch.arange(len(images)) % 4 == 0
+
+    monkeypatch.setattr(evaluation, "auto_attack", auto_attack)
+    return calls
+
+
+def run(**options):
+    console = Console(record=True, width=120)
+    return audit.run(console=console, **options), console.export_text()
+
+
+def test_every_shipped_model_is_attacked(house):
+    table, text = run(auto_n=100)
+    assert set(table["model"]) == {"cnn baseline", "cnn eps=0.1"}
+    counts = table.groupby(["attack", "test_eps"]).size().to_dict()
+    assert counts == {
+        ("clean", 0.0): 2,
+        ("fgsm", audit.EPS): 2,
+        ("pgd-20", audit.EPS): 2,
+        ("pgd-50x3", audit.EPS): 2,
+        ("autoattack", audit.EPS): 2,
+    }
+    auto = table[table["attack"] == "autoattack"]
+    assert list(auto["n"]) == [100, 100]
+    assert list(auto["correct"]) == [25, 25]
+    low, high = evaluation.wilson(25, 100)
+    assert auto[["low", "high"]].iloc[0].tolist() == [low, high]
+    assert set(table.loc[table["attack"] == "pgd-20", "n"]) == {130}
+    assert set(table.loc[table["attack"] == "pgd-50x3", "n"]) == {100}
+    assert "25.0" in text
+    written = pd.read_csv(files.home() / "outputs" / "audit" / "audit.csv")
+    assert len(written) == len(table)
+
+
+def test_no_more_images_than_there_are(house):
+    table, _ = run(names=["cnn-baseline"])
+    assert house == [(130, audit.EPS)]
+    assert set(table["n"]) == {130}
+
+
+def test_auto_attack_can_be_left_out_and_fewer_images_taken(house):
+    table, _ = run(auto_n=0, test_n=50)
+    assert not house
+    assert set(table["n"]) == {50}
+
+
+def test_the_swept_model_is_attacked_at_every_size(house, monkeypatch):
+    monkeypatch.setattr(audit, "SWEPT", "cnn eps=0.1")
+    table, _ = run(auto_n=100)
+    sizes = table[(table["attack"] == "autoattack") & (table["model"] == "cnn eps=0.1")]
+    assert list(sizes["test_eps"]) == [*audit.SWEEP, audit.EPS]
+
+
+def test_the_best_model_gets_twice_as_many_images(house, monkeypatch):
+    monkeypatch.setattr(audit, "BEST", "cnn eps=0.1")
+    table, text = run(auto_n=60)
+    auto = table[table["attack"] == "autoattack"].set_index("model")["n"]
+    assert auto.to_dict() == {"cnn baseline": 60, "cnn eps=0.1": 120}
+    assert "60 to 120" in text
+
+
+def test_unknown_model_is_refused_by_name(house):
+    with pytest.raises(ValueError, match="no model is called vgg; there are cnn-baseline"):
+        run(names=["vgg"])
+
+
+def test_nothing_but_cifar10_is_published(house):
+    with pytest.raises(ValueError, match="--publish"):
+        run(publish=True)
+    assert not (files.home() / "figures").exists()
+
+
+def test_command_reports_without_a_traceback(house):
+    refused = CliRunner().invoke(app, ["audit", "vgg"])
+    assert refused.exit_code == 1
+    assert "no model is called vgg" in refused.output
+    assert "Traceback" not in refused.output
+
+
+def test_published_auto_attack_is_at_least_as_strong_as_pgd_and_not_by_far():
+    table = pd.read_csv(files.repository() / "figures" / "audit.csv")
+    table = table[(table["test_eps"] - audit.EPS).abs() < 1e-6]
+    correct = table.pivot_table(index=["model", "n"], columns="attack", values="correct").dropna(
+        subset=["autoattack", "pgd-50x3"]
+    )
+    assert len(correct) == table["model"].nunique()
+    assert bool((correct["autoattack"] <= correct["pgd-50x3"]).all())
+    n = correct.index.get_level_values("n")
+    assert bool(((correct["pgd-50x3"] - correct["autoattack"]) / n <= 0.03).all())

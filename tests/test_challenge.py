@@ -1,0 +1,171 @@
+"""The judge of lesson 08: what keeps the rules is scored, what does not is refused by name."""
+
+import re
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from advlab import models
+from advlab.attacks import pgd
+from advlab.evaluation import holds
+from advlab.tools import challenge
+from advlab.tools.challenge import EPS, SubmissionError, check_attack, read_attack, score
+from advlab.tools.cli import app
+from advlab.training import Recipe
+
+TINY_RS = Recipe("robust", 1, 32, adversary="rs-fgsm", eps=EPS, alpha=EPS)
+
+
+@pytest.fixture
+def test_split(tiny_shapes):
+    return tiny_shapes.test
+
+
+@pytest.fixture
+def submission(test_split):
+    """Images one step of 1/255 away, and the labels."""
+    images = (test_split.images.int() + 1).clamp(max=255).float() / 255
+    return images, test_split.labels.clone()
+
+
+@pytest.fixture
+def arena(monkeypatch, tiny_shapes, tmp_path, zoo, empty_home):
+    """A challenge whose target is a model of the session's zoo, on 32 images."""
+    opened = SimpleNamespace(
+        data=tiny_shapes, zoo=zoo, settings=SimpleNamespace(robust={"robust": TINY_RS})
+    )
+    monkeypatch.setattr(challenge.session, "start", lambda *args, **kwargs: opened)
+    monkeypatch.setattr(challenge, "DEFENDED", 20)
+    return opened
+
+
+def test_attack_that_keeps_the_rules_is_accepted_as_it_is(submission, test_split):
+    images, labels = submission
+    assert torch.equal(check_attack(images, labels, *_of(test_split)), images)
+
+
+def test_attack_of_bytes_is_accepted(submission, test_split):
+    images, labels = submission
+    as_bytes = (images * 255).round().to(torch.uint8)
+    assert torch.equal(check_attack(as_bytes, labels, *_of(test_split)), images)
+
+
+def test_exactly_eps_is_allowed_and_a_step_more_is_not(test_split):
+    moved = test_split.images.int()
+    moved = torch.where(moved > 127, moved - 8, moved + 8)
+    check_attack(moved.float() / 255, test_split.labels, *_of(test_split))
+    moved[3, 0, 0, 0] += 1 if test_split.images[3, 0, 0, 0] <= 127 else -1
+    with pytest.raises(SubmissionError, match="1 images are moved by more than eps = 8/255"):
+        check_attack(moved.float() / 255, test_split.labels, *_of(test_split))
+
+
+@pytest.mark.parametrize(
+    ("cheat", "reason"),
+    [
+        (lambda x, y: (x[:-1], y[:-1]), r"shape \(31, 3, 32, 32\)"),
+        (lambda x, y: (x.flatten(1), y), "shape"),
+        (lambda x, y: (x, (y + 1) % 10), "32 differ"),
+        (lambda x, y: (x, y.float()), "int64"),
+        (lambda x, y: (x, y[:-1]), "all differ"),
+        (lambda x, y: (x.double(), y), "float64"),
+        (lambda x, y: (x.index_fill(0, torch.tensor([2]), float("nan")), y), "1 images hold NaN"),
+        (lambda x, y: (x.index_fill(0, torch.tensor([2]), float("inf")), y), "infinity"),
+        (lambda x, y: (x + 0.5, y), r"range from .* must be in \[0, 1\]"),
+        (lambda x, y: (x - 0.5, y), "range from -0"),
+        (lambda x, y: (x * 255, y), "range"),
+        (lambda x, y: ((x + 0.3 / 255).clamp(0, 1), y), "whole steps of 1/255"),
+        (lambda x, y: (x.flip(0), y), "moved by more than eps"),
+    ],
+)
+def test_cheats_are_refused_with_the_reason(submission, test_split, cheat, reason):
+    images, labels = cheat(*submission)
+    with pytest.raises(SubmissionError, match=reason):
+        check_attack(images, labels, *_of(test_split))
+
+
+def test_only_an_attack_is_read_as_one(tmp_path, submission):
+    images, labels = submission
+    attack, weights, half = (tmp_path / f"{name}.safetensors" for name in ("a", "w", "h"))
+    save_file({"images": images, "labels": labels}, attack)
+    save_file(models.build("cnn").state_dict(), weights)
+    save_file({"images": images}, half)
+    assert torch.equal(read_attack(attack)[0], images)
+    assert read_attack(weights) is None
+    assert read_attack(tmp_path / "weights.pth") is None
+    with pytest.raises(SubmissionError, match="holds images; an attack holds images and labels"):
+        read_attack(half)
+    attack.write_bytes(b"no tensors")
+    with pytest.raises(SubmissionError, match=re.escape(str(attack))):
+        read_attack(attack)
+
+
+def test_attack_is_scored_against_pgd_and_noted(tmp_path, submission, arena, test_split):
+    images, labels = submission
+    path = tmp_path / "mine.safetensors"
+    save_file({"images": images, "labels": labels}, path)
+    row = score(path)
+    target = arena.zoo.get("cnn", TINY_RS).model
+    assert row["correct"] == int(holds(target, images, labels).sum())
+    assert (row["kind"], row["data"], row["n"]) == ("attack", "Shapes-10", 32)
+    reference = pgd(target, *test_split.batch(slice(None)), EPS, alpha=EPS / 8, steps=20)
+    reference = (255 * reference).round() / 255
+    assert row["reference"] == int(holds(target, reference, labels).sum()) / 32
+    assert row["better"] == (row["accuracy"] < row["reference"])
+    assert score(path)["sha256"] == row["sha256"]
+    board = pd.read_csv(challenge.files.home() / "outputs" / "challenge" / "leaderboard.csv")
+    assert list(board["correct"]) == [row["correct"]] * 2
+
+
+def test_refused_submission_is_not_noted(tmp_path, submission, arena):
+    images, labels = submission
+    path = tmp_path / "mine.safetensors"
+    save_file({"images": images + 1, "labels": labels}, path)
+    with pytest.raises(SubmissionError, match="range"):
+        score(path)
+    assert not (challenge.files.home() / "outputs").exists()
+
+
+def test_defence_is_scored_by_its_worst_case(tmp_path, arena, monkeypatch):
+    seen = []
+
+    def weak_but_for_margin(model, images, labels, eps, *, loss, **options):
+        seen.append(loss)
+        return pgd(model, images, labels, 1.0 if loss == "margin" else 0.0, alpha=0.1, steps=5)
+
+    monkeypatch.setattr(challenge, "pgd", weak_but_for_margin)
+    path = tmp_path / "mine.safetensors"
+    save_file(models.build("cnn", 3).state_dict(), path)
+    row = score(path)
+    assert seen == ["ce", "dlr", "margin"] * 2
+    assert (row["kind"], row["n"], row["accuracy"]) == ("defence", 20, 0)
+
+
+def test_defence_of_another_architecture_is_refused(tmp_path, arena):
+    path = tmp_path / "mine.safetensors"
+    save_file(models.build("cnn-lstm").state_dict(), path)
+    with pytest.raises(SubmissionError, match="does not fit"):
+        score(path)
+    with pytest.raises(SubmissionError, match="there is no file"):
+        score(tmp_path / "none.safetensors")
+
+
+def test_command_prints_the_score_and_refuses_without_a_traceback(tmp_path, submission, arena):
+    images, labels = submission
+    path = tmp_path / "mine.safetensors"
+    save_file({"images": images, "labels": labels}, path)
+    done = CliRunner().invoke(app, ["challenge", "score", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "attack on Shapes-10" in done.output
+    save_file({"images": images * 2, "labels": labels}, path)
+    refused = CliRunner().invoke(app, ["challenge", "score", str(path)])
+    assert refused.exit_code == 1
+    assert "must be in [0, 1]" in refused.output
+    assert "Traceback" not in refused.output
+
+
+def _of(split):
+    return split.images, split.labels
