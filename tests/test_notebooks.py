@@ -42,8 +42,9 @@ def has_tag(cell, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
 
 
-def test_there_are_five_lessons():
+def test_there_are_eight_lessons():
     names = ["baseline", "fgsm", "augmentation", "robust_training", "architecture_comparison"]
+    names += ["defence_on_trial", "adversarial_training", "break_it_yourself"]
     assert [p.stem for p in LESSONS] == [f"{i:02d}_{name}" for i, name in enumerate(names, 1)]
 
 
