@@ -541,19 +541,24 @@ def audit(
     check_eps(eps)
     clean = _share(holds(model, images, labels))
 
-    def accuracy(attack: str, size: float = eps, maker: nn.Module = model) -> float:
-        made = attacked(attack, maker, images, labels, size, seed=seed)
+    def accuracy(attack: str, size: float = eps) -> float:
+        made = attacked(attack, model, images, labels, size, seed=seed)
         return _share(holds(model, made, labels))
 
-    noise, one_step, iterated = (accuracy(name) for name in ("noise", "fgsm", "pgd-20"))
+    def fgsm_accuracies(maker: nn.Module, sizes: Sequence[float]) -> list[float]:
+        direction = attack_direction("fgsm", maker, images, labels)  # one for every size
+        return [_share(holds(model, perturb(images, direction, eps), labels)) for eps in sizes]
+
+    noise, iterated = accuracy("noise"), accuracy("pgd-20")
+    sweep = fgsm_accuracies(model, [eps * part / 4 for part in (1, 2, 3, 4)])
+    one_step = sweep[-1]
     longer = pgd(model, images, labels, eps, alpha=eps / 10, steps=100, restarts=2, seed=seed + 1)
     converged = _share(holds(model, longer, labels))
     white = min(one_step, iterated, converged)
-    transfer = [accuracy("fgsm", size, source) for size in (eps, 0.05, 0.1)] if source else []
+    transfer = fgsm_accuracies(source, (eps, 0.05, 0.1)) if source else []
     huge = accuracy("pgd-20", 0.5)
-    sweep = [accuracy("fgsm", eps * part / 4) for part in (1, 2, 3)] + [one_step]
     rise = max(later - earlier for earlier, later in pairwise([clean, *sweep]))
-    seen = [noise, one_step, iterated, converged, *transfer, *sweep]
+    seen = [noise, iterated, converged, *transfer, *sweep]
     lengths = input_gradient(model, images, labels).flatten(1).norm(dim=1)
     flat = _share(lengths < 1e-12)
     middle = float(lengths.median())

@@ -85,8 +85,8 @@ def run(
     parts = []
     for number, path in enumerate(chosen, 1):
         checkpoint = load(path)
-        name = f"[{number}/{len(chosen)}] {evaluation.name_of(checkpoint)}"
         called = evaluation.name_of(checkpoint)
+        name = f"[{number}/{len(chosen)}] {called}"
         n = min(2 * auto_n if called == BEST else auto_n, len(data.test))
         # PGD with restarts is to be compared with AutoAttack: on the same images.
         attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
