@@ -14,7 +14,7 @@ import torch
 from conftest import balance, make_measurement, write_lesson
 from rich.console import Console
 
-from advlab import checkpoints, models, paper
+from advlab import checkpoints, models, paper, widgets
 from advlab.attacks import fgsm, fgsm_direction, pgd
 from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import ImageData, Shapes10, Split
@@ -369,6 +369,21 @@ def test_start_has_quartiles_of_seconds(monkeypatch):
     assert {(row.value, row.low, row.high) for row in rows[:-1]} == {(2, 1.5, 3)}
     assert (rows[-1].value, rows[-1].low, rows[-1].high) == (7, 6, 8)
     assert {row.unit for row in rows} == {"s"}
+
+
+def test_explorer_is_timed_for_thirty_moves_of_its_slider(monkeypatch, tiny_shapes, small_cnn):
+    sizes = []
+
+    def attack_one(models, source, image, label, attack, eps, **options):
+        sizes.append(round(255 * eps))
+        return real(models, source, image, label, attack, eps, **options)
+
+    real = widgets.attack_one
+    monkeypatch.setattr(widgets, "attack_one", attack_one)
+    (row,) = bench.explorer_part({"one": small_cnn, "two": small_cnn}, tiny_shapes)
+    assert sizes == list(range(31))
+    assert (row.unit, row.target, row.target_of) == ("s", 0.15, "at most")
+    assert 0 < row.low <= row.value <= row.high
 
 
 # --- the whole paper

@@ -50,6 +50,7 @@ from advlab.tools.measure import (
 )
 from advlab.tools.train import KEEP_MEMORY, cores, environment
 from advlab.training import AugmentedSet, Recipe, fit
+from advlab.widgets import AttackExplorer
 
 PAPERS = "paper's way"
 TABLE = "table of 2 models x 6 eps"
@@ -427,6 +428,21 @@ def start_part(rounds: int) -> list[Row]:
     return [*rows, replace(wait, target=10.0, target_of="at most")]
 
 
+def explorer_part(networks: dict[str, nn.Module], images: ImageData) -> list[Row]:
+    """Measure what the attack explorer computes for one move of its slider, under FGSM.
+
+    That is the attack, the answers of two networks and three pictures; the browser's part is not.
+    """
+    explorer = AttackExplorer(networks, images, eps=0)
+    times = []
+    for eps in range(1, 31):
+        start = time.perf_counter()
+        explorer.eps.value = eps
+        times.append(time.perf_counter() - start)
+    row = _seconds_row("explorer", "FGSM, two networks", "one move of the slider", times)
+    return [replace(row, target=0.15, target_of="at most")]
+
+
 def _seconds_row(part: str, what: str, way: str, times: Sequence[float]) -> Row:
     low, median, high = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return Row(part, what, way, median, low, high, "s")
@@ -543,6 +559,7 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
         ),
         "memory": lambda: memory_part(dataset, root),
         "start": lambda: start_part(rounds),
+        "explorer": lambda: explorer_part({a: c.model for a, c in baselines.items()}, images),
         "whole paper": lambda: whole_part(rows, files.home()) if images.name == "CIFAR-10" else [],
     }
     for number, (name, part) in enumerate(parts.items(), 1):

@@ -1,0 +1,400 @@
+"""An attack to play with: choose an image, an attack and its size, and watch two networks answer.
+
+The computation is apart from the panel (`attack_one`), so it can be tested and used without one.
+"""
+
+import html
+import io
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as w
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from advlab import evaluation
+from advlab.attacks import fgsm, pgd, rfgsm
+from advlab.data import ImageData
+
+ATTACKS = ("fgsm", "fgsm towards a class", "rs-fgsm", "pgd", "noise")
+LARGEST_UPLOAD = 10_000_000  # bytes
+SIDE = 32
+# Blue and orange of the Okabe-Ito palette; the numbers beside the bars say the same without colour.
+COLOURS = {"before": "#0072B2", "after": "#E69F00"}
+
+
+class CancelledError(RuntimeError):
+    """The reader cancelled the attack."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack did to one image.
+
+    Attributes:
+        original, attacked: (3, 32, 32) float in [0, 1].
+        before, after: By model, (classes,) probabilities.
+        linf, l2: Size of the change, L-infinity in steps of 1/255.
+        survives: Whether the first model answers the same after saving in 8 bits.
+    """
+
+    original: Tensor
+    attacked: Tensor
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    linf: float
+    l2: float
+    survives: bool
+
+
+class _Watched(nn.Module):
+    """A model that reports each forward pass, and stops when it is told to."""
+
+    def __init__(self, model: nn.Module, report: Callable[[], None]) -> None:
+        super().__init__()
+        self.model, self.report = model, report
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.report()
+        return self.model(x)
+
+
+def attack_one(
+    models: Mapping[str, nn.Module],
+    source: str,
+    image: Tensor,
+    label: int,
+    attack: str,
+    eps: float,
+    *,
+    steps: int = 20,
+    target: int = 0,
+    classes: int = 10,
+    report: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Attack one image with the gradient of `source`, and ask every model before and after.
+
+    Args:
+        models: By name, what maps images to logits; the first is the one asked about 8 bits.
+        source: Name of the model whose gradient is used.
+        image: (3, 32, 32) float in [0, 1].
+        label: The true class.
+        attack: One of `ATTACKS`.
+        eps: L-infinity size, from 0 to 1.
+        steps: Of "pgd".
+        target: Of "fgsm towards a class".
+        classes: Logits that have a name; others are left out of the probabilities.
+        report: Called at every forward pass of the attack; may raise to stop it.
+
+    Raises:
+        ValueError: if there is no such attack or source.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"unknown attack {attack!r}; choose one of {', '.join(ATTACKS)}")
+    if source not in models:
+        raise ValueError(f"unknown source {source!r}; choose one of {', '.join(models)}")
+    x, y = image[None], torch.tensor([label])
+    maker = _Watched(models[source], report).eval()
+    if eps == 0:
+        made = x
+    elif attack == "fgsm":
+        made = fgsm(maker, x, y, eps)
+    elif attack == "fgsm towards a class":
+        made = fgsm(maker, x, y, eps, targeted=torch.tensor([target]))
+    elif attack == "rs-fgsm":
+        made = rfgsm(maker, x, y, eps, alpha=1.25 * eps, seed=0)
+    elif attack == "pgd":
+        made = pgd(maker, x, y, eps, alpha=max(eps / 8, 2.5 * eps / steps), steps=steps, seed=0)
+    else:
+        made = evaluation.attacked("noise", maker, x, y, eps)
+    saved = (made * 255).round() / 255
+    before, after, in_8_bits = (
+        {name: evaluation.predict(model, shown)[0, :classes] for name, model in models.items()}
+        for shown in (x, made, saved)
+    )
+    first = next(iter(models))
+    change = made - x
+    return Outcome(
+        image,
+        made[0],
+        {name: logits.softmax(0) for name, logits in before.items()},
+        {name: logits.softmax(0) for name, logits in after.items()},
+        255 * float(change.abs().max()),
+        float(change.norm()),
+        bool(in_8_bits[first].argmax() == after[first].argmax()),
+    )
+
+
+def read_upload(content: bytes) -> Tensor:
+    """Return an uploaded PNG or JPEG, cut to its central square, as (3, 32, 32) float in [0, 1].
+
+    Raises:
+        ValueError: if it is too large, or no picture that Pillow reads.
+    """
+    if len(content) > LARGEST_UPLOAD:
+        raise ValueError(f"the file has {len(content) / 1e6:.0f} MB; at most 10 are read")
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's three
+        raise ValueError("this is not a PNG or JPEG picture that can be read") from error
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def _png(image: Tensor, scale: int = 6) -> bytes:
+    """Return (3, H, W) in [0, 1] as PNG, each pixel `scale` wide."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    written = io.BytesIO()
+    size = (scale * pixels.shape[1], scale * pixels.shape[0])
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(written, "PNG")
+    return written.getvalue()
+
+
+def amplified(outcome: Outcome) -> tuple[Tensor, int]:
+    """Return the signed change as a picture, grey for none, and how often it was multiplied."""
+    change = outcome.attacked - outcome.original
+    factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
+    return 0.5 + factor * change, factor
+
+
+def _bars(outcome: Outcome, classes: tuple[str, ...], label: int | None) -> str:
+    """Return a table of probabilities before and after, a column per model, as HTML."""
+    rows = ["<tr><th></th>"]
+    rows += [f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in outcome.before]
+    rows.append("</tr>")
+    for k, name in enumerate(classes):
+        shown = f"<b>{html.escape(name)} (true)</b>" if k == label else html.escape(name)
+        rows.append(f'<tr><td style="white-space:nowrap">{shown}</td>')
+        for model in outcome.before:
+            for found, colour in zip(
+                (outcome.before, outcome.after), COLOURS.values(), strict=True
+            ):
+                share = 100 * float(found[model][k])
+                bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
+                rows.append(f'<td style="min-width:150px"><span style="{bar}"></span> ')
+                rows.append(f"{share:.0f} %</td>")
+        rows.append("</tr>")
+    return "<table>" + "".join(rows) + "</table>"
+
+
+class AttackExplorer:
+    """A panel to attack images by hand. Display it as the last line of a cell.
+
+    Where no browser is attached (papermill, nbval, nbconvert), the same cell shows a figure.
+
+    Args:
+        models: By name; two are shown side by side.
+        data: Where the images come from.
+        index: Of the first image, in the test split.
+        eps: The first size, in steps of 1/255.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], data: ImageData, *, index: int = 0, eps: int = 8
+    ) -> None:
+        if not models:
+            raise ValueError("no model was given; give at least one, by name")
+        self.models, self.data = dict(models), data
+        names = list(self.models)
+        wide = {"style": {"description_width": "110px"}, "layout": w.Layout(width="360px")}
+        self.first = w.Dropdown(options=names, description="model", **wide)
+        self.second = w.Dropdown(options=names, value=names[-1], description="beside it", **wide)
+        self.source = w.Dropdown(options=names, description="gradient of", **wide)
+        self.attack = w.Dropdown(options=ATTACKS, description="attack", **wide)
+        self.target = w.Dropdown(
+            options=[(name, k) for k, name in enumerate(data.classes)],
+            description="towards",
+            **wide,
+        )
+        self.eps = w.IntSlider(eps, 0, 64, description="eps (of 255)", **wide)
+        self.steps = w.IntSlider(20, 1, 200, description="steps", **wide)
+        self.index = w.BoundedIntText(index, 0, len(data.test) - 1, description="image", **wide)
+        self.kind = w.Dropdown(
+            options=[("any", None), *((name, k) for k, name in enumerate(data.classes))],
+            description="of class",
+            **wide,
+        )
+        self.random = w.Button(description="Random image")
+        self.upload = w.FileUpload(accept=".png,.jpg,.jpeg", description="Own picture")
+        self.cancel = w.Button(description="Cancel", disabled=True)
+        self.progress = w.IntProgress(0, 0, 1, description="attack")
+        self.message, self.bars, self.numbers = w.HTML(), w.HTML(), w.HTML()
+        self.pictures = [w.Image(format="png", width=192, height=192) for _ in range(3)]
+        self.captions = [w.HTML(text) for text in ("original", "change", "attacked")]
+        self.own: Tensor | None = None
+        self.outcome: Outcome | None = None
+        self._stop = threading.Event()
+        self._worker: threading.Thread | None = None
+        for control in (
+            self.first, self.second, self.source, self.attack, self.target, self.eps, self.steps,
+        ):  # fmt: skip
+            control.observe(lambda _: self.update(), "value")
+        self.index.observe(lambda _: self._choose(None), "value")
+        self.random.on_click(lambda _: self._draw())
+        self.upload.observe(self._uploaded, "value")
+        self.cancel.on_click(lambda _: self._stop.set())
+        self.update()
+
+    def panel(self) -> w.Widget:
+        """Return all controls and pictures as one widget."""
+        controls = [self.first, self.second, self.source, self.attack, self.target, self.eps]
+        controls += [self.steps, self.kind, self.index]
+        controls += [w.HBox([self.random, self.upload]), w.HBox([self.cancel, self.progress])]
+        shown = [
+            w.VBox([image, text]) for image, text in zip(self.pictures, self.captions, strict=True)
+        ]
+        right = w.VBox([w.HBox(shown), self.numbers, self.message, self.bars])
+        return w.HBox([w.VBox(controls), right])
+
+    def image(self) -> tuple[Tensor, int | None]:
+        """Return the chosen image, and its class; None for an own picture."""
+        if self.own is not None:
+            return self.own, None
+        images, labels = self.data.test.batch(slice(self.index.value, self.index.value + 1))
+        return images[0], int(labels[0])
+
+    def update(self) -> None:
+        """Attack again as the controls say; slow attacks run beside, and can be cancelled."""
+        self._stop.set()
+        if self._worker is not None:
+            self._worker.join()
+        self._stop = threading.Event()
+        self.target.disabled = self.attack.value != "fgsm towards a class"
+        self.steps.disabled = self.attack.value != "pgd"
+        if self.attack.value == "pgd":
+            self._worker = threading.Thread(target=self._run, args=(self._stop,), daemon=True)
+            self._worker.start()
+        else:
+            self._worker = None
+            self._run(self._stop)
+
+    def _run(self, stop: threading.Event) -> None:
+        image, label = self.image()
+        models = {name: self.models[name] for name in (self.first.value, self.second.value)}
+        models |= {self.source.value: self.models[self.source.value]}
+        slow = self.attack.value == "pgd"
+        self.progress.max, self.progress.value = (self.steps.value if slow else 1), 0
+        self.cancel.disabled = not slow
+
+        def report() -> None:
+            if stop.is_set():
+                raise CancelledError
+            self.progress.value += 1
+
+        try:
+            if label is None:  # an own picture has no label: attack the model's own answer
+                with torch.no_grad():
+                    logits = evaluation.predict(models[self.first.value], image[None])
+                answer = int(logits[0, : len(self.data.classes)].argmax())
+            self.outcome = attack_one(
+                models, self.source.value, image, answer if label is None else label,
+                self.attack.value, self.eps.value / 255, steps=self.steps.value,
+                target=self.target.value, classes=len(self.data.classes), report=report,
+            )  # fmt: skip
+            self.message.value = ""
+            self._show(label)
+        except CancelledError:
+            self.message.value = "Cancelled; what is shown is of the last attack that finished."
+        except (ValueError, TypeError, RuntimeError) as error:
+            self.message.value = f"This cannot be attacked: {html.escape(str(error))}"
+        self.cancel.disabled, self.progress.value = True, self.progress.max
+
+    def _show(self, label: int | None) -> None:
+        outcome = self.outcome
+        picture, factor = amplified(outcome)
+        shown = (outcome.original, picture, outcome.attacked)
+        for place, image in zip(self.pictures, shown, strict=True):
+            place.value = _png(image)
+        self.captions[1].value = f"change x {factor} (grey: none)"
+        self.numbers.value = (
+            f"L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of {self.first.value} "
+            f"{'is the same' if outcome.survives else 'is another'} after saving in 8 bits"
+        )
+        pair = dict.fromkeys([self.first.value, self.second.value])
+        before, after = ({n: found[n] for n in pair} for found in (outcome.before, outcome.after))
+        kept = Outcome(**{**vars(outcome), "before": before, "after": after})
+        self.bars.value = _bars(kept, tuple(self.data.classes), label)
+
+    def _choose(self, own: Tensor | None) -> None:
+        self.own = own
+        self.update()
+
+    def _draw(self) -> None:
+        """Choose a random test image of the wanted class."""
+        labels = self.data.test.labels
+        wanted = self.kind.value
+        found = (
+            (labels == wanted).nonzero()[:, 0] if wanted is not None else torch.arange(len(labels))
+        )
+        if not len(found):
+            self.message.value = "there is no test image of this class"
+            return
+        chosen = int(found[torch.randint(len(found), (1,))])
+        if chosen == self.index.value:
+            self._choose(None)
+        self.index.value = chosen
+
+    def _uploaded(self, _: Any) -> None:
+        if not self.upload.value:
+            return
+        try:
+            self._choose(read_upload(bytes(self.upload.value[0]["content"])))
+        except ValueError as error:
+            self.message.value = html.escape(str(error))
+
+    def figure(self) -> Figure:
+        """Return what the panel shows as a figure."""
+        if self._worker is not None:
+            self._worker.join()
+        outcome, (_, label) = self.outcome, self.image()
+        names = list(dict.fromkeys([self.first.value, self.second.value]))
+        figure = Figure(figsize=(6 + 2.4 * len(names), 3))
+        axes = figure.subplots(1, 3 + len(names), width_ratios=[1] * 3 + [1.4] * len(names))
+        picture, factor = amplified(outcome)
+        shown = {
+            "original": outcome.original,
+            f"change x {factor}": picture,
+            f"attacked, eps {self.eps.value}/255": outcome.attacked,
+        }
+        for axis, (title, image) in zip(axes, shown.items(), strict=False):
+            axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
+            axis.set_title(title, fontsize="small")
+            axis.set_axis_off()
+        places = np.arange(len(self.data.classes))
+        classes = [f"{c} (true)" if k == label else c for k, c in enumerate(self.data.classes)]
+        for axis, name in zip(axes[3:], names, strict=True):
+            for found, shift, text in (
+                (outcome.before, -0.2, "before"),
+                (outcome.after, 0.2, "after"),
+            ):
+                shares = 100 * found[name].numpy()
+                axis.barh(places + shift, shares, 0.4, color=COLOURS[text], label=text)
+            axis.set_yticks(places, classes, fontsize="x-small")
+            axis.set(xlabel="probability (%)", xlim=(0, 100))
+            axis.set_title(name, fontsize="small")
+            axis.invert_yaxis()
+        for axis in axes[4:]:
+            axis.set_yticks(places, [])
+        axes[-1].legend(fontsize="x-small")
+        figure.suptitle(
+            f"{self.attack.value}, gradient of {self.source.value}; L-inf {outcome.linf:.1f}/255, "
+            f"L2 {outcome.l2:.2f}",
+            fontsize="small",
+        )
+        figure.set_layout_engine("constrained")
+        return figure
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        written = io.BytesIO()
+        self.figure().savefig(written, format="png", dpi=80)
+        bundle = self.panel()._repr_mimebundle_(**options) or {}
+        told = "AttackExplorer: run this cell in JupyterLab for the panel; here is its picture."
+        return {**bundle, "text/plain": told, "image/png": written.getvalue()}

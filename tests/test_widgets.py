@@ -1,0 +1,176 @@
+"""The attack explorer: what it computes, and what its controls do."""
+
+import io
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_small_cnn
+from PIL import Image
+
+from advlab import data, widgets
+from advlab.attacks import fgsm
+from advlab.widgets import ATTACKS, AttackExplorer, CancelledError, attack_one, read_upload
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return data.Shapes10(100, 60)
+
+
+@pytest.fixture
+def models():
+    return {"one": make_small_cnn(0), "two": make_small_cnn(1)}
+
+
+@pytest.fixture
+def explorer(models, shapes):
+    return AttackExplorer(models, shapes)
+
+
+def picture(size, kind="PNG"):
+    written = io.BytesIO()
+    Image.new("RGB", size, (255, 0, 0)).save(written, kind)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_outcome_says_what_was_done(attack, models, shapes):
+    images, labels = shapes.test.batch(slice(0, 1))
+    target = (int(labels[0]) + 1) % 10
+    found = attack_one(models, "one", images[0], int(labels[0]), attack, 0.03, target=target)
+    change = found.attacked - images[0]
+    assert found.linf == pytest.approx(255 * float(change.abs().max()))
+    assert 0 < found.linf <= 255 * 0.03 + 1e-3
+    assert found.l2 == pytest.approx(float(change.norm()))
+    for answers in (found.before, found.after):
+        assert list(answers) == ["one", "two"]
+        assert all(float(p.sum()) == pytest.approx(1) for p in answers.values())
+
+
+def test_fgsm_is_the_package_s(models, shapes):
+    images, labels = shapes.test.batch(slice(3, 4))
+    found = attack_one(models, "two", images[0], int(labels[0]), "fgsm", 0.02)
+    assert torch.equal(found.attacked, fgsm(models["two"], images, labels, 0.02)[0])
+
+
+def test_nothing_is_moved_at_eps_0(models, shapes):
+    images, labels = shapes.test.batch(slice(0, 1))
+    found = attack_one(models, "one", images[0], int(labels[0]), "pgd", 0.0)
+    assert torch.equal(found.attacked, images[0])
+    assert found.survives
+
+
+@pytest.mark.parametrize(("source", "attack"), [("three", "fgsm"), ("one", "magic")])
+def test_unknown_names_are_refused(source, attack, models, shapes):
+    image = shapes.test.batch(slice(0, 1))[0][0]
+    with pytest.raises(ValueError, match=r"unknown .*choose one of"):
+        attack_one(models, source, image, 0, attack, 0.1)
+
+
+def test_an_attack_can_be_stopped(models, shapes):
+    passes = []
+
+    def report():
+        passes.append(1)
+        if len(passes) == 3:
+            raise CancelledError
+
+    image = shapes.test.batch(slice(0, 1))[0][0]
+    label = int(models["one"](image[None]).argmax())
+    with pytest.raises(CancelledError):
+        attack_one(models, "one", image, label, "pgd", 1e-4, steps=50, report=report)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_upload_is_cut_to_its_central_square(kind):
+    found = read_upload(picture((90, 40), kind))
+    assert found.shape == (3, 32, 32)
+    assert float(found[0].min()) > 0.98
+    assert float(found[1:].max()) < 0.02
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", picture((8, 8))[:40]])
+def test_upload_that_is_no_picture_is_refused(content):
+    with pytest.raises(ValueError, match="not a PNG or JPEG"):
+        read_upload(content)
+
+
+def test_upload_that_is_too_large_is_refused():
+    with pytest.raises(ValueError, match="11 MB"):
+        read_upload(b" " * 11_000_000)
+
+
+def test_slider_changes_what_is_shown(explorer):
+    before = explorer.numbers.value, explorer.pictures[2].value
+    explorer.eps.value = 40
+    assert "L-inf 40.0/255" in explorer.numbers.value
+    assert (explorer.numbers.value, explorer.pictures[2].value) != before
+    assert explorer.bars.value.count("<tr>") == 11
+
+
+def test_bad_choice_is_told_in_the_panel(explorer):
+    _, label = explorer.image()
+    explorer.target.value = label
+    explorer.attack.value = "fgsm towards a class"
+    assert "cannot be attacked" in explorer.message.value
+    explorer.target.value = (label + 1) % 10
+    assert explorer.message.value == ""
+
+
+def test_pgd_runs_beside_and_is_finished_for_the_figure(explorer):
+    explorer.attack.value = "pgd"
+    figure = explorer.figure()
+    assert explorer.cancel.disabled
+    assert explorer.progress.value == explorer.progress.max
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[2:] == ["attacked, eps 8/255", "one", "two"]
+
+
+def test_random_image_is_of_the_wanted_class(explorer, shapes):
+    explorer.kind.value = 4
+    explorer.random.click()
+    assert explorer.image()[1] == 4
+
+
+def upload(explorer, content):
+    now = datetime.now(tz=UTC)
+    entry = {"name": "x.png", "type": "image/png", "size": len(content), "last_modified": now}
+    explorer.upload.value = [{**entry, "content": memoryview(content)}]
+
+
+def test_own_picture_is_attacked_too(explorer):
+    upload(explorer, picture((50, 50)))
+    assert explorer.image()[1] is None
+    assert float(explorer.outcome.original[0].min()) > 0.98
+    explorer.index.value = 5
+    assert explorer.image()[1] is not None
+
+
+def test_upload_that_fails_is_told_in_the_panel(explorer):
+    upload(explorer, b"x")
+    assert "not a PNG" in explorer.message.value
+
+
+def test_every_control_has_a_name(explorer):
+    for control in (explorer.first, explorer.eps, explorer.attack, explorer.index, explorer.random):
+        assert control.description
+
+
+def test_a_batch_run_shows_a_figure(explorer):
+    bundle = explorer._repr_mimebundle_()
+    assert bundle["image/png"].startswith(b"\x89PNG")
+    assert "here is its picture" in bundle["text/plain"]
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_no_model_is_refused(shapes):
+    with pytest.raises(ValueError, match="no model was given"):
+        AttackExplorer({}, shapes)
+
+
+def test_pixels_are_enlarged_unchanged():
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    shown = Image.open(io.BytesIO(widgets._png(image.float() / 255, 2)))
+    assert torch.equal(torch.from_numpy(np.array(shown)).permute(2, 0, 1)[:, ::2, 1::2], image)
