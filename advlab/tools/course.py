@@ -1,0 +1,273 @@
+"""The classroom: student versions of the assignments, and the grading of a folder of submissions.
+
+The assignments are nbgrader notebooks (`notebooks/assignments`), so its own commands work on them.
+`grade` is for a class whose notebooks nobody has read: each runs in a process of its own, its code
+in a sandbox, with limits of time, memory and output, and no submission stops the others.
+"""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+from nbconvert import HTMLExporter
+from rich.console import Console
+from rich.progress import Progress
+
+from advlab import files
+from advlab.tools.train import cores, environment
+
+CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
+
+
+class CourseError(RuntimeError):
+    """The class cannot be graded as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A student's notebook for an assignment."""
+
+    student: str
+    assignment: str
+    path: Path
+
+
+def sources() -> dict[str, Path]:
+    """Return the instructor's notebook of each assignment, by name.
+
+    Raises:
+        CourseError: outside a clone of the repository.
+    """
+    folder = files.home() / "notebooks" / "assignments"
+    found = {path.stem: path for path in sorted(folder.glob("a*/a*.ipynb"))}
+    if not found:
+        raise CourseError(f"there are no assignments in {folder}; run this in a clone")
+    return found
+
+
+def _need_nbgrader() -> None:
+    if find_spec("nbgrader") is None:
+        raise CourseError('assignments need nbgrader; install it with: pip install -e ".[course]"')
+
+
+def build(output: Path) -> list[Path]:
+    """Write the student version of each assignment, and a zip of each.
+
+    Args:
+        output: Gets release/NAME/NAME.ipynb, NAME.zip and gradebook.db (nbgrader's).
+
+    Returns:
+        The zips.
+
+    Raises:
+        CourseError: without nbgrader, or if it refuses an assignment.
+    """
+    _need_nbgrader()
+    from nbgrader.apps import NbGraderAPI
+    from traitlets.config import Config
+
+    files.make_folder(output)
+    names, config = sources(), Config()
+    config.CourseDirectory.course_id = "advlab"
+    config.CourseDirectory.root = str(output.absolute())
+    config.CourseDirectory.source_directory = str(files.home() / "notebooks" / "assignments")
+    api = NbGraderAPI(config=config)
+    zips = []
+    # nbgrader starts `alembic`, which is beside this Python and may not be on the path.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for name in names:
+        with environment(PATH=path):
+            result = api.generate_assignment(name, force=True)
+        if not result["success"]:
+            raise CourseError(f"{name}: {result.get('error') or result.get('log')}")
+        released = output / "release" / name / f"{name}.ipynb"
+        with (
+            files.atomic_write(output / f"{name}.zip") as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            packed.write(released, f"{name}/{name}.ipynb")
+        zips.append(output / f"{name}.zip")
+    return zips
+
+
+def collect(folder: Path) -> tuple[list[Submission], list[Path]]:
+    """Return the submissions in `folder`, and the files that are none.
+
+    Args:
+        folder: nbgrader's layout STUDENT/NAME/NAME.ipynb, or flat: STUDENT_NAME.ipynb.
+
+    Raises:
+        CourseError: if the folder is missing, or holds no submission.
+    """
+    if not folder.is_dir():
+        raise CourseError(f"there is no folder {folder}")
+    names, found, others = sources(), [], []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
+        parts = path.relative_to(folder).parts
+        flat = re.fullmatch(r"(.+)_(a\d+)\.ipynb", path.name)
+        if path.is_symlink():
+            others.append(path)  # could lead anywhere
+        elif len(parts) == 3 and parts[1] in names and parts[2] == f"{parts[1]}.ipynb":
+            found.append(Submission(parts[0], parts[1], path))
+        elif len(parts) == 1 and flat and flat[2] in names:
+            found.append(Submission(flat[1], flat[2], path))
+        else:
+            others.append(path)
+    if not found:
+        raise CourseError(
+            f"{folder} holds no submission: neither STUDENT/a2/a2.ipynb nor STUDENT_a2.ipynb"
+        )
+    twice = {(s.student, s.assignment) for s in found}
+    if len(twice) < len(found):
+        raise CourseError(f"{folder} holds a submission of one student twice; remove one")
+    return found, others
+
+
+def grade(
+    folder: Path,
+    output: Path,
+    *,
+    sandbox: bool = True,
+    jobs: int | None = None,
+    seconds: int = SECONDS,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Grade every submission in `folder`; what was graded before and did not change is kept.
+
+    Args:
+        folder: See `collect`.
+        output: Gets grades.csv, and feedback/STUDENT.html with a page per student.
+        sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
+        jobs: Submissions at a time; None for one a core.
+        seconds: Limit for a whole submission.
+        console: Where to print.
+
+    Returns:
+        A row per graded cell: student, assignment, cell, points, score (empty where a person
+        must read the answer), reason.
+
+    Raises:
+        CourseError: without nbgrader; without bubblewrap, unless `sandbox` is False; or if the
+            folder is not as in `collect`.
+    """
+    _need_nbgrader()
+    console = console or Console()
+    if sandbox and not shutil.which("bwrap"):
+        raise CourseError(
+            "bubblewrap is not installed, and without it a submission could read and change this "
+            "machine's files. Install it (Debian: apt install bubblewrap), or accept that with "
+            "--no-sandbox"
+        )
+    found, others = collect(folder)
+    for path in others:
+        console.print(f"not a submission, left out: {path.name}", style="yellow", markup=False)
+    names, parts = sources(), []
+    files.make_folder(output)
+    with Progress(console=console) as progress, ThreadPoolExecutor(jobs or cores()) as pool:
+        bar = progress.add_task("grading", total=len(found))
+        tasks = {
+            pool.submit(_grade_one, one, names[one.assignment], output, sandbox, seconds): one
+            for one in found
+        }
+        for task in as_completed(tasks):
+            one, scores = tasks[task], task.result()
+            parts += [
+                {"student": one.student, "assignment": one.assignment, "cell": cell} | result
+                for cell, result in scores["cells"].items()
+            ]
+            progress.advance(bar)
+    table = pd.DataFrame(parts).sort_values(["student", "assignment"], kind="stable")
+    with files.atomic_write(output / "grades.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    for student in dict.fromkeys(table["student"]):
+        _write_feedback(student, [one for one in found if one.student == student], output)
+    total = table.groupby(["student", "assignment"])[["score", "points"]].sum()
+    console.print(f"{len(total)} submissions graded: {output / 'grades.csv'}", markup=False)
+    return table
+
+
+def _kept(one: Submission, output: Path) -> Path:
+    return output / "graded" / one.student / one.assignment
+
+
+def _grade_one(
+    one: Submission, source: Path, output: Path, sandbox: bool, seconds: int
+) -> dict[str, Any]:
+    """Return the scores of one submission, from its folder if nothing changed since."""
+    kept = _kept(one, output)
+    identity = sha256(one.path.read_bytes() + source.read_bytes() + bytes([sandbox])).hexdigest()
+    done = kept / "identity"
+    if done.is_file() and done.read_text() == identity:
+        return json.loads((kept / "scores.json").read_text())
+    shutil.rmtree(kept, ignore_errors=True)
+    files.make_folder(kept)
+    hide = (files.home() / "notebooks", one.path.parent, output.absolute())
+    with tempfile.TemporaryDirectory(prefix="g") as work:
+        command = [sys.executable, "-m", "advlab.tools.run_submission"]
+        command += [str(p.absolute()) for p in (source, one.path, Path(work), kept)]
+        command += ["--seconds", str(CELL_SECONDS), "--megabytes", str(MEGABYTES)]
+        command += [word for path in hide for word in ("--hide", str(path))]
+        command += ["--sandbox"] if sandbox else []
+        reason = _run_limited(command, kept / "log.txt", seconds)
+    if not (kept / "scores.json").is_file():
+        cells = [c.metadata.nbgrader for c in nbformat.read(source, as_version=4).cells]
+        empty = {c.grade_id: {"points": c.points, "score": 0, "reason": reason}
+                 for c in cells if c.grade}  # fmt: skip
+        text = json.dumps({"reason": reason, "cells": empty})
+        files.write_bytes(kept / "scores.json", text.encode())
+    files.write_bytes(done, identity.encode())
+    return json.loads((kept / "scores.json").read_text())
+
+
+def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
+    """Run `command`, kill it and its children after `seconds`; return why it failed."""
+    with log.open("wb") as written:
+        process = subprocess.Popen(
+            command, stdout=written, stderr=written, stdin=subprocess.DEVNULL, process_group=0
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"took longer than {seconds} s"
+        finally:
+            subprocess.run(["pkill", "-KILL", "-g", str(process.pid)], check=False)
+            process.wait()
+    return "" if process.returncode == 0 else "could not be run (see log.txt)"
+
+
+def _write_feedback(student: str, submissions: Sequence[Submission], output: Path) -> None:
+    """Write feedback/STUDENT.html: the scores and reasons, and each notebook as it ran."""
+    parts = [f"<h1>{html.escape(student)}</h1>"]
+    for one in submissions:
+        kept = _kept(one, output)
+        scores = json.loads((kept / "scores.json").read_text())
+        parts.append(f"<h2>{one.assignment}</h2><p>{html.escape(scores['reason'])}</p><table>")
+        for cell, result in scores["cells"].items():
+            got = "-" if result["score"] is None else f"{result['score']:g}"
+            reason = html.escape(result["reason"])
+            parts.append(
+                f"<tr><td>{cell}</td><td>{got} of {result['points']:g}</td><td>{reason}</td></tr>"
+            )
+        parts.append("</table>")
+        if (kept / "executed.ipynb").is_file():
+            shown, _ = HTMLExporter().from_filename(str(kept / "executed.ipynb"))
+            frame = html.escape(shown)
+            parts.append(f'<iframe sandbox srcdoc="{frame}" style="width:100%;height:80vh">')
+            parts.append("</iframe>")
+    page = "<!doctype html><meta charset=utf-8>" + "\n".join(parts)
+    files.write_bytes(output / "feedback" / f"{student}.html", page.encode())

@@ -1,0 +1,225 @@
+"""Run one submission and score it; started by `course.grade` in a process of its own.
+
+The notebook's code runs in a kernel, and the kernel in a sandbox. This process, which reads the
+kernel's answers and writes the scores, is outside: nothing that a submission does to its own files
+changes what is recorded.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from nbgrader.utils import is_grade, is_solution
+
+from advlab import files
+
+LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
+# Runs after a cell with tests, to see whether the submission changed what the tests rely on.
+CANARY = """
+import builtins as _b, random as _r, torch as _t
+for _name in ("abs", "all", "any", "float", "int", "isinstance", "len", "max", "min", "sum"):
+    if type(getattr(_b, _name)).__module__ != "builtins" or _name in globals():
+        raise SystemError(f"{_name} was replaced")
+if _t.equal(_t.zeros(1), _t.ones(1)) or _t.allclose(_t.zeros(1), _t.ones(1)):
+    raise SystemError("torch was changed")
+if len({_r.SystemRandom().randrange(10**6) for _ in range(9)}) < 2:
+    raise SystemError("random was changed")
+"""
+
+
+class RefusedError(ValueError):
+    """The submission cannot be run at all."""
+
+
+def read(path: Path) -> NotebookNode:
+    """Return the notebook at `path`.
+
+    Raises:
+        RefusedError: if it is no notebook, or too large to be one of ours.
+    """
+    if path.stat().st_size > 20_000_000:
+        raise RefusedError(f"the file has {path.stat().st_size / 1e6:.0f} MB")
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:  # nbformat raises many kinds for what is not a notebook
+        raise RefusedError(f"not a notebook: {type(error).__name__}") from error
+    return notebook
+
+
+def _grade_id(cell: NotebookNode) -> str | None:
+    return cell.metadata.get("nbgrader", {}).get("grade_id")
+
+
+def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
+    """Return the assignment with the answers of a submission.
+
+    Text and tests are those of `source`, whatever the submission made of them; a student's own
+    cells stay behind the cell that they were written after.
+
+    Raises:
+        RefusedError: if an answer's cell is missing, or there twice.
+    """
+    answers: dict[str, NotebookNode] = {}
+    own: dict[str | None, list[NotebookNode]] = {}
+    known = {_grade_id(cell): cell for cell in source.cells}
+    last = None
+    for cell in submitted.cells:
+        name = _grade_id(cell)
+        if name not in known:
+            cell.metadata.pop("nbgrader", None)
+            own.setdefault(last, []).append(cell)
+            continue
+        if name in answers:
+            raise RefusedError(f"cell {name} is there twice")
+        answers[name], last = cell, name
+    cells = list(own.get(None, []))
+    for name, cell in known.items():
+        if is_solution(cell):
+            if name not in answers:
+                raise RefusedError(f"the cell for the answer {name} is missing")
+            cell.source = answers[name].source
+        cells += [cell, *own.get(name, [])]
+    return nbformat.v4.new_notebook(cells=cells, metadata=source.metadata)
+
+
+class Runner(NotebookClient):
+    """Runs every cell, goes on after an error, and stops listening to what prints too much."""
+
+    printed = 0
+
+    def output(self, outs: Any, msg: dict[str, Any], display_id: str, cell_index: int) -> Any:
+        """Keep an output, unless the notebook has printed too much already."""
+        self.printed += len(json.dumps(msg["content"], default=str))
+        if self.printed > LARGEST_OUTPUT and msg["msg_type"] != "error":
+            return None
+        return super().output(outs, msg, display_id, cell_index)
+
+
+def _sandboxed(work: Path, hidden: list[Path]) -> list[str]:
+    """Return the words before a command that take its network away and let it write to `work`."""
+    words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--tmpfs", "/tmp"]
+    words += [word for path in hidden if path.is_dir() for word in ("--tmpfs", str(path))]
+    words += ["--bind", str(work), str(work), "--chdir", str(work), "--setenv", "HOME", str(work)]
+    # In its own process namespace the kernel would take its parent for dead.
+    words += ["--unsetenv", "JPY_PARENT_PID"]
+    return [*words, "--unshare-all", "--die-with-parent", "--new-session", "--"]
+
+
+def _manager(work: Path, sandbox: bool, megabytes: int, hidden: list[Path]) -> AsyncKernelManager:
+    """Return a kernel manager whose kernel is limited, and talks through a file in `work`."""
+    manager = AsyncKernelManager(transport="ipc", connection_file=str(work / "k.json"))
+    manager.ip = str(work / "k")
+    limit = f'ulimit -v {megabytes * 1024}; ulimit -f 200000; exec "$@"'
+    argv = ["/bin/sh", "-c", limit, "sh", *(_sandboxed(work, hidden) if sandbox else [])]
+    argv += [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    manager._kernel_spec = KernelSpec(argv=argv, display_name="submission", language="python")
+    return manager
+
+
+async def _error_of(runner: Runner, index: int, code: str) -> str | None:
+    """Run `code` in the submission's kernel; return the text of its error, None without one."""
+    probe = nbformat.v4.new_code_cell(code)
+    try:
+        await runner.async_execute_cell(probe, index, store_history=False)
+    except CellExecutionError as error:
+        return error.evalue
+    return None
+
+
+async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[str, Any]]) -> None:
+    """Execute `notebook` in place, and write each graded cell's score and reason to `results`.
+
+    Raises:
+        RefusedError, CellTimeoutError, DeadKernelError: if it cannot go on; what was scored stays.
+    """
+    async with runner.async_setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            result = results.get(_grade_id(cell) or "")
+            reason = ""
+            try:
+                await runner.async_execute_cell(cell, index)
+            except CellTimeoutError:
+                raise
+            except CellExecutionError as error:
+                reason = f"{error.ename}: {error.evalue}"[:300]
+            if runner.printed > LARGEST_OUTPUT:
+                raise RefusedError(f"it printed more than {LARGEST_OUTPUT // 1_000_000} MB")
+            if result is None or cell.cell_type != "code":
+                continue
+            changed = await _error_of(runner, index, CANARY)
+            if await _error_of(runner, index, "assert False") is None:
+                changed = "an assertion cannot fail"
+            if changed is not None:
+                reason = f"the submission changed what the tests rely on: {changed}"
+            result.update(score=0 if reason else result["points"], reason=reason)
+
+
+def score(
+    source: NotebookNode, submission: Path, work: Path, seconds: int, **options: Any
+) -> tuple[NotebookNode, dict[str, Any]]:
+    """Return the executed notebook, and its scores: a reason for all, and a result per cell."""
+    results = {
+        _grade_id(cell): {"points": cell.metadata.nbgrader.points, "score": 0, "reason": "not run"}
+        for cell in source.cells
+        if is_grade(cell)
+    }
+    notebook, reason = source, ""
+    try:
+        notebook = merge(source, read(submission))
+        for cell in notebook.cells:
+            if is_grade(cell) and cell.cell_type == "markdown":
+                empty = cell.source.strip() in ("", "YOUR ANSWER HERE")
+                results[_grade_id(cell)].update(
+                    score=0 if empty else None, reason="no answer" if empty else "to be read"
+                )
+        runner = Runner(notebook, km=_manager(work, **options), timeout=seconds)
+        asyncio.run(_run(runner, notebook, results))
+    except RefusedError as error:
+        reason = str(error)
+    except CellTimeoutError:
+        reason = f"a cell took longer than {seconds} s"
+    except DeadKernelError:
+        reason = "the kernel died (crashed, or ran out of memory)"
+    return notebook, {"reason": reason, "cells": results}
+
+
+def main() -> None:
+    """Run the submission that the command line names; write executed.ipynb and scores.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("source", "submission", "work", "output"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--sandbox", action="store_true")
+    parser.add_argument("--seconds", type=int, required=True)
+    parser.add_argument("--megabytes", type=int, required=True)
+    parser.add_argument("--hide", type=Path, action="append", default=[])
+    given = parser.parse_args()
+    # A soft limit, of this process alone: the kernel gets its own.
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    notebook, scores = score(
+        read(given.source),
+        given.submission,
+        given.work,
+        given.seconds,
+        sandbox=given.sandbox,
+        megabytes=given.megabytes,
+        hidden=given.hide,
+    )
+    files.write_bytes(given.output / "executed.ipynb", nbformat.writes(notebook).encode())
+    files.write_bytes(given.output / "scores.json", json.dumps(scores, indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()

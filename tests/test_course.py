@@ -1,0 +1,290 @@
+"""Assignments: valid sources, releases without answers, and a class graded as it deserves."""
+
+import json
+import re
+import shutil
+import zipfile
+
+import nbformat
+import pandas as pd
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from advlab import files
+from advlab.tools import course
+from advlab.tools.cli import app
+
+pytest.importorskip("nbgrader", reason='needs the extra "course"')
+NAMES = list(course.sources())
+SANDBOX = bool(shutil.which("bwrap"))
+QUIET = Console(record=True, width=100)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Folder with the student versions."""
+    output = tmp_path_factory.mktemp("course")
+    course.build(output)
+    return output
+
+
+def source(name):
+    return nbformat.read(course.sources()[name], as_version=4)
+
+
+def release(released, name):
+    return nbformat.read(released / "release" / name / f"{name}.ipynb", as_version=4)
+
+
+def solutions(notebook):
+    return [c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("solution")]
+
+
+def put(folder, student, name, notebook, old="", new=""):
+    """Hand in `notebook`, with `old` replaced by `new` in its answers."""
+    if old:
+        changed = [cell for cell in solutions(notebook) if old in cell.source]
+        assert changed, f"no answer holds {old!r}"
+        for cell in changed:
+            cell.source = cell.source.replace(old, new)
+    folder.mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / f"{student}_{name}.ipynb")
+
+
+def grades(folder, output):
+    table = course.grade(folder, output, sandbox=SANDBOX, console=QUIET)
+    return table.groupby(["student", "assignment"])["score"].sum().to_dict(), table
+
+
+# --- sources and releases
+
+
+def test_there_are_six():
+    assert NAMES == ["a1", "a2", "a3", "a4", "a5", "a6"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_source_is_valid(name):
+    from nbgrader.validator import Validator
+
+    assert Validator().validate(str(course.sources()[name])) == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_release_fails_its_tests_and_holds_no_answer(name, released):
+    from nbgrader.validator import Validator
+
+    path = released / "release" / name / f"{name}.ipynb"
+    assert Validator(invert=True).validate(str(path)) == {}
+    text = path.read_text()
+    assert not re.search("BEGIN (SOLUTION|HIDDEN|MARK)", text)
+    answers = {c.metadata.nbgrader.grade_id: c.source for c in solutions(source(name))}
+    for cell in solutions(release(released, name)):
+        held = answers[cell.metadata.nbgrader.grade_id]
+        inside = re.findall(r"### BEGIN \w+\s*\w*\n(.*?)### END", held, re.DOTALL)
+        assert inside
+        assert not any(part.strip() in cell.source for part in inside)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_assignment_states_aims_points_and_time(name):
+    first, cells = source(name).cells[0].source, source(name).cells
+    for words in ("Aims:", "Points:", "Time:", "Runs in:", "hidden"):
+        assert words in first
+    points = sum(c.metadata.nbgrader.points for c in cells if c.metadata.nbgrader.grade)
+    assert f"**Points:** {points}" in first
+
+
+def test_each_release_is_zipped(released):
+    for name in NAMES:
+        with zipfile.ZipFile(released / f"{name}.zip") as packed:
+            assert packed.namelist() == [f"{name}/{name}.ipynb"]
+
+
+# --- grades
+
+
+COUNTED = """right += int((model(images).argmax(1) == labels).sum())
+            total += len(labels)"""
+AVERAGED = """right += float((model(images).argmax(1) == labels).float().mean())
+            total += 1"""
+WRONG = {
+    # what was done wrong: assignment, answer, instead, the tests that fail
+    "sign": ("a2", ".sign()).clamp", ").clamp", ["size-test", "targeted-test"]),
+    "clamp": ("a2", ".clamp(0, 1)", "", ["clamp-test", "targeted-test"]),
+    "mode": ("a2", "    model.train(was_training)\n", "", ["mode-test"]),
+    "train": ("a2", "    model.eval()\n", "    model.train()\n", ["mode-test"]),
+    "pixels": ("a2", "(images + eps *", "(images + eps / 255 *", ["size-test"]),
+    "averages": (
+        "a4",
+        COUNTED,
+        AVERAGED,
+        ["exact-test"],
+    ),
+}
+
+
+STRIPS = """import ast
+class Strip(ast.NodeTransformer):
+    def visit_Assert(self, node):
+        return ast.Pass()
+get_ipython().ast_transformers.append(Strip())"""
+HOSTILE = {
+    "loops": "while True: pass",
+    "strips": STRIPS,
+    "crashes": "import os; os._exit(1)",
+    "prints": "while True: print('x' * 10**6)",
+    "eats": "x = [bytearray(10**9) for _ in range(100)]",
+    "swallows": "get_ipython().set_custom_exc((Exception,), lambda *a, **k: None)",
+    "replaces": "import torch\ntorch.allclose = torch.equal = lambda *a, **k: True",
+    "shadows": "def all(x): return True\ndef float(x): return 0.0",
+}
+
+
+def hand_in_a_class(folder, released):
+    """Write thirty submissions: perfect, untouched, partial, wrong and hostile ones."""
+    for name in NAMES:
+        put(folder, "perfect", name, source(name))
+        put(folder, "empty", name, release(released, name))
+    for name in ("a1", "a3"):
+        begun = release(released, name)
+        solutions(begun)[0].source = solutions(source(name))[0].source
+        put(folder, "begun", name, begun)
+    for student, (name, old, new, _) in WRONG.items():
+        put(folder, student, name, source(name), old, new)
+    for student, code in HOSTILE.items():
+        notebook = release(released, "a2")
+        solutions(notebook)[0].source = code
+        put(folder, student, "a2", notebook)
+    (folder / "text_a2.ipynb").write_text("not a notebook")
+    (folder / "huge_a2.ipynb").write_bytes(b" " * 21_000_000)
+    assert len(list(folder.iterdir())) == 30
+
+
+def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "CELL_SECONDS", 20)
+    hand_in_a_class(tmp_path / "in", released)
+    command = ["course", "grade", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command if SANDBOX else [*command, "--no-sandbox"])
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(
+        tmp_path / "out" / "grades.csv", keep_default_na=False, na_values={"score": ""}
+    )
+    full = table["score"] == table["points"]
+    by_hand = table["score"].isna()
+    assert set(table["cell"][by_hand]) == {"claim"}
+
+    perfect = table["student"] == "perfect"
+    assert list(table["assignment"][perfect].unique()) == NAMES
+    assert (full | by_hand)[perfect].all()
+    empty = table["student"] == "empty"
+    assert list(table["assignment"][empty].unique()) == NAMES
+    assert table["score"][empty].sum() == 0
+
+    begun = table["student"] == "begun"
+    earned = table[begun & full].groupby("assignment")["cell"].agg(list).to_dict()
+    assert earned == {"a1": ["size-test"], "a3": ["direction-test", "add-test"]}
+    assert table["score"][begun & ~full].sum() == 0
+
+    lost = table[table["student"].isin(WRONG) & ~full]
+    assert lost.groupby("student")["cell"].agg(list).to_dict() == {
+        student: tests for student, (*_, tests) in WRONG.items()
+    }
+    assert lost["score"].sum() == 0
+
+    hostile = table["student"].isin([*HOSTILE, "text", "huge"])
+    assert table["student"][hostile].nunique() == 10
+    assert table["score"][hostile].sum() == 0
+    reasons = table.groupby("student")["reason"].agg(" ".join)
+    assert (reasons[[*HOSTILE, "text", "huge"]] != "").all()
+    assert "rely on: an assertion cannot fail" in reasons["strips"]
+    assert "rely on: all was replaced" in reasons["shadows"]
+    scores = json.loads((tmp_path / "out" / "graded" / "loops" / "a2" / "scores.json").read_text())
+    assert scores["reason"] == "a cell took longer than 20 s"
+
+    pages = {path.stem for path in (tmp_path / "out" / "feedback").iterdir()}
+    assert pages == set(table["student"])
+    # The page of a student with a mark to come says so.
+    assert "to be read" in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
+
+
+@pytest.mark.skipif(not SANDBOX, reason="bubblewrap is not installed")
+def test_sandbox_keeps_files_network_and_sources_away(released, tmp_path):
+    victim, outside = tmp_path / "victim.txt", files.home() / "outputs" / "written.txt"
+    victim.write_text("mine")
+    probes = {
+        "files": f"from pathlib import Path\nPath({str(outside)!r}).write_text('gone')",
+        "temporary": f"import os\nos.remove({str(victim)!r})",
+        "network": "import socket\nsocket.create_connection(('127.0.0.1', 22), 2)",
+        "answers": f"open({str(course.sources()['a2'])!r}).read()",
+    }
+    for student, code in probes.items():
+        notebook = source("a2")
+        notebook.cells.insert(3, nbformat.v4.new_code_cell(code))
+        put(tmp_path / "in", student, "a2", notebook)
+    grades(tmp_path / "in", tmp_path / "out")
+    assert victim.read_text() == "mine"
+    assert not outside.exists()
+    for student in probes:
+        executed = tmp_path / "out" / "graded" / student / "a2" / "executed.ipynb"
+        cell = nbformat.read(executed, as_version=4).cells[3]
+        assert [output.output_type for output in cell.outputs] == ["error"], student
+
+
+def test_changed_tests_are_put_back(tmp_path):
+    notebook = source("a1")
+    for cell in notebook.cells:
+        if cell.metadata.nbgrader.grade:
+            cell.source = "pass"
+    put(tmp_path / "in", "easy", "a1", notebook, "return (n + 2", "return 1 + (n + 2")
+    totals, _ = grades(tmp_path / "in", tmp_path / "out")
+    assert totals["easy", "a1"] < 20
+
+
+def test_missing_answer_is_named(tmp_path):
+    notebook = source("a1")
+    notebook.cells = [c for c in notebook.cells if c.metadata.nbgrader.grade_id != "build-solution"]
+    put(tmp_path / "in", "short", "a1", notebook)
+    grades(tmp_path / "in", tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "graded" / "short" / "a1" / "scores.json").read_text())
+    assert scores["reason"] == "the cell for the answer build-solution is missing"
+
+
+def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    before, _ = grades(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setattr(course, "_run_limited", lambda *args: pytest.fail("ran again"))
+    after, _ = grades(tmp_path / "in", tmp_path / "out")
+    assert after == before
+    assert len(pd.read_csv(tmp_path / "out" / "grades.csv")) == 5
+
+
+# --- what cannot be graded
+
+
+def test_both_layouts_are_found_and_other_files_named(tmp_path):
+    put(tmp_path, "flat", "a1", source("a1"))
+    nested = tmp_path / "nested" / "a2"
+    nested.mkdir(parents=True)
+    nbformat.write(source("a2"), nested / "a2.ipynb")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "x_a9.ipynb").touch()
+    (tmp_path / "link_a1.ipynb").symlink_to("/etc/passwd")
+    found, others = course.collect(tmp_path)
+    assert [(one.student, one.assignment) for one in found] == [("flat", "a1"), ("nested", "a2")]
+    assert {path.name for path in others} == {"notes.txt", "x_a9.ipynb", "link_a1.ipynb"}
+
+
+def test_a_folder_that_holds_nothing_is_refused(tmp_path):
+    with pytest.raises(course.CourseError, match="holds no submission"):
+        course.collect(tmp_path)
+    with pytest.raises(course.CourseError, match="there is no folder"):
+        course.collect(tmp_path / "none")
+
+
+def test_without_bubblewrap_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    refused = CliRunner().invoke(app, ["course", "grade", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "--no-sandbox" in refused.output
