@@ -110,8 +110,9 @@ def write_lesson(home: Path, name: str, *code: str) -> None:
     cells += [new_code_cell(one) for one in code]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    (home / "notebooks").mkdir(exist_ok=True)
-    nbformat.write(notebook, home / "notebooks" / f"{name}.ipynb")
+    path = home / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
 
 
 def write_fake_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> Path:

@@ -49,6 +49,17 @@ def test_choose_lessons_takes_short_names(lessons, name):
     assert list(batch.choose_lessons([name])) == ["02_second"]
 
 
+def test_solutions_run_only_when_asked_for(lessons):
+    name = "solutions/01_first"
+    write_lesson(lessons, name, "print('solved')")
+    assert list(batch.choose_lessons([])) == ["01_first", "02_second"]
+    assert list(batch.choose_lessons(["01", "solutions"])) == ["01_first", name]
+    output = run_quick(lessons, names=["solutions"])
+    executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.strip() == "solved"
+    assert not (lessons / "01_first").exists()
+
+
 def test_unknown_lesson_is_refused_by_name(lessons):
     with pytest.raises(batch.BatchError, match=r"'07_seventh'.*01_first, 02_second"):
         run_quick(lessons, names=["07_seventh"])
@@ -163,6 +174,13 @@ def test_clean_notebook_keeps_what_a_terminal_would_show():
     assert [output.text for output in cleaned.cells[0].outputs] == ["done\n"]
     assert not cleaned.metadata
     assert not cleaned.cells[0].metadata
+
+
+def test_clean_notebook_keeps_a_widget_s_picture_alone():
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "image/png": "abc"}
+    cell = new_code_cell("x", outputs=[new_output("display_data", data=view)])
+    cleaned = batch.clean_notebook(new_notebook(cells=[cell]))
+    assert cleaned.cells[0].outputs[0].data == {"image/png": "abc"}
 
 
 def open_tiny_zoo(folder: str) -> checkpoints.Zoo:

@@ -1,4 +1,7 @@
-"""The lessons: as committed, through papermill, and through nbval; on both data sets."""
+"""The lessons: as committed, through papermill, and through nbval; on both data sets.
+
+The solutions of their exercises, and the assignments, as committed; test_course.py runs the latter.
+"""
 
 import os
 import re
@@ -14,6 +17,8 @@ from advlab.tools.readme import time_line
 
 ROOT = files.repository()
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+ASSIGNMENTS = sorted((ROOT / "notebooks" / "assignments").glob("*/*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:/(?:home|root|work|tmp|Users|usr|var)/[\w.-]+|[A-Z]:\\)")
 DATASETS = [
     "shapes10",
@@ -22,6 +27,10 @@ DATASETS = [
     ),
 ]
 by_name = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+by_solution = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+each_notebook = pytest.mark.parametrize(
+    "path", [*LESSONS, *SOLUTIONS, *ASSIGNMENTS], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 
 
 def read_code(path):
@@ -48,8 +57,12 @@ def test_there_are_eight_lessons():
     assert [p.stem for p in LESSONS] == [f"{i:02d}_{name}" for i, name in enumerate(names, 1)]
 
 
-@by_name
-def test_lesson_is_committed_executed_in_one_go(path):
+def test_five_lessons_have_solutions():
+    assert [p.name for p in SOLUTIONS] == [p.name for p in LESSONS[:5]]
+
+
+@each_notebook
+def test_notebook_is_committed_executed_in_one_go(path):
     code = read_code(path)
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
@@ -57,8 +70,8 @@ def test_lesson_is_committed_executed_in_one_go(path):
     assert path.stat().st_size < 1_000_000
 
 
-@by_name
-def test_lesson_shows_no_trace_of_the_machine(path):
+@each_notebook
+def test_notebook_shows_no_trace_of_the_machine(path):
     notebook = nbformat.read(path, as_version=4)
     assert not {"widgets", "papermill"} & notebook.metadata.keys()
     for cell in notebook.cells:
@@ -81,6 +94,19 @@ def test_lesson_has_parameters_and_checked_cells(path):
     for cell in checked:
         assert cell.outputs, cell.source
         assert "False" not in shown_text(cell.outputs[0])
+
+
+@by_solution
+def test_solution_answers_each_exercise_of_its_lesson(path):
+    def prose(notebook):
+        cells = nbformat.read(notebook, as_version=4).cells
+        return "\n".join(c.source for c in cells if c.cell_type == "markdown")
+
+    asked = prose(LESSONS[SOLUTIONS.index(path)]).split("## Your turn")[1].split("\n## ")[0]
+    exercises = re.findall(r"^(\d+)\. ", asked, re.M)
+    assert len(exercises) >= 5
+    assert re.findall(r"^## (\d+) ", prose(path), re.M) == exercises
+    assert [c for c in read_code(path) if has_tag(c, "nbval-check-output")]
 
 
 @by_name
@@ -128,9 +154,8 @@ def test_all_lessons_run_by_papermill(dataset, environment, tmp_path):
     assert (ROOT / "figures" / "fig1_fgsm.png").is_file()
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-@by_name
-def test_checked_outputs_repeat_in_nbval(path, dataset, environment, tmp_path):
+def check_by_nbval(path, dataset, environment, tmp_path):
+    """Run a notebook in nbval, which compares the outputs tagged `nbval-check-output`."""
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "--nbval-cell-timeout=600", str(path)]
     settings = {
@@ -139,6 +164,17 @@ def test_checked_outputs_repeat_in_nbval(path, dataset, environment, tmp_path):
         "ADVLAB_OUTPUT": str(tmp_path),
     }
     assert "passed" in run_command(command, environment | settings, tmp_path)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@by_name
+def test_checked_outputs_repeat_in_nbval(path, dataset, environment, tmp_path):
+    check_by_nbval(path, dataset, environment, tmp_path)
+
+
+@by_solution
+def test_checked_outputs_of_solutions_repeat_in_nbval(path, environment, tmp_path):
+    check_by_nbval(path, "cifar10" if REAL_DATA else "shapes10", environment, tmp_path)
 
 
 def test_one_lesson_runs_by_the_command_of_the_readme_from_any_folder(environment, tmp_path):

@@ -48,21 +48,33 @@ def lesson_files() -> dict[str, Path]:
     return {path.stem: path for path in found}
 
 
+def solution_files() -> dict[str, Path]:
+    """Return the solutions of the lessons' exercises, by name ("solutions/01_baseline")."""
+    found = sorted((files.home() / "notebooks" / "solutions").glob("[0-9][0-9]_*.ipynb"))
+    return {f"solutions/{path.stem}": path for path in found}
+
+
 def choose_lessons(names: Iterable[str]) -> dict[str, Path]:
-    """Return the lessons called `names` ("02_fgsm", "02" or "fgsm"); all for none.
+    """Return the notebooks called `names`; all lessons for none.
+
+    Args:
+        names: Lessons ("02_fgsm", "02" or "fgsm"), or "solutions" for those of the exercises.
 
     Raises:
         BatchError: for an unknown name.
     """
-    every = lesson_files()
+    lessons, solutions = lesson_files(), solution_files()
     chosen = set()
     for name in names:
         short = name.removesuffix(".ipynb")
-        matches = [stem for stem in every if short in (stem, stem[:2], stem[3:])]
+        matches = [stem for stem in lessons if short in (stem, stem[:2], stem[3:])]
+        matches += [stem for stem in solutions if short in (stem, "solutions")]
         if not matches:
-            raise BatchError(f"unknown lesson {name!r}; there are {', '.join(every)}")
+            known = ", ".join([*lessons, "solutions"])
+            raise BatchError(f"unknown lesson {name!r}; there are {known}")
         chosen.update(matches)
-    return {stem: path for stem, path in every.items() if not chosen or stem in chosen}
+    chosen = chosen or set(lessons)
+    return {name: path for name, path in (lessons | solutions).items() if name in chosen}
 
 
 def check_parameters(lessons: dict[str, Path], parameters: dict[str, Any]) -> None:
@@ -129,7 +141,7 @@ def run(
     """Train what is missing, run the lessons, print the summary.
 
     Args:
-        names: Lessons; all for none.
+        names: As in `choose_lessons`.
         profile, dataset, data_dir, output_dir, seed: As in `session.start`.
         parameters: More parameters of the lessons.
         resume: Go on after the last lesson that the folder's earlier run finished.
@@ -151,7 +163,8 @@ def run(
     dataset, root = session.resolve_data(dataset, data_dir)
     chosen = session.setting(output_dir, "ADVLAB_OUTPUT", "")
     output = Path(chosen or session.default_output(profile, dataset)).expanduser().absolute()
-    files.make_folder(output / "notebooks")
+    for name in lessons:
+        files.make_folder((output / "notebooks" / name).parent)
     if dataset == "shapes10":
         console.rule("[bold]Shapes-10 stands in for CIFAR-10")
         console.print(
@@ -173,7 +186,8 @@ def run(
         ):
             settings = {"profile": profile, "dataset": dataset, "seed": seed, **parameters}
             record = _open_record(output, settings, resume)
-            _train(profile, dataset, seed, root, output, record, lessons)
+            numbers = {path.stem[:2] for path in lessons.values()}
+            _train(profile, dataset, seed, root, output, record, numbers)
             # Nothing is injected for the default: a plain run leaves the lessons as written.
             given = {**parameters, **({"seed": seed} if seed else {})}
             _run_lessons(lessons, output, given, record, console)
@@ -222,13 +236,13 @@ def _train(
     root: Path | None,
     output: Path,
     record: dict[str, Any],
-    lessons: Iterable[str],
+    numbers: set[str],
 ) -> None:
     start = time.perf_counter()
     make_zoo = partial(open_zoo, profile, dataset, seed, str(root or "auto"), str(output))
     settings = session.settings_of(profile, dataset)
     wanted = settings.models()
-    if any(name[:2] not in PAPER_LESSONS for name in lessons):
+    if not numbers <= set(PAPER_LESSONS):
         wanted += settings.robust_models()
     if train_models(make_zoo, wanted):
         earlier = record["seconds"].get("training", 0)
@@ -244,7 +258,7 @@ def _run_lessons(
 ) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for number, (name, source) in enumerate(lessons.items(), 1):
-        target = output / "notebooks" / source.name
+        target = output / "notebooks" / f"{name}.ipynb"
         label = f"[{number}/{len(lessons)}] {name:<28}"
         if name in record["seconds"] and target.is_file():
             console.print(f"{label} done before", markup=False)
@@ -309,6 +323,7 @@ def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Return an executed notebook as it is committed: outputs, but no traces of the run.
 
     Papermill's own records and time stamps go, and so do the overwritten states of progress bars.
+    A widget's state dies with its kernel; its picture stays.
     """
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
@@ -335,6 +350,8 @@ def _settled(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode
         if output.output_type == "stream":
             lines = output.text.split("\n")
             output.text = "\n".join(line.rpartition("\r")[2] for line in lines)
+        elif "data" in output:
+            output.data.pop("application/vnd.jupyter.widget-view+json", None)
     return [output for output in joined if output.get("text", "x").strip()]
 
 
@@ -356,7 +373,9 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     output = session.default_output("paper", "cifar10")
     if not resume and output.exists():
         shutil.rmtree(output)
-    run(profile="paper", dataset="cifar10", output_dir=str(output), resume=resume, console=console)
+    everything = [*lesson_files(), *solution_files()]
+    place = {"profile": "paper", "dataset": "cifar10", "output_dir": str(output)}
+    run(everything, resume=resume, console=console, **place)
     _publish(output, files.home())
     times: dict[str, Any] = {"machine": machine(), "processes": cores(), "profiles": {}}
     for profile in ("lesson", "quick"):
@@ -469,7 +488,7 @@ def _publish(output: Path, home: Path) -> None:
         files.write_bytes(home / "data" / "checkpoints" / path.name, path.read_bytes())
     for path in sorted((output / "figures").iterdir()):
         files.write_bytes(home / "figures" / path.name, path.read_bytes())
-    for name in lesson_files():
+    for name in lesson_files() | solution_files():
         executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
         text = nbformat.writes(clean_notebook(executed)) + "\n"
         files.write_bytes(home / "notebooks" / f"{name}.ipynb", text.encode())

@@ -44,7 +44,8 @@ def parse_parameters(texts: list[str]) -> dict[str, Any]:
 @app.command()
 def run(
     lessons: Annotated[
-        list[str] | None, typer.Argument(help="Such as 02_fgsm, 02 or fgsm; all for none.")
+        list[str] | None,
+        typer.Argument(help="Such as 02_fgsm, 02, fgsm, or solutions; all lessons for none."),
     ] = None,
     profile: Profile = "auto",
     dataset: Dataset = "auto",
@@ -210,6 +211,51 @@ def score(
         highlight=False,
         soft_wrap=True,
     )
+
+
+course = typer.Typer(help="Assignments: student versions, and grading.", no_args_is_help=True)
+app.add_typer(course, name="course")
+
+
+@course.command()
+def build(
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/course.")] = None,
+) -> None:
+    """Make the student version of each assignment, and a zip of each."""
+    from advlab import files
+    from advlab.tools import course as classroom
+
+    try:
+        zips = classroom.build(output or files.home() / "outputs" / "course")
+    except (classroom.CourseError, OSError) as error:
+        _fail(error)
+    for path in zips:
+        console.print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@course.command()
+def grade(
+    folder: Annotated[Path, typer.Argument(help="STUDENT/a2/a2.ipynb, or STUDENT_a2.ipynb.")],
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/grades.")] = None,
+    sandbox: Annotated[bool, typer.Option(help="Run the notebooks under bubblewrap.")] = True,
+    jobs: Annotated[int | None, typer.Option(min=1, help="At a time; else one a core.")] = None,
+) -> None:
+    """Grade a folder of submissions: grades.csv, and a page of feedback for each student."""
+    from advlab import files
+    from advlab.tools import course as classroom
+
+    try:
+        table = classroom.grade(
+            folder,
+            output or files.home() / "outputs" / "grades",
+            sandbox=sandbox,
+            jobs=jobs,
+            console=console,
+        )
+    except (classroom.CourseError, OSError) as error:
+        _fail(error)
+    totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()
+    console.print(totals.to_string(), markup=False, highlight=False)
 
 
 @app.command()
