@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab reproduce retrain audit bench libraries doctor lint clean
+.PHONY: run test lab reproduce retrain audit bench libraries course doctor lint clean
 
 run: .venv/installed          ## run all lessons and print the paper's tables beside ours
 	$(BIN)/advlab run
@@ -30,6 +30,10 @@ bench: libraries              ## speed beside the paper's way and other librarie
 libraries: .venv/installed    ## torchattacks, foolbox and ART, to compare with
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[bench]"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps torchattacks==3.5.1
+
+course: .venv/installed       ## nbgrader, and the student versions of the assignments
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[course]"
+	$(BIN)/advlab course build
 
 doctor: .venv/installed       ## check this machine
 	$(BIN)/advlab doctor

@@ -1,0 +1,144 @@
+"""In a real browser: JupyterLab on loopback, headless Chromium, the explorer's slider moved."""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from nbformat.reader import NotJSONError
+
+from advlab import files
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+playwright = pytest.importorskip("playwright.sync_api", reason='needs the extra "browser"')
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+
+EXPLORER = """
+from advlab import data, models, training
+from advlab.widgets import AttackExplorer
+
+shapes = data.Shapes10(500, 60)
+networks = {arch: models.build(arch) for arch in ("cnn", "cnn-lstm")}
+for network in networks.values():
+    training.fit(network, shapes.train, training.QUICK)
+AttackExplorer(networks, shapes)
+"""
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A JupyterLab on loopback with a token; gives (address, token, folder)."""
+    token, folder, runtime = secrets.token_hex(16), tmp_path / "work", tmp_path / "runtime"
+    folder.mkdir()
+    set_ = {"JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    set_ |= {"ADVLAB_PROFILE": "quick", "ADVLAB_DATASET": "shapes10"}
+    set_ |= {"ADVLAB_OUTPUT": str(tmp_path / "out"), "PYTHONPATH": str(files.home())}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}"]
+    command += [f"--IdentityProvider.token={token}", "--LabApp.collaborative=False"]
+    with (tmp_path / "log.txt").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | set_)
+        try:
+            end, found = time.monotonic() + 60, []
+            while not found and time.monotonic() < end:
+                time.sleep(0.2)
+                found = list(runtime.glob("jpserver-*.json")) if runtime.is_dir() else []
+            assert found, (tmp_path / "log.txt").read_text()[-2000:]
+            time.sleep(0.5)
+            yield json.loads(found[0].read_text())["url"], token, folder
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+@pytest.fixture
+def page():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1500, "height": 1000})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def open_and_run(page, lab, name):
+    """Open the notebook, and choose Run, Run All Cells."""
+    address, token, _ = lab
+    page.goto(f"{address}lab/tree/{name}?token={token}")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    # Before the kernel is connected, running cells would ask which kernel to take.
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def wait_for_change(page, shown, before):
+    """Wait until the element no longer shows the text `before`."""
+    page.wait_for_function(
+        "([e, text]) => e.innerText !== text", arg=[shown.element_handle(), before]
+    )
+
+
+def artefact(name):
+    folder = files.home() / "outputs" / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / name)
+
+
+def test_moving_the_slider_and_choosing_an_attack_change_the_answer(page, lab):
+    cell = nbformat.v4.new_code_cell(EXPLORER)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
+    nbformat.write(notebook, lab[2] / "explorer.ipynb")
+    open_and_run(page, lab, "explorer.ipynb")
+    numbers = page.locator(".widget-html", has_text="L-inf")
+    numbers.wait_for(timeout=240_000)
+    assert "L-inf 8.0/255" in numbers.inner_text()
+    bars = page.locator(".widget-html table")
+    before = bars.inner_text()
+    handle = page.locator(".widget-slider", has_text="eps (of 255)").locator(".noUi-handle")
+    handle.focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.body.innerText.includes('L-inf 28.0/255')")
+    wait_for_change(page, bars, before)
+    # A slow attack runs beside the kernel's answers to the browser, and still reports.
+    before = numbers.inner_text()
+    page.get_by_label("attack", exact=True).select_option("pgd")
+    wait_for_change(page, numbers, before)
+    page.wait_for_function(
+        "[...document.querySelectorAll('button')].find(b => b.innerText === 'Cancel').disabled"
+    )
+    page.screenshot(path=artefact("explorer.png"))
+
+
+def test_lesson_02_runs_from_top_to_bottom_without_an_error(page, lab):
+    notebook = nbformat.read(files.home() / "notebooks" / "02_fgsm.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count, cell.outputs = None, []
+    nbformat.write(notebook, lab[2] / "02_fgsm.ipynb")
+    open_and_run(page, lab, "02_fgsm.ipynb")
+    saved = lab[2] / "02_fgsm.ipynb"
+    end, code = time.monotonic() + 240, [None]
+    # JupyterLab draws only the cells in view, so what is saved tells how far it is.
+    while not all(cell and cell.execution_count for cell in code) and time.monotonic() < end:
+        page.wait_for_timeout(2_000)
+        page.keyboard.press("Control+s")
+        try:
+            cells = nbformat.read(saved, as_version=4).cells
+        except NotJSONError:  # read while it was being written
+            continue
+        code = [cell for cell in cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code]
+    assert counts == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
+    page.locator(".jp-Notebook .widget-html", has_text="L-inf").first.scroll_into_view_if_needed()
+    page.screenshot(path=artefact("lesson02.png"))
