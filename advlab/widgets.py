@@ -6,7 +6,7 @@ The computation is apart from the panel (`attack_one`), so it can be tested and 
 import html
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from advlab import evaluation
-from advlab.attacks import fgsm, pgd, rfgsm
-from advlab.data import ImageData
+from advlab.attacks import fgsm, pgd
+from advlab.data import ImageData, to_float
 
 ATTACKS = ("fgsm", "fgsm towards a class", "rs-fgsm", "pgd", "noise")
 LARGEST_UPLOAD = 10_000_000  # bytes
@@ -102,16 +102,12 @@ def attack_one(
     maker = _Watched(models[source], report).eval()
     if eps == 0:
         made = x
-    elif attack == "fgsm":
-        made = fgsm(maker, x, y, eps)
     elif attack == "fgsm towards a class":
         made = fgsm(maker, x, y, eps, targeted=torch.tensor([target]))
-    elif attack == "rs-fgsm":
-        made = rfgsm(maker, x, y, eps, alpha=1.25 * eps, seed=0)
     elif attack == "pgd":
         made = pgd(maker, x, y, eps, alpha=max(eps / 8, 2.5 * eps / steps), steps=steps, seed=0)
     else:
-        made = evaluation.attacked("noise", maker, x, y, eps)
+        made = evaluation.attacked({"rs-fgsm": "rfgsm"}.get(attack, attack), maker, x, y, eps)
     saved = (made * 255).round() / 255
     before, after, in_8_bits = (
         {name: evaluation.predict(model, shown)[0, :classes] for name, model in models.items()}
@@ -146,7 +142,7 @@ def read_upload(content: bytes) -> Tensor:
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
     picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
 
 
 def _png(image: Tensor, scale: int = 6) -> bytes:
@@ -165,15 +161,17 @@ def amplified(outcome: Outcome) -> tuple[Tensor, int]:
     return 0.5 + factor * change, factor
 
 
-def _bars(outcome: Outcome, classes: tuple[str, ...], label: int | None) -> str:
+def _bars(
+    outcome: Outcome, models: Sequence[str], classes: Sequence[str], label: int | None
+) -> str:
     """Return a table of probabilities before and after, a column per model, as HTML."""
     rows = ["<tr><th></th>"]
-    rows += [f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in outcome.before]
+    rows += [f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in models]
     rows.append("</tr>")
     for k, name in enumerate(classes):
         shown = f"<b>{html.escape(name)} (true)</b>" if k == label else html.escape(name)
         rows.append(f'<tr><td style="white-space:nowrap">{shown}</td>')
-        for model in outcome.before:
+        for model in models:
             for found, colour in zip(
                 (outcome.before, outcome.after), COLOURS.values(), strict=True
             ):
@@ -291,8 +289,7 @@ class AttackExplorer:
 
         try:
             if label is None:  # an own picture has no label: attack the model's own answer
-                with torch.no_grad():
-                    logits = evaluation.predict(models[self.first.value], image[None])
+                logits = evaluation.predict(models[self.first.value], image[None])
                 answer = int(logits[0, : len(self.data.classes)].argmax())
             self.outcome = attack_one(
                 models, self.source.value, image, answer if label is None else label,
@@ -318,10 +315,11 @@ class AttackExplorer:
             f"L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of {self.first.value} "
             f"{'is the same' if outcome.survives else 'is another'} after saving in 8 bits"
         )
-        pair = dict.fromkeys([self.first.value, self.second.value])
-        before, after = ({n: found[n] for n in pair} for found in (outcome.before, outcome.after))
-        kept = Outcome(**{**vars(outcome), "before": before, "after": after})
-        self.bars.value = _bars(kept, tuple(self.data.classes), label)
+        self.bars.value = _bars(outcome, self._shown(), self.data.classes, label)
+
+    def _shown(self) -> list[str]:
+        """Return the names of the models that are shown side by side: two, or one twice chosen."""
+        return list(dict.fromkeys([self.first.value, self.second.value]))
 
     def _choose(self, own: Tensor | None) -> None:
         self.own = own
@@ -355,7 +353,7 @@ class AttackExplorer:
         if self._worker is not None:
             self._worker.join()
         outcome, (_, label) = self.outcome, self.image()
-        names = list(dict.fromkeys([self.first.value, self.second.value]))
+        names = self._shown()
         figure = Figure(figsize=(6 + 2.4 * len(names), 3))
         axes = figure.subplots(1, 3 + len(names), width_ratios=[1] * 3 + [1.4] * len(names))
         picture, factor = amplified(outcome)

@@ -116,12 +116,7 @@ WRONG = {
     "mode": ("a2", "    model.train(was_training)\n", "", ["mode-test"]),
     "train": ("a2", "    model.eval()\n", "    model.train()\n", ["mode-test"]),
     "pixels": ("a2", "(images + eps *", "(images + eps / 255 *", ["size-test"]),
-    "averages": (
-        "a4",
-        COUNTED,
-        AVERAGED,
-        ["exact-test"],
-    ),
+    "averages": ("a4", COUNTED, AVERAGED, ["exact-test"]),
 }
 
 
