@@ -14,7 +14,7 @@ import ipywidgets as w
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from advlab import evaluation
@@ -136,8 +136,8 @@ def read_upload(content: bytes) -> Tensor:
         raise ValueError(f"the file has {len(content) / 1e6:.0f} MB; at most 10 are read")
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's three
+            picture = ImageOps.exif_transpose(opened).convert("RGB")  # upright
+    except Exception as error:  # Pillow raises many kinds for a damaged file
         raise ValueError("this is not a PNG or JPEG picture that can be read") from error
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
@@ -236,6 +236,7 @@ class AttackExplorer:
         ):  # fmt: skip
             control.observe(lambda _: self.update(), "value")
         self.index.observe(lambda _: self._choose(None), "value")
+        self.kind.observe(lambda _: self._draw(), "value")
         self.random.on_click(lambda _: self._draw())
         self.upload.observe(self._uploaded, "value")
         self.cancel.on_click(lambda _: self._stop.set())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_small_cnn
-from PIL import Image
+from PIL import ExifTags, Image
 
 from advlab import data, widgets
 from advlab.attacks import fgsm
@@ -84,14 +84,39 @@ def test_an_attack_can_be_stopped(models, shapes):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_upload_is_cut_to_its_central_square(kind):
-    found = read_upload(picture((90, 40), kind))
+@pytest.mark.parametrize("size", [(96, 32), (32, 96)])
+def test_upload_is_cut_to_its_central_square(kind, size):
+    drawn, written = Image.new("RGB", size, (0, 0, 255)), io.BytesIO()
+    left, top = ((length - 32) // 2 for length in size)
+    drawn.paste((255, 0, 0), (left, top, left + 32, top + 32))
+    drawn.save(written, kind, quality=100, subsampling=0)
+    found = read_upload(written.getvalue())
     assert found.shape == (3, 32, 32)
     assert float(found[0].min()) > 0.98
     assert float(found[1:].max()) < 0.02
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", picture((8, 8))[:40]])
+def test_upload_is_turned_as_its_camera_was_held():
+    drawn, written = Image.new("RGB", (64, 64), (0, 0, 0)), io.BytesIO()
+    drawn.paste((255, 255, 255), (0, 0, 32, 64))
+    exif = drawn.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # to be shown turned right: its left side is the top
+    drawn.save(written, "JPEG", exif=exif)
+    found = read_upload(written.getvalue())
+    assert float(found[:, :14].min()) > 0.9
+    assert float(found[:, 18:].max()) < 0.1
+
+
+def damaged_exif():
+    """Return a JPEG whose EXIF data hold a text where a number goes, over which Pillow stumbles."""
+    written, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.XResolution] = 72.5
+    Image.new("RGB", (8, 8)).save(written, "JPEG", exif=exif)
+    return written.getvalue().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", picture((8, 8))[:40], damaged_exif()])
 def test_upload_that_is_no_picture_is_refused(content):
     with pytest.raises(ValueError, match="not a PNG or JPEG"):
         read_upload(content)
@@ -130,8 +155,13 @@ def test_pgd_runs_beside_and_is_finished_for_the_figure(explorer):
 
 def test_random_image_is_of_the_wanted_class(explorer, shapes):
     explorer.kind.value = 4
-    explorer.random.click()
     assert explorer.image()[1] == 4
+    seen = set()
+    for _ in range(40):  # six images of this class: one of forty draws is another one
+        explorer.random.click()
+        assert explorer.image()[1] == 4
+        seen.add(explorer.index.value)
+    assert len(seen) > 1
 
 
 def upload(explorer, content):
