@@ -197,6 +197,11 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monke
     assert "rely on: all was replaced" in reasons["shadows"]
     scores = json.loads((tmp_path / "out" / "graded" / "loops" / "a2" / "scores.json").read_text())
     assert scores["reason"] == "a cell took longer than 20 s"
+    assert scores["seconds"] > 20
+    # A line for each assignment: how many, and how long they took.
+    lines = done.output.split("longest_s\n")[1].splitlines()[: len(NAMES)]
+    counts = {name: int(count) for name, count, *_ in (line.split() for line in lines)}
+    assert counts == table.groupby("assignment")["student"].nunique().to_dict()
 
     pages = {path.stem for path in (tmp_path / "out" / "feedback").iterdir()}
     assert pages == set(table["student"])
@@ -266,9 +271,20 @@ def test_both_layouts_are_found_and_other_files_named(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "x_a9.ipynb").touch()
     (tmp_path / "link_a1.ipynb").symlink_to("/etc/passwd")
+    (tmp_path / "._flat_a1.ipynb").touch()  # macOS puts such files into zips
+    (tmp_path / ".._a1.ipynb").touch()  # a student whose folder would be outside
     found, others = course.collect(tmp_path)
     assert [(one.student, one.assignment) for one in found] == [("flat", "a1"), ("nested", "a2")]
-    assert {path.name for path in others} == {"notes.txt", "x_a9.ipynb", "link_a1.ipynb"}
+    left_out = {"notes.txt", "x_a9.ipynb", "link_a1.ipynb", "._flat_a1.ipynb", ".._a1.ipynb"}
+    assert {path.name for path in others} == left_out
+
+
+def test_a_submission_that_is_there_twice_is_named(tmp_path):
+    put(tmp_path, "anna", "a1", source("a1"))
+    (tmp_path / "anna" / "a1").mkdir(parents=True)
+    nbformat.write(source("a1"), tmp_path / "anna" / "a1" / "a1.ipynb")
+    with pytest.raises(course.CourseError, match="holds a1 of anna twice"):
+        course.collect(tmp_path)
 
 
 def test_a_folder_that_holds_nothing_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -120,8 +121,8 @@ def collect(folder: Path) -> tuple[list[Submission], list[Path]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
         parts = path.relative_to(folder).parts
         flat = re.fullmatch(r"(.+)_(a\d+)\.ipynb", path.name)
-        if path.is_symlink():
-            others.append(path)  # could lead anywhere
+        if path.is_symlink() or any(part.startswith(".") for part in parts):
+            others.append(path)  # could lead anywhere; or is a system's own, as "._anna_a2.ipynb"
         elif len(parts) == 3 and parts[1] in names and parts[2] == f"{parts[1]}.ipynb":
             found.append(Submission(parts[0], parts[1], path))
         elif len(parts) == 1 and flat and flat[2] in names:
@@ -132,9 +133,11 @@ def collect(folder: Path) -> tuple[list[Submission], list[Path]]:
         raise CourseError(
             f"{folder} holds no submission: neither STUDENT/a2/a2.ipynb nor STUDENT_a2.ipynb"
         )
-    twice = {(s.student, s.assignment) for s in found}
-    if len(twice) < len(found):
-        raise CourseError(f"{folder} holds a submission of one student twice; remove one")
+    seen: set[tuple[str, str]] = set()
+    for one in found:
+        if (one.student, one.assignment) in seen:
+            raise CourseError(f"{folder} holds {one.assignment} of {one.student} twice; remove one")
+        seen.add((one.student, one.assignment))
     return found, others
 
 
@@ -176,7 +179,7 @@ def grade(
     found, others = collect(folder)
     for path in others:
         console.print(f"not a submission, left out: {path.name}", style="yellow", markup=False)
-    names, parts = sources(), []
+    names, parts, times = sources(), [], []
     files.make_folder(output)
     with Progress(console=console) as progress, ThreadPoolExecutor(jobs or cores()) as pool:
         bar = progress.add_task("grading", total=len(found))
@@ -190,14 +193,17 @@ def grade(
                 {"student": one.student, "assignment": one.assignment, "cell": cell} | result
                 for cell, result in scores["cells"].items()
             ]
+            times.append({"assignment": one.assignment, "seconds": scores["seconds"]})
             progress.advance(bar)
     table = pd.DataFrame(parts).sort_values(["student", "assignment"], kind="stable")
     with files.atomic_write(output / "grades.csv") as temporary:
         table.to_csv(temporary, index=False)
     for student in dict.fromkeys(table["student"]):
         _write_feedback(student, [one for one in found if one.student == student], output)
-    total = table.groupby(["student", "assignment"])[["score", "points"]].sum()
-    console.print(f"{len(total)} submissions graded: {output / 'grades.csv'}", markup=False)
+    console.print(f"{len(found)} submissions graded: {output / 'grades.csv'}", markup=False)
+    seconds_of = pd.DataFrame(times).groupby("assignment")["seconds"]
+    summary = seconds_of.agg(submissions="count", median_s="median", longest_s="max")
+    console.print(summary.reset_index().to_string(index=False), markup=False)
     return table
 
 
@@ -210,7 +216,10 @@ def _grade_one(
 ) -> dict[str, Any]:
     """Return the scores of one submission, from its folder if nothing changed since."""
     kept = _kept(one, output)
-    identity = sha256(one.path.read_bytes() + source.read_bytes() + bytes([sandbox])).hexdigest()
+    # What a score depends on: the notebook, its source, and the code that grades.
+    code = (Path(__file__), Path(__file__).with_name("run_submission.py"))
+    contents = b"".join(path.read_bytes() for path in (one.path, source, *code))
+    identity = sha256(contents + bytes([sandbox])).hexdigest()
     done = kept / "identity"
     if done.is_file() and done.read_text() == identity:
         return json.loads((kept / "scores.json").read_text())
@@ -223,15 +232,20 @@ def _grade_one(
         command += ["--seconds", str(CELL_SECONDS), "--megabytes", str(MEGABYTES)]
         command += [word for path in hide for word in ("--hide", str(path))]
         command += ["--sandbox"] if sandbox else []
+        start = time.perf_counter()
         reason = _run_limited(command, kept / "log.txt", seconds)
-    if not (kept / "scores.json").is_file():
+        took = time.perf_counter() - start
+    if (kept / "scores.json").is_file():
+        scores = json.loads((kept / "scores.json").read_text())
+    else:
         cells = [c.metadata.nbgrader for c in nbformat.read(source, as_version=4).cells]
         empty = {c.grade_id: {"points": c.points, "score": 0, "reason": reason}
                  for c in cells if c.grade}  # fmt: skip
-        text = json.dumps({"reason": reason, "cells": empty})
-        files.write_bytes(kept / "scores.json", text.encode())
+        scores = {"reason": reason, "cells": empty}
+    scores["seconds"] = round(took, 1)
+    files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
     files.write_bytes(done, identity.encode())
-    return json.loads((kept / "scores.json").read_text())
+    return scores
 
 
 def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
