@@ -120,9 +120,17 @@ def test_lesson_has_its_parts(path):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Settings for lessons run in other processes: one thread, and models shared by all of them."""
+    """Settings for lessons run in other processes: one thread, and models shared by all of them.
+
+    They find no scipy, which is here when an extra ([bench]) is, and not on a student's machine.
+    """
+    missing = tmp_path_factory.mktemp("missing")
+    (missing / "scipy").mkdir()
+    (missing / "scipy" / "__init__.py").write_text("raise ModuleNotFoundError('no scipy here')")
+    paths = [str(missing), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "ADVLAB_CACHE": str(shared_folder(tmp_path_factory, "lessons")),
         **({"ADVLAB_DATA": REAL_DATA} if REAL_DATA else {}),
