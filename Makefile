@@ -8,8 +8,7 @@ run: .venv/installed          ## run all lessons and print the paper's tables be
 	$(BIN)/advlab run
 
 test: .venv/installed         ## unit tests, then every lesson by papermill and nbval
-	$(BIN)/python -m pytest -m guard
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not guard"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: .venv/installed          ## open JupyterLab on the lessons
 	$(BIN)/jupyter lab notebooks
