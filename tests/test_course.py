@@ -1,9 +1,11 @@
 """Assignments: valid sources, releases without answers, and a class graded as it deserves."""
 
 import json
+import os
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -12,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import files
-from advlab.tools import course
+from advlab.tools import course, run_submission
 from advlab.tools.cli import app
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
@@ -196,7 +198,7 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monke
     assert "rely on: an assertion cannot fail" in reasons["strips"]
     assert "rely on: all was replaced" in reasons["shadows"]
     scores = json.loads((tmp_path / "out" / "graded" / "loops" / "a2" / "scores.json").read_text())
-    assert scores["reason"] == "a cell took longer than 20 s"
+    assert scores["reason"] == "took longer than 20 s a cell, or 300 s in all"
     assert scores["seconds"] > 20
     # A line for each assignment: how many, and how long they took.
     lines = done.output.split("longest_s\n")[1].splitlines()[: len(NAMES)]
@@ -205,31 +207,71 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monke
 
     pages = {path.stem for path in (tmp_path / "out" / "feedback").iterdir()}
     assert pages == set(table["student"])
-    # The page of a student with a mark to come says so.
+    # The page of a student with a mark to come says so, and none tells what the hidden tests are.
     assert "to be read" in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
+    texts = [path.read_text() for path in (tmp_path / "out" / "feedback").iterdir()]
+    assert not any("HIDDEN TESTS" in text or "SystemRandom().randrange" in text for text in texts)
+    assert "# hidden tests" in texts[0]
 
 
 @pytest.mark.skipif(not SANDBOX, reason="bubblewrap is not installed")
-def test_sandbox_keeps_files_network_and_sources_away(released, tmp_path):
+def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch):
     victim, outside = tmp_path / "victim.txt", files.home() / "outputs" / "written.txt"
     victim.write_text("mine")
-    probes = {
-        "files": f"from pathlib import Path\nPath({str(outside)!r}).write_text('gone')",
-        "temporary": f"import os\nos.remove({str(victim)!r})",
-        "network": "import socket\nsocket.create_connection(('127.0.0.1', 22), 2)",
-        "answers": f"open({str(course.sources()['a2'])!r}).read()",
-    }
-    for student, code in probes.items():
-        notebook = source("a2")
-        notebook.cells.insert(3, nbformat.v4.new_code_cell(code))
-        put(tmp_path / "in", student, "a2", notebook)
-    grades(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setenv("GRADER_TOKEN", "secret")
+    folder, home = tmp_path / "in", str(Path.home())
+    folder.mkdir()
+    put(folder / "neighbour", "notes", "a1", source("a1"))
+    probes = [  # each must end in an error
+        f"open({str(outside)!r}, 'w')",
+        f"import os\nos.remove({str(victim)!r})",
+        "import advlab\nopen(advlab.__file__, 'a')",
+        "import socket\nsocket.create_connection(('127.0.0.1', 22), 2)",
+        f"open({str(course.sources()['a1'])!r})",
+        f"import os\nos.listdir({str(files.home() / '.git')!r})",
+        f"open({str(folder / 'neighbour' / 'notes_a1.ipynb')!r})",
+        f"import pathlib\n[p for p in pathlib.Path({home!r}).iterdir() if p.is_file()][0]",
+        "import os\nos.environ['GRADER_TOKEN']",
+        f"import os\nos.kill({os.getpid()}, 0)",
+    ]
+    notebook = source("a1")
+    notebook.cells += [nbformat.v4.new_code_cell(code) for code in probes]
+    (folder / "eve" / "a1").mkdir(parents=True)
+    nbformat.write(notebook, folder / "eve" / "a1" / "a1.ipynb")
+    totals, _ = grades(folder, tmp_path / "out")
+    assert totals == {("eve", "a1"): 20}
     assert victim.read_text() == "mine"
     assert not outside.exists()
-    for student in probes:
-        executed = tmp_path / "out" / "graded" / student / "a2" / "executed.ipynb"
-        cell = nbformat.read(executed, as_version=4).cells[3]
-        assert [output.output_type for output in cell.outputs] == ["error"], student
+    executed = nbformat.read(tmp_path / "out/graded/eve/a1/executed.ipynb", as_version=4)
+    found = {cell.source: [o.output_type for o in cell.outputs] for cell in executed.cells[-10:]}
+    assert found == {code: ["error"] for code in probes}
+
+
+BREEDS = """import os, time
+for _ in range(8):
+    if os.fork() == 0:
+        held = bytearray(b"x" * 400_000_000)
+        time.sleep(60)
+        os._exit(0)
+time.sleep(60)"""
+
+
+def test_memory_is_counted_over_all_processes_of_a_submission(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "MEGABYTES", 2_000)
+    notebook = source("a1")
+    notebook.cells.append(nbformat.v4.new_code_cell(BREEDS))
+    put(tmp_path / "in", "many", "a1", notebook)
+    totals, _ = grades(tmp_path / "in", tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "graded" / "many" / "a1" / "scores.json").read_text())
+    assert scores["reason"] == "the kernel died (crashed, or ran out of memory)"
+    assert totals == {("many", "a1"): 20}, "what was earned before stays"
+
+
+def test_time_of_a_cell_ends_with_that_of_the_notebook(monkeypatch):
+    monkeypatch.setattr(run_submission.time, "monotonic", lambda: 100.0)
+    assert run_submission.time_left(end=400.0, seconds=60) == 60
+    assert run_submission.time_left(end=130.0, seconds=60) == 30
+    assert run_submission.time_left(end=90.0, seconds=60) == 1  # a cell that is quick may still run
 
 
 def test_changed_tests_are_put_back(tmp_path):

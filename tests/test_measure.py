@@ -15,7 +15,8 @@ from torch import nn
 
 from advlab import models
 from advlab.tools import measure
-from advlab.tools.measure import Ceilings, ConvolutionCeiling, PeakMemory, Row
+from advlab.tools.measure import Ceilings, ConvolutionCeiling, Row
+from advlab.tools.memory import PeakMemory
 
 # --- timing
 

@@ -24,7 +24,7 @@ from traitlets.config import Config
 from advlab import evaluation, files, paper, session
 from advlab.checkpoints import read_metadata
 from advlab.tools import readme
-from advlab.tools.measure import PeakMemory
+from advlab.tools.memory import PeakMemory
 from advlab.tools.train import KEEP_MEMORY, cores, environment, open_zoo, train_models
 
 # The lessons that rebuild the paper; the others go beyond it and need the robust models.

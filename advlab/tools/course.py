@@ -5,6 +5,7 @@ The assignments are nbgrader notebooks (`notebooks/assignments`), so its own com
 in a sandbox, with limits of time, memory and output, and no submission stops the others.
 """
 
+import copy
 import html
 import json
 import os
@@ -26,6 +27,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
+from nbformat import NotebookNode
 from rich.console import Console
 from rich.progress import Progress
 
@@ -33,6 +35,7 @@ from advlab import files
 from advlab.tools.train import cores, environment
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
+HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
 
 
 class CourseError(RuntimeError):
@@ -181,10 +184,14 @@ def grade(
         console.print(f"not a submission, left out: {path.name}", style="yellow", markup=False)
     names, parts, times = sources(), [], []
     files.make_folder(output)
+    # The clone holds the answers, in its history too.
+    hide = [path.absolute() for path in (files.home(), Path.home(), folder, output)]
     with Progress(console=console) as progress, ThreadPoolExecutor(jobs or cores()) as pool:
         bar = progress.add_task("grading", total=len(found))
         tasks = {
-            pool.submit(_grade_one, one, names[one.assignment], output, sandbox, seconds): one
+            pool.submit(
+                _grade_one, one, names[one.assignment], output, hide if sandbox else None, seconds
+            ): one
             for one in found
         }
         for task in as_completed(tasks):
@@ -212,28 +219,32 @@ def _kept(one: Submission, output: Path) -> Path:
 
 
 def _grade_one(
-    one: Submission, source: Path, output: Path, sandbox: bool, seconds: int
+    one: Submission, source: Path, output: Path, hide: Sequence[Path] | None, seconds: int
 ) -> dict[str, Any]:
-    """Return the scores of one submission, from its folder if nothing changed since."""
+    """Return the scores of one submission, from its folder if nothing changed since.
+
+    `hide` are the folders that its sandbox covers; None for no sandbox.
+    """
     kept = _kept(one, output)
     # What a score depends on: the notebook, its source, and the code that grades.
     code = (Path(__file__), Path(__file__).with_name("run_submission.py"))
     contents = b"".join(path.read_bytes() for path in (one.path, source, *code))
-    identity = sha256(contents + bytes([sandbox])).hexdigest()
+    identity = sha256(contents + bytes([hide is not None])).hexdigest()
     done = kept / "identity"
     if done.is_file() and done.read_text() == identity:
         return json.loads((kept / "scores.json").read_text())
     shutil.rmtree(kept, ignore_errors=True)
     files.make_folder(kept)
-    hide = (files.home() / "notebooks", one.path.parent, output.absolute())
     with tempfile.TemporaryDirectory(prefix="g") as work:
         command = [sys.executable, "-m", "advlab.tools.run_submission"]
         command += [str(p.absolute()) for p in (source, one.path, Path(work), kept)]
-        command += ["--seconds", str(CELL_SECONDS), "--megabytes", str(MEGABYTES)]
-        command += [word for path in hide for word in ("--hide", str(path))]
-        command += ["--sandbox"] if sandbox else []
+        command += ["--cell-seconds", str(CELL_SECONDS), "--seconds", str(seconds)]
+        command += ["--megabytes", str(MEGABYTES)]
+        command += [word for path in hide or () for word in ("--hide", str(path))]
+        command += [] if hide is None else ["--sandbox"]
         start = time.perf_counter()
-        reason = _run_limited(command, kept / "log.txt", seconds)
+        # It ends by itself in time, unless something is badly wrong.
+        reason = _run_limited(command, kept / "log.txt", seconds + 60)
         took = time.perf_counter() - start
     if (kept / "scores.json").is_file():
         scores = json.loads((kept / "scores.json").read_text())
@@ -264,6 +275,18 @@ def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
     return "" if process.returncode == 0 else "could not be run (see log.txt)"
 
 
+def shown_to_student(notebook: NotebookNode) -> NotebookNode:
+    """Return an executed notebook without the hidden tests, in its cells and in its tracebacks."""
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if HIDDEN_TESTS.search(cell.source):
+            cell.source = HIDDEN_TESTS.sub("# hidden tests", cell.source)
+            for output in cell.get("outputs", []):
+                if output.output_type == "error":
+                    output.traceback = [f"{output.ename}: {output.evalue}"]
+    return notebook
+
+
 def _write_feedback(student: str, submissions: Sequence[Submission], output: Path) -> None:
     """Write feedback/STUDENT.html: the scores and reasons, and each notebook as it ran."""
     parts = [f"<h1>{html.escape(student)}</h1>"]
@@ -279,7 +302,8 @@ def _write_feedback(student: str, submissions: Sequence[Submission], output: Pat
             )
         parts.append("</table>")
         if (kept / "executed.ipynb").is_file():
-            shown, _ = HTMLExporter().from_filename(str(kept / "executed.ipynb"))
+            executed = nbformat.read(kept / "executed.ipynb", as_version=4)
+            shown, _ = HTMLExporter().from_notebook_node(shown_to_student(executed))
             frame = html.escape(shown)
             parts.append(f'<iframe sandbox srcdoc="{frame}" style="width:100%;height:80vh">')
             parts.append("</iframe>")

@@ -1,6 +1,5 @@
 """Measuring: ways of doing the same thing, side by side, and what the machine could do at best."""
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -9,7 +8,6 @@ from multiprocessing import get_context
 from typing import Any
 
 import pandas as pd
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from torch.utils.benchmark import Measurement, TaskSpec
 
 from advlab.attacks import eval_mode
 from advlab.models import CONVOLUTIONS, convolutions
+from advlab.tools.memory import PeakMemory
 from advlab.training import has_fast_bf16
 
 PRECISIONS = ("float32", "bfloat16") if has_fast_bf16(torch.device("cpu")) else ("float32",)
@@ -303,45 +302,6 @@ class Ceilings:
 def _random(*shape: int, precision: str) -> Tensor:
     tensor = torch.randn(shape).to(getattr(torch, precision))
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
-class PeakMemory:
-    """Watches the memory of this process and its children; a context manager.
-
-    Memory that processes share counts once (Linux; elsewhere each process's own counts alone).
-
-    Args:
-        interval: Seconds between two looks.
-    """
-
-    def __init__(self, interval: float = 1.0) -> None:
-        self.megabytes = 0.0
-        self._interval, self._stop = interval, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        me = psutil.Process()
-        stopping = False
-        while not stopping:  # and once more at the end: a last peak counts too
-            stopping = self._stop.wait(self._interval)
-            used = sum(map(_share_of_memory, [me, *me.children(recursive=True)]))
-            self.megabytes = max(self.megabytes, used / 1e6)
-
-
-def _share_of_memory(process: psutil.Process) -> int:
-    try:
-        memory = process.memory_full_info()
-    except psutil.Error:  # it has just ended
-        return 0
-    return getattr(memory, "pss", memory.uss)
 
 
 def peak_megabytes(task: Callable[..., Any], *arguments: Any) -> float:

@@ -9,12 +9,17 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import resource
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
@@ -22,9 +27,13 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_solution
 
+import advlab
 from advlab import files
+from advlab.tools.memory import share_of_memory
 
 LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
+TEMPORARY = 1 << 30  # bytes that it may write to /tmp
+KEPT = re.compile("(PYTHON)?PATH|LANG|LD_LIBRARY_PATH|(OMP|MKL|OPENBLAS)_.*")  # of the environment
 # Runs after a cell with tests, to see whether the submission changed what the tests rely on.
 CANARY = """
 import builtins as _b, random as _r, torch as _t
@@ -108,13 +117,32 @@ class Runner(NotebookClient):
 
 
 def _sandboxed(work: Path, hidden: list[Path]) -> list[str]:
-    """Return the words before a command that take its network away and let it write to `work`."""
-    words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--tmpfs", "/tmp"]
-    words += [word for path in hidden if path.is_dir() for word in ("--tmpfs", str(path))]
-    words += ["--bind", str(work), str(work), "--chdir", str(work), "--setenv", "HOME", str(work)]
-    # In its own process namespace the kernel would take its parent for dead.
-    words += ["--unsetenv", "JPY_PARENT_PID"]
-    return [*words, "--unshare-all", "--die-with-parent", "--new-session", "--"]
+    """Return the words before a command that take from it the network and most of the disk.
+
+    It sees the system, Python and this package, but nothing else in the folders `hidden`; it writes
+    to `work` and to an empty /tmp.
+    """
+    hidden = [path.resolve() for path in hidden]
+    hidden = [path for path in hidden if path.is_dir() and path != path.parent]
+    covered = [Path("/tmp"), *hidden]
+    needed = [Path(name) for name in (sys.prefix, sys.base_prefix, Path(advlab.__file__).parent)]
+    mounts = {path: ["--size", str(TEMPORARY), "--tmpfs", str(path)] for path in covered}
+    for path in {*needed, *(path.resolve() for path in needed)}:
+        if any(path.is_relative_to(folder) for folder in covered):
+            mounts[path] = ["--ro-bind", str(path), str(path)]
+    mounts[work] = ["--bind", str(work), str(work)]
+    words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+    # A mount covers what is below it, so the deeper ones come later.
+    for path in sorted(mounts, key=lambda path: len(path.parts)):
+        words += mounts[path]
+    words += [word for path in hidden for word in ("--remount-ro", str(path))]
+    kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
+    # Keys of the grader; and JPY_PARENT_PID, a process that the kernel would take for dead.
+    words += ["--clearenv"]
+    for name, value in {**kept, "HOME": str(work)}.items():
+        words += ["--setenv", name, value]
+    words += ["--chdir", str(work), "--unshare-all", "--die-with-parent", "--new-session"]
+    return [*words, "--"]
 
 
 def _manager(work: Path, sandbox: bool, megabytes: int, hidden: list[Path]) -> AsyncKernelManager:
@@ -166,8 +194,30 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
             result.update(score=0 if reason else result["points"], reason=reason)
 
 
+def _watch(megabytes: int) -> None:
+    """Kill the kernel and all that it started when together they hold too much memory."""
+    while True:
+        children = psutil.Process().children(recursive=True)
+        if sum(map(share_of_memory, children)) > megabytes << 20:
+            for child in children:
+                with suppress(psutil.Error):  # it has just ended
+                    child.kill()
+        time.sleep(0.2)
+
+
+def time_left(end: float, seconds: int) -> float:
+    """Return how long the next cell may take: `seconds`, or less if the notebook's time is up."""
+    return max(1.0, min(seconds, end - time.monotonic()))
+
+
 def score(
-    source: NotebookNode, submission: Path, work: Path, seconds: int, **options: Any
+    source: NotebookNode,
+    submission: Path,
+    work: Path,
+    *,
+    cell_seconds: int,
+    seconds: int,
+    **options: Any,
 ) -> tuple[NotebookNode, dict[str, Any]]:
     """Return the executed notebook, and its scores: a reason for all, and a result per cell."""
     results = {
@@ -184,12 +234,17 @@ def score(
                 results[_grade_id(cell)].update(
                     score=0 if empty else None, reason="no answer" if empty else "to be read"
                 )
-        runner = Runner(notebook, km=_manager(work, **options), timeout=seconds)
+        end = time.monotonic() + seconds
+        runner = Runner(
+            notebook,
+            km=_manager(work, **options),
+            timeout_func=lambda _: time_left(end, cell_seconds),
+        )
         asyncio.run(_run(runner, notebook, results))
     except RefusedError as error:
         reason = str(error)
     except CellTimeoutError:
-        reason = f"a cell took longer than {seconds} s"
+        reason = f"took longer than {cell_seconds} s a cell, or {seconds} s in all"
     except DeadKernelError:
         reason = "the kernel died (crashed, or ran out of memory)"
     return notebook, {"reason": reason, "cells": results}
@@ -201,18 +256,20 @@ def main() -> None:
     for name in ("source", "submission", "work", "output"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--sandbox", action="store_true")
-    parser.add_argument("--seconds", type=int, required=True)
-    parser.add_argument("--megabytes", type=int, required=True)
+    for name in ("--cell-seconds", "--seconds", "--megabytes"):
+        parser.add_argument(name, type=int, required=True)
     parser.add_argument("--hide", type=Path, action="append", default=[])
     given = parser.parse_args()
     # A soft limit, of this process alone: the kernel gets its own.
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_watch, args=[given.megabytes], daemon=True).start()
     notebook, scores = score(
         read(given.source),
         given.submission,
         given.work,
-        given.seconds,
+        cell_seconds=given.cell_seconds,
+        seconds=given.seconds,
         sandbox=given.sandbox,
         megabytes=given.megabytes,
         hidden=given.hide,
