@@ -216,7 +216,7 @@ class AttackExplorer:
         self.steps = w.IntSlider(20, 1, 200, description="steps", **wide)
         self.index = w.BoundedIntText(index, 0, len(data.test) - 1, description="image", **wide)
         self.kind = w.Dropdown(
-            options=[("any", None), *((name, k) for k, name in enumerate(data.classes))],
+            options=[("any", -1), *((name, k) for k, name in enumerate(data.classes))],
             description="of class",
             **wide,
         )
@@ -330,9 +330,7 @@ class AttackExplorer:
         """Choose a random test image of the wanted class."""
         labels = self.data.test.labels
         wanted = self.kind.value
-        found = (
-            (labels == wanted).nonzero()[:, 0] if wanted is not None else torch.arange(len(labels))
-        )
+        found = (labels == wanted).nonzero()[:, 0] if wanted >= 0 else torch.arange(len(labels))
         if not len(found):
             self.message.value = "there is no test image of this class"
             return

@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
+from statistics import median
 
 import nbformat
 import pytest
+from conftest import shared_folder
 from nbformat.reader import NotJSONError
 
 from advlab import files
@@ -19,25 +22,38 @@ playwright = pytest.importorskip("playwright.sync_api", reason='needs the extra 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 
 EXPLORER = """
+import time
+
+import torch
 from advlab import data, models, training
 from advlab.widgets import AttackExplorer
 
+
+class Slow(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(0.05)
+        first = 10 + x.flatten(1).mean(1, keepdim=True)  # the answer is always class 0
+        return torch.cat([first, torch.zeros(len(x), 9)], dim=1)
+
+
 shapes = data.Shapes10(500, 60)
-networks = {arch: models.build(arch) for arch in ("cnn", "cnn-lstm")}
-for network in networks.values():
-    training.fit(network, shapes.train, training.QUICK)
-AttackExplorer(networks, shapes)
+networks = {"cnn": models.build("cnn"), "slow": Slow(), "cnn-lstm": models.build("cnn-lstm")}
+for name in ("cnn", "cnn-lstm"):
+    training.fit(networks[name], shapes.train, training.QUICK)
+AttackExplorer(networks, shapes, index=int((shapes.test.labels == 0).nonzero()[0]))
 """
 
 
 @pytest.fixture
-def lab(tmp_path):
+def lab(tmp_path, tmp_path_factory):
     """A JupyterLab on loopback with a token; gives (address, token, folder)."""
     token, folder, runtime = secrets.token_hex(16), tmp_path / "work", tmp_path / "runtime"
     folder.mkdir()
     set_ = {"JUPYTER_RUNTIME_DIR": str(runtime), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
     set_ |= {"ADVLAB_PROFILE": "quick", "ADVLAB_DATASET": "shapes10"}
     set_ |= {"ADVLAB_OUTPUT": str(tmp_path / "out"), "PYTHONPATH": str(files.home())}
+    # Where the other tests of lessons keep the small models.
+    set_["ADVLAB_CACHE"] = str(shared_folder(tmp_path_factory, "lessons"))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}"]
     command += [f"--IdentityProvider.token={token}", "--LabApp.collaborative=False"]
@@ -90,12 +106,26 @@ def artefact(name):
     return str(folder / name)
 
 
-def test_moving_the_slider_and_choosing_an_attack_change_the_answer(page, lab):
+def write_explorer(folder):
+    """Write a notebook that shows the explorer; return its name."""
     cell = nbformat.v4.new_code_cell(EXPLORER)
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
-    nbformat.write(notebook, lab[2] / "explorer.ipynb")
-    open_and_run(page, lab, "explorer.ipynb")
+    nbformat.write(notebook, folder / "explorer.ipynb")
+    return "explorer.ipynb"
+
+
+CANCEL = "[...document.querySelectorAll('button')].find(b => b.innerText === 'Cancel')"
+# What a reader of the focused control is told: its label, or its own text.
+FOCUSED = """() => {
+    const e = document.activeElement, row = e.closest('.widget-inline-hbox');
+    return e.innerText.trim() && e.tagName !== 'SELECT' ? e.innerText.trim()
+        : row ? row.querySelector('.widget-label').innerText : e.tagName;
+}"""
+
+
+def test_moving_the_slider_and_choosing_an_attack_change_the_answer(page, lab):
+    open_and_run(page, lab, write_explorer(lab[2]))
     numbers = page.locator(".widget-html", has_text="L-inf")
     numbers.wait_for(timeout=240_000)
     assert "L-inf 8.0/255" in numbers.inner_text()
@@ -103,18 +133,48 @@ def test_moving_the_slider_and_choosing_an_attack_change_the_answer(page, lab):
     before = bars.inner_text()
     handle = page.locator(".widget-slider", has_text="eps (of 255)").locator(".noUi-handle")
     handle.focus()
-    for _ in range(20):
+    took = []
+    for steps in range(9, 29):
+        start = time.perf_counter()
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.body.innerText.includes('L-inf 28.0/255')")
+        page.wait_for_function("text => document.body.innerText.includes(text)",
+                               arg=f"L-inf {steps}.0/255")  # fmt: skip
+        took.append(1000 * (time.perf_counter() - start))
     wait_for_change(page, bars, before)
+    # Not asserted: a time depends on what else the machine does.
+    shown = f"from a key to the new text: median {median(took):.0f} ms, longest {max(took):.0f} ms"
+    Path(artefact("explorer.txt")).write_text(f"{shown}, of {len(took)}\n")
     # A slow attack runs beside the kernel's answers to the browser, and still reports.
     before = numbers.inner_text()
     page.get_by_label("attack", exact=True).select_option("pgd")
     wait_for_change(page, numbers, before)
-    page.wait_for_function(
-        "[...document.querySelectorAll('button')].find(b => b.innerText === 'Cancel').disabled"
-    )
+    page.wait_for_function(CANCEL + ".disabled")
     page.screenshot(path=artefact("explorer.png"))
+
+
+def test_the_keyboard_alone_reaches_every_control_and_cancels(page, lab):
+    open_and_run(page, lab, write_explorer(lab[2]))
+    page.locator(".widget-html", has_text="L-inf").wait_for(timeout=240_000)
+    page.get_by_label("model", exact=True).focus()
+    reached = [page.evaluate(FOCUSED)]
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(FOCUSED))
+    assert reached == [
+        "model", "beside it", "gradient of", "attack", "eps (of 255)", "8", "steps", "of class",
+        "image", "Random image", "Own picture (0)",
+    ]  # fmt: skip
+    page.get_by_label("gradient of", exact=True).focus()
+    page.keyboard.press("s")  # "slow"
+    page.keyboard.press("Tab")
+    page.keyboard.press("p")  # "pgd"
+    page.locator(".widget-slider", has_text="steps").locator(".noUi-handle").focus()
+    page.keyboard.press("End")
+    page.wait_for_function(f"!{CANCEL}.disabled")
+    page.get_by_role("button", name="Cancel").focus()
+    page.keyboard.press("Enter")
+    page.locator(".widget-html", has_text="Cancelled; what is shown").wait_for()
+    page.wait_for_function(CANCEL + ".disabled")
 
 
 def test_lesson_02_runs_from_top_to_bottom_without_an_error(page, lab):

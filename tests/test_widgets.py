@@ -154,6 +154,7 @@ def test_pgd_runs_beside_and_is_finished_for_the_figure(explorer):
 
 
 def test_random_image_is_of_the_wanted_class(explorer, shapes):
+    assert explorer.kind.label == "any"
     explorer.kind.value = 4
     assert explorer.image()[1] == 4
     seen = set()
