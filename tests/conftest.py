@@ -37,6 +37,12 @@ REAL_DATA = str(_found.absolute()) if _found else None
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
 
 
+def pytest_collection_modifyitems(items):
+    """Start the long tests first: the short ones then fill what is left of either core."""
+    long = ("test_notebooks", "test_course", "test_browser")
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 def pytest_unconfigure():
     """Remove that folder: the workers of pytest-xdist end without doing so."""
     HYPOTHESIS_FOLDER.cleanup()

@@ -1,5 +1,6 @@
 """Assignments: valid sources, releases without answers, and a class graded as it deserves."""
 
+import copy
 import json
 import os
 import re
@@ -211,7 +212,10 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monke
     assert "to be read" in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
     texts = [path.read_text() for path in (tmp_path / "out" / "feedback").iterdir()]
     assert not any("HIDDEN TESTS" in text or "SystemRandom().randrange" in text for text in texts)
-    assert "# hidden tests" in texts[0]
+    assert "# hidden tests" in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
+    for student in ("text", "huge", "empty"):
+        page = (tmp_path / "out" / "feedback" / f"{student}.html").read_text()
+        assert "BEGIN SOLUTION" not in page
 
 
 @pytest.mark.skipif(not SANDBOX, reason="bubblewrap is not installed")
@@ -231,6 +235,7 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch):
         f"import os\nos.listdir({str(files.home() / '.git')!r})",
         f"open({str(folder / 'neighbour' / 'notes_a1.ipynb')!r})",
         f"import pathlib\n[p for p in pathlib.Path({home!r}).iterdir() if p.is_file()][0]",
+        "import os\nos.listdir('/run')[0]",
         "import os\nos.environ['GRADER_TOKEN']",
         f"import os\nos.kill({os.getpid()}, 0)",
     ]
@@ -243,23 +248,27 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch):
     assert victim.read_text() == "mine"
     assert not outside.exists()
     executed = nbformat.read(tmp_path / "out/graded/eve/a1/executed.ipynb", as_version=4)
-    found = {cell.source: [o.output_type for o in cell.outputs] for cell in executed.cells[-10:]}
+    found = {
+        cell.source: [o.output_type for o in cell.outputs]
+        for cell in executed.cells[-len(probes) :]
+    }
     assert found == {code: ["error"] for code in probes}
 
 
 BREEDS = """import os, time
-for _ in range(8):
+for _ in range({processes}):
     if os.fork() == 0:
-        held = bytearray(b"x" * 400_000_000)
+        held = bytearray(b"x" * {size})
         time.sleep(60)
         os._exit(0)
 time.sleep(60)"""
 
 
-def test_memory_is_counted_over_all_processes_of_a_submission(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("processes", "size"), [(8, 400_000_000), (250, 1)])
+def test_a_submission_is_stopped_that_starts_too_much(processes, size, tmp_path, monkeypatch):
     monkeypatch.setattr(course, "MEGABYTES", 2_000)
     notebook = source("a1")
-    notebook.cells.append(nbformat.v4.new_code_cell(BREEDS))
+    notebook.cells.append(nbformat.v4.new_code_cell(BREEDS.format(processes=processes, size=size)))
     put(tmp_path / "in", "many", "a1", notebook)
     totals, _ = grades(tmp_path / "in", tmp_path / "out")
     scores = json.loads((tmp_path / "out" / "graded" / "many" / "a1" / "scores.json").read_text())
@@ -274,14 +283,35 @@ def test_time_of_a_cell_ends_with_that_of_the_notebook(monkeypatch):
     assert run_submission.time_left(end=90.0, seconds=60) == 1  # a cell that is quick may still run
 
 
-def test_changed_tests_are_put_back(tmp_path):
-    notebook = source("a1")
-    for cell in notebook.cells:
+def test_changed_tests_and_given_functions_are_put_back(tmp_path):
+    easy, lax = source("a1"), source("a6")
+    for cell in easy.cells:
         if cell.metadata.nbgrader.grade:
             cell.source = "pass"
-    put(tmp_path / "in", "easy", "a1", notebook, "return (n + 2", "return 1 + (n + 2")
-    totals, _ = grades(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "in", "easy", "a1", easy, "return (n + 2", "return 1 + (n + 2")
+    # `right` is what its tests count with.
+    weak = "    return images\nright = lambda *arguments: 0\ndef unused():\n    start ="
+    put(tmp_path / "in", "lax", "a6", lax, "    start =", weak)
+    totals, table = grades(tmp_path / "in", tmp_path / "out")
     assert totals["easy", "a1"] < 20
+    lost = table[(table["student"] == "lax") & (table["score"] == 0)]["cell"]
+    assert {"strong-test", "worst-test"} <= set(lost)
+
+
+def test_what_a_student_adds_costs_nothing(tmp_path, monkeypatch):
+    notebook = source("a1")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [one for cell in code for one in (cell, copy.deepcopy(cell))]
+    strange = nbformat.v4.new_code_cell("1", metadata={"nbgrader": "x"})
+    display = "from IPython.display import display\ndisplay({'text/markdown': 5}, raw=True)"
+    notebook.cells = [*cells, strange, nbformat.v4.new_code_cell(display)]
+    notebook.cells.append(nbformat.v4.new_markdown_cell("half an emoji: \ud83d"))
+    monkeypatch.chdir(tmp_path)  # a class is where you are, mostly
+    Path("in").mkdir()
+    Path("in/eager_a1.ipynb").write_text(json.dumps(notebook))
+    totals, _ = grades(Path("in"), Path("out"))
+    assert totals == {("eager", "a1"): 20}
+    assert Path("out/feedback/eager.html").is_file()
 
 
 def test_missing_answer_is_named(tmp_path):
@@ -302,7 +332,35 @@ def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
     assert len(pd.read_csv(tmp_path / "out" / "grades.csv")) == 5
 
 
+def test_what_could_not_be_run_is_run_again(tmp_path, monkeypatch):
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(course, "_run_limited", lambda *args: "the disk is full")
+        totals, table = grades(tmp_path / "in", tmp_path / "out")
+    assert set(table["reason"]) == {"the disk is full"}
+    assert totals == {("one", "a1"): 0}
+    again, _ = grades(tmp_path / "in", tmp_path / "out")
+    assert again == {("one", "a1"): 20}
+
+
+@pytest.mark.parametrize("text", ["=1+1", "a\r\nb\x00", "\ud800"])
+def test_reasons_are_fit_for_a_table(text):
+    cleaned = run_submission.clean(text)
+    assert cleaned.encode()
+    assert cleaned.isprintable()
+    assert not cleaned.startswith("=")
+
+
 # --- what cannot be graded
+
+
+def test_a_sandbox_that_does_not_work_stops_the_run(tmp_path, monkeypatch):
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    refuse = ["sh", "-c", "echo no namespaces here >&2; exit 1", "sh"]
+    monkeypatch.setattr(course, "sandboxed", lambda work, hidden: refuse)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with pytest.raises(course.CourseError, match="no namespaces here"):
+        course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
 
 
 def test_both_layouts_are_found_and_other_files_named(tmp_path):
@@ -315,9 +373,11 @@ def test_both_layouts_are_found_and_other_files_named(tmp_path):
     (tmp_path / "link_a1.ipynb").symlink_to("/etc/passwd")
     (tmp_path / "._flat_a1.ipynb").touch()  # macOS puts such files into zips
     (tmp_path / ".._a1.ipynb").touch()  # a student whose folder would be outside
+    (tmp_path / "m\udcfcller_a1.ipynb").touch()  # no UTF-8: Windows puts such names into zips
     found, others = course.collect(tmp_path)
     assert [(one.student, one.assignment) for one in found] == [("flat", "a1"), ("nested", "a2")]
     left_out = {"notes.txt", "x_a9.ipynb", "link_a1.ipynb", "._flat_a1.ipynb", ".._a1.ipynb"}
+    left_out.add("m\udcfcller_a1.ipynb")
     assert {path.name for path in others} == left_out
 
 

@@ -11,15 +11,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from advlab import files
+from advlab.tools.sandbox import sandboxed
 from advlab.tools.train import cores, environment
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
@@ -124,7 +127,7 @@ def collect(folder: Path) -> tuple[list[Submission], list[Path]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
         parts = path.relative_to(folder).parts
         flat = re.fullmatch(r"(.+)_(a\d+)\.ipynb", path.name)
-        if path.is_symlink() or any(part.startswith(".") for part in parts):
+        if path.is_symlink() or any(p.startswith(".") or not p.isprintable() for p in parts):
             others.append(path)  # could lead anywhere; or is a system's own, as "._anna_a2.ipynb"
         elif len(parts) == 3 and parts[1] in names and parts[2] == f"{parts[1]}.ipynb":
             found.append(Submission(parts[0], parts[1], path))
@@ -179,14 +182,21 @@ def grade(
             "machine's files. Install it (Debian: apt install bubblewrap), or accept that with "
             "--no-sandbox"
         )
-    found, others = collect(folder)
-    for path in others:
-        console.print(f"not a submission, left out: {path.name}", style="yellow", markup=False)
-    names, parts, times = sources(), [], []
-    files.make_folder(output)
     # The clone holds the answers, in its history too.
     hide = [path.absolute() for path in (files.home(), Path.home(), folder, output)]
-    with Progress(console=console) as progress, ThreadPoolExecutor(jobs or cores()) as pool:
+    found, others = collect(folder)
+    for path in others:
+        name = path.name if path.name.isprintable() else ascii(path.name)
+        console.print(f"not a submission, left out: {name}", style="yellow", markup=False)
+    names, parts, times = sources(), [], []
+    files.make_folder(output)
+    if sandbox:
+        check_sandbox(hide)
+    with (
+        Progress(console=console) as progress,
+        ThreadPoolExecutor(jobs or cores()) as pool,
+        ExitStack() as stack,
+    ):
         bar = progress.add_task("grading", total=len(found))
         tasks = {
             pool.submit(
@@ -194,6 +204,7 @@ def grade(
             ): one
             for one in found
         }
+        stack.callback(pool.shutdown, cancel_futures=True)  # when it is interrupted
         for task in as_completed(tasks):
             one, scores = tasks[task], task.result()
             parts += [
@@ -218,6 +229,30 @@ def _kept(one: Submission, output: Path) -> Path:
     return output / "graded" / one.student / one.assignment
 
 
+def check_sandbox(hide: Sequence[Path]) -> None:
+    """Start Python under bubblewrap once.
+
+    Raises:
+        CourseError: if it cannot; with what it printed.
+    """
+    with _work_folder() as work:
+        command = [*sandboxed(work, hide), sys.executable, "-c"]
+        done = subprocess.run([*command, "import ipykernel, torch"], capture_output=True, text=True)
+    if done.returncode:
+        raise CourseError(f"the sandbox does not work on this machine: {done.stderr.strip()}")
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """Yield a folder that goes at the end, whatever was made of it meanwhile."""
+    work = Path(tempfile.mkdtemp(prefix="g"))
+    try:
+        yield work
+    finally:  # neither goes where a link leads, or minds how deep folders are nested
+        subprocess.run(["chmod", "-R", "u+rwX", work], check=False, capture_output=True)
+        subprocess.run(["rm", "-rf", work], check=False, capture_output=True)
+
+
 def _grade_one(
     one: Submission, source: Path, output: Path, hide: Sequence[Path] | None, seconds: int
 ) -> dict[str, Any]:
@@ -226,37 +261,59 @@ def _grade_one(
     `hide` are the folders that its sandbox covers; None for no sandbox.
     """
     kept = _kept(one, output)
-    # What a score depends on: the notebook, its source, and the code that grades.
+    try:
+        identity = _identity(one, source, sandbox=hide is not None)
+        done = kept / "identity"
+        if done.is_file() and done.read_text() == identity:
+            return json.loads((kept / "scores.json").read_text())
+        shutil.rmtree(kept, ignore_errors=True)
+        files.make_folder(kept)
+        start = time.perf_counter()
+        reason = _run(one, source, kept, hide, seconds)
+        took = time.perf_counter() - start
+        if (kept / "scores.json").is_file():
+            scores = json.loads((kept / "scores.json").read_text())
+            scores["seconds"] = round(took, 1)
+            files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
+            files.write_bytes(done, identity.encode())
+            return scores
+    except OSError as error:  # cannot be read, or the disk is full: no reason to stop the others
+        reason = str(error)
+    # Not this submission's doing, maybe: it is tried again next time.
+    blocks = [c.metadata.get("nbgrader") for c in nbformat.read(source, as_version=4).cells]
+    empty = {
+        block.grade_id: {"points": block.points, "score": 0, "reason": reason}
+        for block in blocks
+        if block and block.grade
+    }
+    scores = {"reason": reason, "cells": empty, "seconds": 0.0}
+    files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
+    return scores
+
+
+def _identity(one: Submission, source: Path, *, sandbox: bool) -> str:
+    """Return a hash of what a score depends on: the notebook, its source, the code that grades."""
     code = (Path(__file__), Path(__file__).with_name("run_submission.py"))
-    contents = b"".join(path.read_bytes() for path in (one.path, source, *code))
-    identity = sha256(contents + bytes([hide is not None])).hexdigest()
-    done = kept / "identity"
-    if done.is_file() and done.read_text() == identity:
-        return json.loads((kept / "scores.json").read_text())
-    shutil.rmtree(kept, ignore_errors=True)
-    files.make_folder(kept)
-    with tempfile.TemporaryDirectory(prefix="g") as work:
+    digest = sha256(bytes([sandbox]))
+    for path in (one.path, source, *code):
+        with path.open("rb") as opened:
+            digest.update(file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _run(
+    one: Submission, source: Path, kept: Path, hide: Sequence[Path] | None, seconds: int
+) -> str:
+    """Run a submission; it writes its scores to the folder `kept`. Return why it could not."""
+    with _work_folder() as work:
         command = [sys.executable, "-m", "advlab.tools.run_submission"]
-        command += [str(p.absolute()) for p in (source, one.path, Path(work), kept)]
+        command += [str(p.absolute()) for p in (source, one.path, work, kept)]
         command += ["--cell-seconds", str(CELL_SECONDS), "--seconds", str(seconds)]
         command += ["--megabytes", str(MEGABYTES)]
         command += [word for path in hide or () for word in ("--hide", str(path))]
         command += [] if hide is None else ["--sandbox"]
-        start = time.perf_counter()
         # It ends by itself in time, unless something is badly wrong.
-        reason = _run_limited(command, kept / "log.txt", seconds + 60)
-        took = time.perf_counter() - start
-    if (kept / "scores.json").is_file():
-        scores = json.loads((kept / "scores.json").read_text())
-    else:
-        cells = [c.metadata.nbgrader for c in nbformat.read(source, as_version=4).cells]
-        empty = {c.grade_id: {"points": c.points, "score": 0, "reason": reason}
-                 for c in cells if c.grade}  # fmt: skip
-        scores = {"reason": reason, "cells": empty}
-    scores["seconds"] = round(took, 1)
-    files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
-    files.write_bytes(done, identity.encode())
-    return scores
+        return _run_limited(command, kept / "log.txt", seconds + 120)
 
 
 def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
@@ -270,7 +327,8 @@ def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
         except subprocess.TimeoutExpired:
             return f"took longer than {seconds} s"
         finally:
-            subprocess.run(["pkill", "-KILL", "-g", str(process.pid)], check=False)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return "" if process.returncode == 0 else "could not be run (see log.txt)"
 
@@ -302,10 +360,13 @@ def _write_feedback(student: str, submissions: Sequence[Submission], output: Pat
             )
         parts.append("</table>")
         if (kept / "executed.ipynb").is_file():
-            executed = nbformat.read(kept / "executed.ipynb", as_version=4)
-            shown, _ = HTMLExporter().from_notebook_node(shown_to_student(executed))
+            try:
+                executed = nbformat.read(kept / "executed.ipynb", as_version=4)
+                shown, _ = HTMLExporter().from_notebook_node(shown_to_student(executed))
+            except Exception as error:  # an output that nbconvert cannot draw
+                shown = f"The notebook cannot be shown: {type(error).__name__}"
             frame = html.escape(shown)
             parts.append(f'<iframe sandbox srcdoc="{frame}" style="width:100%;height:80vh">')
             parts.append("</iframe>")
     page = "<!doctype html><meta charset=utf-8>" + "\n".join(parts)
-    files.write_bytes(output / "feedback" / f"{student}.html", page.encode())
+    files.write_bytes(output / "feedback" / f"{student}.html", page.encode(errors="replace"))

@@ -6,14 +6,16 @@ changes what is recorded.
 """
 
 import argparse
+import ast
 import asyncio
 import json
 import os
-import re
 import resource
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,14 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from nbgrader.utils import is_grade, is_solution
+from nbgrader.utils import is_grade, is_locked, is_solution
 
-import advlab
 from advlab import files
 from advlab.tools.memory import share_of_memory
+from advlab.tools.sandbox import sandboxed
 
 LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
-TEMPORARY = 1 << 30  # bytes that it may write to /tmp
-KEPT = re.compile("(PYTHON)?PATH|LANG|LD_LIBRARY_PATH|(OMP|MKL|OPENBLAS)_.*")  # of the environment
+PROCESSES = 200  # that it may start
 # Runs after a cell with tests, to see whether the submission changed what the tests rely on.
 CANARY = """
 import builtins as _b, random as _r, torch as _t
@@ -68,30 +69,30 @@ def read(path: Path) -> NotebookNode:
 
 
 def _grade_id(cell: NotebookNode) -> str | None:
-    return cell.metadata.get("nbgrader", {}).get("grade_id")
+    block = cell.metadata.get("nbgrader")
+    return block.get("grade_id") if isinstance(block, dict) else None
 
 
 def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
     """Return the assignment with the answers of a submission.
 
     Text and tests are those of `source`, whatever the submission made of them; a student's own
-    cells stay behind the cell that they were written after.
+    cells, copies of answers and tests among them, stay behind the cell that they were written
+    after.
 
     Raises:
-        RefusedError: if an answer's cell is missing, or there twice.
+        RefusedError: if an answer's cell is missing.
     """
     answers: dict[str, NotebookNode] = {}
     own: dict[str | None, list[NotebookNode]] = {}
-    known = {_grade_id(cell): cell for cell in source.cells}
+    known = {name: cell for cell in source.cells if (name := _grade_id(cell))}
     last = None
     for cell in submitted.cells:
         name = _grade_id(cell)
-        if name not in known:
+        if name not in known or name in answers:
             cell.metadata.pop("nbgrader", None)
             own.setdefault(last, []).append(cell)
             continue
-        if name in answers:
-            raise RefusedError(f"cell {name} is there twice")
         answers[name], last = cell, name
     cells = list(own.get(None, []))
     for name, cell in known.items():
@@ -99,8 +100,24 @@ def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
             if name not in answers:
                 raise RefusedError(f"the cell for the answer {name} is missing")
             cell.source = answers[name].source
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
         cells += [cell, *own.get(name, [])]
     return nbformat.v4.new_notebook(cells=cells, metadata=source.metadata)
+
+
+def clean(text: str) -> str:
+    """Return the start of a text that a submission chose, fit for a table."""
+    text = "".join(c if c.isprintable() else " " for c in text)[:300]
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text  # no formula, for a spreadsheet
+
+
+def definitions(cells: Sequence[NotebookNode]) -> str:
+    """Return the imports, functions and classes that an assignment gives in `cells`."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    given = [c for c in cells if c.cell_type == "code" and is_locked(c) and not is_grade(c)]
+    statements = [node for cell in given for node in ast.parse(cell.source).body]
+    return "\n".join(ast.unparse(node) for node in statements if isinstance(node, kinds))
 
 
 class Runner(NotebookClient):
@@ -116,41 +133,12 @@ class Runner(NotebookClient):
         return super().output(outs, msg, display_id, cell_index)
 
 
-def _sandboxed(work: Path, hidden: list[Path]) -> list[str]:
-    """Return the words before a command that take from it the network and most of the disk.
-
-    It sees the system, Python and this package, but nothing else in the folders `hidden`; it writes
-    to `work` and to an empty /tmp.
-    """
-    hidden = [path.resolve() for path in hidden]
-    hidden = [path for path in hidden if path.is_dir() and path != path.parent]
-    covered = [Path("/tmp"), *hidden]
-    needed = [Path(name) for name in (sys.prefix, sys.base_prefix, Path(advlab.__file__).parent)]
-    mounts = {path: ["--size", str(TEMPORARY), "--tmpfs", str(path)] for path in covered}
-    for path in {*needed, *(path.resolve() for path in needed)}:
-        if any(path.is_relative_to(folder) for folder in covered):
-            mounts[path] = ["--ro-bind", str(path), str(path)]
-    mounts[work] = ["--bind", str(work), str(work)]
-    words = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    # A mount covers what is below it, so the deeper ones come later.
-    for path in sorted(mounts, key=lambda path: len(path.parts)):
-        words += mounts[path]
-    words += [word for path in hidden for word in ("--remount-ro", str(path))]
-    kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
-    # Keys of the grader; and JPY_PARENT_PID, a process that the kernel would take for dead.
-    words += ["--clearenv"]
-    for name, value in {**kept, "HOME": str(work)}.items():
-        words += ["--setenv", name, value]
-    words += ["--chdir", str(work), "--unshare-all", "--die-with-parent", "--new-session"]
-    return [*words, "--"]
-
-
 def _manager(work: Path, sandbox: bool, megabytes: int, hidden: list[Path]) -> AsyncKernelManager:
     """Return a kernel manager whose kernel is limited, and talks through a file in `work`."""
     manager = AsyncKernelManager(transport="ipc", connection_file=str(work / "k.json"))
     manager.ip = str(work / "k")
     limit = f'ulimit -v {megabytes * 1024}; ulimit -f 200000; exec "$@"'
-    argv = ["/bin/sh", "-c", limit, "sh", *(_sandboxed(work, hidden) if sandbox else [])]
+    argv = ["/bin/sh", "-c", limit, "sh", *(sandboxed(work, hidden) if sandbox else [])]
     argv += [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     manager._kernel_spec = KernelSpec(argv=argv, display_name="submission", language="python")
     return manager
@@ -158,11 +146,13 @@ def _manager(work: Path, sandbox: bool, megabytes: int, hidden: list[Path]) -> A
 
 async def _error_of(runner: Runner, index: int, code: str) -> str | None:
     """Run `code` in the submission's kernel; return the text of its error, None without one."""
-    probe = nbformat.v4.new_code_cell(code)
+    cell = runner.nb.cells[index]
     try:
-        await runner.async_execute_cell(probe, index, store_history=False)
+        await runner.async_execute_cell(nbformat.v4.new_code_cell(code), index, store_history=False)
     except CellExecutionError as error:
-        return error.evalue
+        return clean(error.evalue)
+    finally:
+        runner.nb.cells[index] = cell  # where the client put what it ran
     return None
 
 
@@ -172,19 +162,22 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
     Raises:
         RefusedError, CellTimeoutError, DeadKernelError: if it cannot go on; what was scored stays.
     """
-    async with runner.async_setup_kernel():
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    async with runner.async_setup_kernel(**quiet):
         for index, cell in enumerate(notebook.cells):
-            result = results.get(_grade_id(cell) or "")
+            result = results.get(_grade_id(cell) or "") if cell.cell_type == "code" else None
+            if result is not None:  # names that the tests use may have been given a new meaning
+                await _error_of(runner, index, definitions(notebook.cells[:index]))
             reason = ""
             try:
                 await runner.async_execute_cell(cell, index)
             except CellTimeoutError:
                 raise
             except CellExecutionError as error:
-                reason = f"{error.ename}: {error.evalue}"[:300]
+                reason = clean(f"{error.ename}: {error.evalue}")
             if runner.printed > LARGEST_OUTPUT:
                 raise RefusedError(f"it printed more than {LARGEST_OUTPUT // 1_000_000} MB")
-            if result is None or cell.cell_type != "code":
+            if result is None:
                 continue
             changed = await _error_of(runner, index, CANARY)
             if await _error_of(runner, index, "assert False") is None:
@@ -195,10 +188,11 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
 
 
 def _watch(megabytes: int) -> None:
-    """Kill the kernel and all that it started when together they hold too much memory."""
+    """Kill the kernel and all that it started when they are too many, or hold too much memory."""
     while True:
         children = psutil.Process().children(recursive=True)
-        if sum(map(share_of_memory, children)) > megabytes << 20:
+        many = len(children) > PROCESSES
+        if many or sum(map(share_of_memory, children)) > megabytes << 20:
             for child in children:
                 with suppress(psutil.Error):  # it has just ended
                     child.kill()
@@ -225,7 +219,7 @@ def score(
         for cell in source.cells
         if is_grade(cell)
     }
-    notebook, reason = source, ""
+    notebook, reason = nbformat.v4.new_notebook(), ""
     try:
         notebook = merge(source, read(submission))
         for cell in notebook.cells:
@@ -247,6 +241,8 @@ def score(
         reason = f"took longer than {cell_seconds} s a cell, or {seconds} s in all"
     except DeadKernelError:
         reason = "the kernel died (crashed, or ran out of memory)"
+    except Exception as error:  # a submission may break more than is foreseen here
+        reason = clean(f"could not be run to its end: {type(error).__name__}: {error}")
     return notebook, {"reason": reason, "cells": results}
 
 
@@ -274,8 +270,9 @@ def main() -> None:
         megabytes=given.megabytes,
         hidden=given.hide,
     )
-    files.write_bytes(given.output / "executed.ipynb", nbformat.writes(notebook).encode())
     files.write_bytes(given.output / "scores.json", json.dumps(scores, indent=2).encode())
+    text = nbformat.writes(notebook).encode(errors="replace")
+    files.write_bytes(given.output / "executed.ipynb", text)
 
 
 if __name__ == "__main__":
