@@ -311,7 +311,7 @@ def test_what_a_student_adds_costs_nothing(tmp_path, monkeypatch):
     Path("in/eager_a1.ipynb").write_text(json.dumps(notebook))
     totals, _ = grades(Path("in"), Path("out"))
     assert totals == {("eager", "a1"): 20}
-    assert Path("out/feedback/eager.html").is_file()
+    assert "a1: 20 of 20 points" in Path("out/feedback/eager.html").read_text()
 
 
 def test_missing_answer_is_named(tmp_path):

@@ -171,8 +171,8 @@ def grade(
         must read the answer), reason.
 
     Raises:
-        CourseError: without nbgrader; without bubblewrap, unless `sandbox` is False; or if the
-            folder is not as in `collect`.
+        CourseError: without nbgrader; without a bubblewrap that works, unless `sandbox` is False;
+            or if the folder is not as in `collect`.
     """
     _need_nbgrader()
     console = console or Console()
@@ -182,15 +182,15 @@ def grade(
             "machine's files. Install it (Debian: apt install bubblewrap), or accept that with "
             "--no-sandbox"
         )
-    # The clone holds the answers, in its history too.
-    hide = [path.absolute() for path in (files.home(), Path.home(), folder, output)]
     found, others = collect(folder)
     for path in others:
         name = path.name if path.name.isprintable() else ascii(path.name)
         console.print(f"not a submission, left out: {name}", style="yellow", markup=False)
     names, parts, times = sources(), [], []
     files.make_folder(output)
-    if sandbox:
+    hide = None
+    if sandbox:  # the clone holds the answers, in its history too
+        hide = [path.absolute() for path in (files.home(), Path.home(), folder, output)]
         check_sandbox(hide)
     with (
         Progress(console=console) as progress,
@@ -199,9 +199,7 @@ def grade(
     ):
         bar = progress.add_task("grading", total=len(found))
         tasks = {
-            pool.submit(
-                _grade_one, one, names[one.assignment], output, hide if sandbox else None, seconds
-            ): one
+            pool.submit(_grade_one, one, names[one.assignment], output, hide, seconds): one
             for one in found
         }
         stack.callback(pool.shutdown, cancel_futures=True)  # when it is interrupted
@@ -351,7 +349,10 @@ def _write_feedback(student: str, submissions: Sequence[Submission], output: Pat
     for one in submissions:
         kept = _kept(one, output)
         scores = json.loads((kept / "scores.json").read_text())
-        parts.append(f"<h2>{one.assignment}</h2><p>{html.escape(scores['reason'])}</p><table>")
+        earned = sum(result["score"] or 0 for result in scores["cells"].values())
+        points = sum(result["points"] for result in scores["cells"].values())
+        parts.append(f"<h2>{one.assignment}: {earned:g} of {points:g} points</h2>")
+        parts.append(f"<p>{html.escape(scores['reason'])}</p><table>")
         for cell, result in scores["cells"].items():
             got = "-" if result["score"] is None else f"{result['score']:g}"
             reason = html.escape(result["reason"])
@@ -368,5 +369,6 @@ def _write_feedback(student: str, submissions: Sequence[Submission], output: Pat
             frame = html.escape(shown)
             parts.append(f'<iframe sandbox srcdoc="{frame}" style="width:100%;height:80vh">')
             parts.append("</iframe>")
-    page = "<!doctype html><meta charset=utf-8>" + "\n".join(parts)
+    title = f"<title>{html.escape(student)}</title>"
+    page = f"<!doctype html><meta charset=utf-8>{title}" + "\n".join(parts)
     files.write_bytes(output / "feedback" / f"{student}.html", page.encode(errors="replace"))
