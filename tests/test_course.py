@@ -332,6 +332,21 @@ def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
     assert len(pd.read_csv(tmp_path / "out" / "grades.csv")) == 5
 
 
+def test_a_file_that_could_not_be_read_is_graded_later(tmp_path, monkeypatch):
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    (one,), _ = course.collect(tmp_path / "in")
+    kept = tmp_path / "out" / "graded" / "one" / "a1"
+    kept.mkdir(parents=True)
+    identity = course._identity(one, course.sources()["a1"], sandbox=SANDBOX)
+    (kept / "identity").write_text(identity)  # as if graded before
+    with monkeypatch.context() as patch:
+        patch.setattr(course, "_identity", lambda *a, **k: (tmp_path / "not there").read_text())
+        totals, table = grades(tmp_path / "in", tmp_path / "out")
+    assert totals == {("one", "a1"): 0}
+    assert "No such file" in table["reason"][0]
+    assert not (kept / "identity").exists()
+
+
 def test_what_could_not_be_run_is_run_again(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
     with monkeypatch.context() as patch:

@@ -259,9 +259,9 @@ def _grade_one(
     `hide` are the folders that its sandbox covers; None for no sandbox.
     """
     kept = _kept(one, output)
+    done = kept / "identity"
     try:
         identity = _identity(one, source, sandbox=hide is not None)
-        done = kept / "identity"
         if done.is_file() and done.read_text() == identity:
             return json.loads((kept / "scores.json").read_text())
         shutil.rmtree(kept, ignore_errors=True)
@@ -278,6 +278,7 @@ def _grade_one(
     except OSError as error:  # cannot be read, or the disk is full: no reason to stop the others
         reason = str(error)
     # Not this submission's doing, maybe: it is tried again next time.
+    done.unlink(missing_ok=True)
     blocks = [c.metadata.get("nbgrader") for c in nbformat.read(source, as_version=4).cells]
     empty = {
         block.grade_id: {"points": block.points, "score": 0, "reason": reason}
