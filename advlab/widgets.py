@@ -281,7 +281,7 @@ class AttackExplorer:
         models |= {self.source.value: self.models[self.source.value]}
         slow = self.attack.value == "pgd"
         self.progress.max, self.progress.value = (self.steps.value if slow else 1), 0
-        self.cancel.disabled = not slow
+        self.cancel.disabled, self.message.value = not slow, ""
 
         def report() -> None:
             if stop.is_set():
@@ -297,7 +297,6 @@ class AttackExplorer:
                 self.attack.value, self.eps.value / 255, steps=self.steps.value,
                 target=self.target.value, classes=len(self.data.classes), report=report,
             )  # fmt: skip
-            self.message.value = ""
             self._show(label)
         except CancelledError:
             self.message.value = "Cancelled; what is shown is of the last attack that finished."

@@ -168,13 +168,21 @@ def test_the_keyboard_alone_reaches_every_control_and_cancels(page, lab):
     page.keyboard.press("s")  # "slow"
     page.keyboard.press("Tab")
     page.keyboard.press("p")  # "pgd"
-    page.locator(".widget-slider", has_text="steps").locator(".noUi-handle").focus()
+    page.wait_for_function(f"!{CANCEL}.disabled")  # and so are the steps, which only pgd has
+    steps = page.locator(".widget-slider", has_text="steps")
+    steps.locator(".noUi-handle").focus()
     page.keyboard.press("End")
+    steps.get_by_text("200", exact=True).wait_for()
+    page.wait_for_timeout(1_000)  # the attack of 20 steps is stopped; that of 200 takes 10 s
     page.wait_for_function(f"!{CANCEL}.disabled")
+    told = page.locator(".widget-html", has_text="Cancelled; what is shown")
+    assert told.count() == 0
+    shown = page.locator(".widget-html", has_text="L-inf").inner_text()
     page.get_by_role("button", name="Cancel").focus()
     page.keyboard.press("Enter")
-    page.locator(".widget-html", has_text="Cancelled; what is shown").wait_for()
     page.wait_for_function(CANCEL + ".disabled")
+    told.wait_for()
+    assert page.locator(".widget-html", has_text="L-inf").inner_text() == shown
 
 
 def test_lesson_02_runs_from_top_to_bottom_without_an_error(page, lab):
