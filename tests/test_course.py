@@ -123,6 +123,125 @@ WRONG = {
 }
 
 
+OWN_WRONG_GRADIENT = """    x = images.clone().requires_grad_()
+    F.cross_entropy(model(x), {labels}).backward()
+    return (images {sign} eps * x.grad"""
+OF_ORIGINAL = """    at = images.clone().requires_grad_()
+    loss = F.cross_entropy(model(at), labels, reduction="sum")
+    gradient = torch.autograd.grad(loss, at)[0]"""
+OF_START = """    loss = F.cross_entropy(model(x), labels, reduction="sum")
+    gradient = torch.autograd.grad(loss, x)[0]"""
+Z_TEST = (
+    "(attacked - clean) / math.sqrt(clean * (n - clean) / n + attacked * (n - attacked) / n) > 1.96"
+)
+UNIFORM = "torch.rand(images.shape, generator=generator)"
+ONE_NUMBER = "torch.rand(len(images), 1, 1, 1, generator=generator)"
+LENGTHS = "grad(loss, x)[0].flatten(1).norm(dim=1)"
+SUBTLE = {
+    # as WRONG; these run without the grader
+    "fgsm in training mode": (
+        "a2", "return (images + eps", "model.train()\n    return (images + eps", ["direction-test"],
+    ),
+    "fgsm's backward": (
+        "a2", "    return (images + eps * image_gradient(model, images, labels)",
+        OWN_WRONG_GRADIENT.format(labels="labels", sign="+"), ["direction-test"],
+    ),
+    "targeted backward": (
+        "a2", "    return (images - eps * image_gradient(model, images, targets)",
+        OWN_WRONG_GRADIENT.format(labels="targets", sign="-"), ["targeted-test"],
+    ),
+    "clears .grad": (
+        "a2", "    was_training", "    model.zero_grad()\n    was_training", ["mode-test"],
+    ),
+    "whole steps": ("a2", "return steps / 255", "return int(steps) / 255", ["pixels-test"]),
+    "gradient of the original": ("a4", OF_START, OF_ORIGINAL, ["ball-test"]),
+    "a start per image": ("a4", UNIFORM, ONE_NUMBER, ["ball-test"]),
+    "start on one side": ("a4", f"(2 * {UNIFORM} - 1)", UNIFORM, ["ball-test"]),
+    "start outside": ("a4", "start).clamp(0, 1)", "start)", ["ball-test"]),
+    "sum / 32": (
+        "a4", "cross_entropy(model(made), labels)",
+        "cross_entropy(model(made), labels, reduction='sum') / 32", ["step-test"],
+    ),
+    "with gradients": ("a4", "torch.no_grad()", "torch.enable_grad()", ["eval-test"]),
+    "another interval": (
+        "a5", "interval(attacked, n)[0] > interval(clean, n)[1]", Z_TEST, ["alarm-test"],
+    ),
+    "another source": ("a5", "made = fgsm(source,", "made = fgsm(target,", ["transfer-test"]),
+    "alpha ignored": ("a6", "x + alpha *", "x + eps / 4 *", ["ball-test"]),
+    "last point ignored": (
+        "a6", "        rank", "        if step and step == steps:\n            break\n        rank",
+        ["ball-test"],
+    ),
+    "last if never wrong": ("a6", "rank = loss", "rank = step", ["worst-test"]),
+    "a PGD start per image": ("a6", UNIFORM, ONE_NUMBER, ["worst-test"]),
+    "PGD from outside": (
+        "a6", "x = project(images + start, images, eps)", "x = images + start", ["worst-test"],
+    ),
+    "left in eval mode": ("a6", "    start =", "    model.eval()\n    start =", ["ball-test"]),
+    "small is vanished": ("a6", "1e-10", "1e-3", ["masked-test"]),
+    "share of pixels": ("a6", LENGTHS, "grad(loss, x)[0].abs()", ["masked-test"]),
+    "any image": ("a6", ".float().mean() > 0.5", ".any()", ["masked-test"]),
+}  # fmt: skip
+IN_PLACE = "torch.empty_like(images).uniform_(-eps, eps, generator=generator)"
+LOOP = """    made = [
+        _pgd(model, *one, eps, alpha, steps, generator)
+        for one in zip(images[:, None], labels[:, None])
+    ]
+    return torch.cat(made)
+
+
+def _pgd(model, images, labels, eps, alpha, steps, generator):
+    start ="""
+OTHERWISE_RIGHT = {
+    "a2": [
+        ("eps * image_gradient", "eps * 1.0 * image_gradient"),
+        ("return steps / 255", "return float(steps) / 255.0"),
+    ],
+    "a4": [
+        (f"(2 * {UNIFORM} - 1) * eps", IN_PLACE),
+        (" + 1.25 * eps * gradient.sign()", ".add(gradient.sign(), alpha=1.25 * eps)"),
+    ],
+    "a6": [
+        ("    start =", LOOP),
+        (f"(2 * {UNIFORM} - 1) * eps", IN_PLACE),
+        ("        logits = model(x)", "        model(x)\n        logits = model(x)"),
+    ],
+}  # fmt: skip
+
+
+def failing(name, old, new):
+    """Run the code of an assignment with `old` replaced in its answers; return what failed."""
+    notebook = source(name)
+    changed = [cell for cell in solutions(notebook) if old in cell.source]
+    assert changed, f"no answer holds {old!r}"
+    for cell in changed:
+        cell.source = cell.source.replace(old, new)
+    space, failed = {}, []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            try:
+                exec(cell.source, space)
+            except Exception:
+                failed.append(cell.metadata.nbgrader.grade_id)
+    return failed
+
+
+@pytest.mark.parametrize("error", SUBTLE)
+def test_a_subtle_error_costs_points(error):
+    name, old, new, tests = SUBTLE[error]
+    failed = failing(name, old, new)
+    # What is wrong in one function may show again in what is built on it.
+    assert set(tests) <= set(failed) <= {*tests, "step-test"}
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [(name, *one) for name, pairs in OTHERWISE_RIGHT.items() for one in pairs],
+)
+def test_what_is_right_in_another_way_costs_nothing(name, old, new):
+    assert failing(name, old, new) == []
+
+
 STRIPS = """import ast
 class Strip(ast.NodeTransformer):
     def visit_Assert(self, node):
