@@ -34,7 +34,7 @@ def _explained(error: OSError, path: Path) -> OSError:
     return type(error)(
         error.errno,
         f"cannot write {path}: {error.strerror or error}. Free some space, or choose a folder "
-        "that you may write to (ADVLAB_CACHE, ADVLAB_OUTPUT or --output-dir)",
+        "that you may write to (ADVLAB_CACHE, ADVLAB_OUTPUT, or the option of the command)",
     )
 
 

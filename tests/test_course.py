@@ -99,6 +99,22 @@ def test_assignment_states_aims_points_and_time(name):
     assert f"**Points:** {points}" in first
 
 
+def test_an_assignment_that_cannot_be_graded_is_refused(tmp_path, empty_home):
+    folder = empty_home / "notebooks" / "assignments" / "project"
+    folder.mkdir(parents=True)
+    committed = files.repository() / "notebooks" / "assignments" / "a1" / "a1.ipynb"
+    shutil.copy(committed, folder / "project.ipynb")
+    with pytest.raises(course.CourseError, match="an assignment is named a7/a7"):
+        course.sources()
+    task = nbformat.read(committed, as_version=4)
+    task.cells[0].metadata.nbgrader.task = True
+    (folder.parent / "a7").mkdir()
+    nbformat.write(task, folder.parent / "a7" / "a7.ipynb")
+    shutil.rmtree(folder)
+    with pytest.raises(course.CourseError, match="a7: no task cells"):
+        course.build(tmp_path / "out")
+
+
 def test_each_release_is_zipped(released):
     for name in NAMES:
         with zipfile.ZipFile(released / f"{name}.zip") as packed:
@@ -314,6 +330,10 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path):
     assert table["score"][hostile].sum() == 0
     reasons = table.groupby("student")["reason"].agg(" ".join)
     assert (reasons[[*HOSTILE, "text", "huge"]] != "").all()
+    assert (table["reason"][hostile & ~full] != "not run").all(), "each row tells why"
+    told = " ".join(done.output.split())
+    assert "a2 of text: not a notebook: NotJSONError" in told
+    assert "a2 of huge: the file has 21 MB" in told
     assert "rely on: an assertion cannot fail" in reasons["strips"]
     assert "rely on: all was replaced" in reasons["shadows"]
     scores = json.loads((tmp_path / "out" / "graded" / "loops" / "a2" / "scores.json").read_text())
@@ -327,7 +347,10 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path):
     pages = {path.stem for path in (tmp_path / "out" / "feedback").iterdir()}
     assert pages == set(table["student"])
     # The page of a student with a mark to come says so, and none tells what the hidden tests are.
-    assert "to be read" in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
+    assert (
+        "14 of 14 points, and 10 to be read"
+        in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
+    )
     texts = [path.read_text() for path in (tmp_path / "out" / "feedback").iterdir()]
     assert not any("HIDDEN TESTS" in text or "SystemRandom().randrange" in text for text in texts)
     assert "# hidden tests" in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
@@ -432,6 +455,109 @@ def test_what_a_student_adds_costs_nothing(tmp_path, monkeypatch):
     assert "a1: 20 of 20 points" in Path("out/feedback/eager.html").read_text()
 
 
+def spoil(document, what):
+    """Do to a notebook what editors do; Jupyter opens it all the same."""
+    code = next(cell for cell in document["cells"] if cell["cell_type"] == "code")
+    if what == "no outputs":
+        del code["outputs"]
+    elif what == "no count":
+        del code["execution_count"]
+    elif what == "an id before ids":
+        document["nbformat_minor"] = 4
+    elif what == "an id with a #":
+        code["id"] = "#VSC-1a2b"
+    elif what == "an unnamed stream":
+        code["outputs"] = [{"output_type": "stream", "text": "x"}]
+    elif what == "an unnamed kernel":
+        document["metadata"]["kernelspec"] = {"name": "python3"}
+    elif what == "a strange grade_id":
+        document["cells"].append(copy.deepcopy(code))
+        document["cells"][-1]["metadata"]["nbgrader"] = {"grade_id": ["a list"]}
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["no outputs", "no count", "an id before ids", "an id with a #", "an unnamed stream",
+     "an unnamed kernel", "a strange grade_id", "a byte order mark"],
+)  # fmt: skip
+def test_a_notebook_that_jupyter_opens_is_graded(what, tmp_path):
+    document = json.loads(course.sources()["a2"].read_text())
+    spoil(document, what)
+    encoding = "utf-8-sig" if what == "a byte order mark" else "utf-8"
+    (tmp_path / "it.ipynb").write_text(json.dumps(document), encoding)
+    merged = run_submission.merge(source("a2"), run_submission.read(tmp_path / "it.ipynb"))
+    nbformat.validate(merged)
+    assert [c.source for c in solutions(merged)] == [c.source for c in solutions(source("a2"))]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"cells": 5}', '{"cells": [5], "nbformat": 4}'])
+def test_what_is_no_notebook_is_refused(text, tmp_path):
+    (tmp_path / "it.ipynb").write_text(text)
+    with pytest.raises(run_submission.RefusedError, match=r"not a notebook: .+: ."):
+        run_submission.read(tmp_path / "it.ipynb")
+
+
+def test_another_assignments_notebook_is_told(tmp_path):
+    with pytest.raises(run_submission.RefusedError, match="is it another's notebook"):
+        run_submission.merge(source("a1"), nbformat.v4.new_notebook())
+
+
+def test_given_functions_may_stand_beside_magics():
+    given = nbformat.v4.new_code_cell("%matplotlib inline\n!ls\ndef f():\n    return 1")
+    given.metadata.nbgrader = {"grade_id": "f", "locked": True, "grade": False, "solution": False}
+    assert run_submission.definitions([given]) == "def f():\n    return 1"
+
+
+def test_answers_graded_by_hand_wait_for_a_mark(tmp_path, monkeypatch):
+    block = {"grade": True, "solution": True, "locked": False, "points": 5, "schema_version": 3}
+    block |= {"task": False}
+    assignment = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("pass", metadata={"nbgrader": block | {"grade_id": "code"}}),
+            nbformat.v4.new_markdown_cell("", metadata={"nbgrader": block | {"grade_id": "text"}}),
+        ]
+    )
+    (tmp_path / "a1.ipynb").write_text(nbformat.writes(assignment))
+    monkeypatch.setattr(course, "sources", lambda: {"a1": tmp_path / "a1.ipynb"})
+    put(tmp_path / "in", "empty", "a1", assignment)
+    assignment.cells.append(nbformat.v4.new_markdown_cell("The answer, in a cell of its own."))
+    put(tmp_path / "in", "below", "a1", assignment)
+    _, table = grades(tmp_path / "in", tmp_path / "out")
+    table = table.set_index(["student", "cell"])["score"]
+    assert table["empty", "text"] == 0
+    waits = table[[("empty", "code"), ("below", "code"), ("below", "text")]]
+    assert waits.isna().all()
+    page = tmp_path / "out" / "feedback" / "below.html"
+    assert "0 of 0 points, and 10 to be read" in page.read_text()
+
+    (tmp_path / "marks.csv").write_text("student,assignment,cell,score\nbelow,a1,text,3.5\n")
+    command = ["course", "grade", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    command += ["--marks", str(tmp_path / "marks.csv")]
+    done = CliRunner().invoke(app, command if SANDBOX else [*command, "--no-sandbox"])
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(tmp_path / "out" / "grades.csv").set_index(["student", "cell"])
+    assert table.loc[("below", "text"), "score"] == 3.5
+    assert table.loc[("below", "text"), "reason"] == "marked by hand"
+    assert "3.5 of 5 points, and 5 to be read" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("student,cell\none,x", "it needs the columns student, assignment, cell, score"),
+        ("student,assignment,cell,score\none,a1,x,good", "could not convert"),
+        ("student,assignment,cell,score\none,a1,y,1", "mark 1 for y of a1 of one: there is no"),
+        ("student,assignment,cell,score\none,a1,x,9", "mark 9 for x of .*: the cell has 0 to 4"),
+        ("student,assignment,cell,score\none,a1,x,", "the cell has 0 to 4"),
+    ],
+)
+def test_marks_without_a_place_are_refused(rows, message, tmp_path):
+    (tmp_path / "marks.csv").write_text(rows)
+    graded = {course.Submission("one", "a1", tmp_path): {"cells": {"x": {"points": 4}}}}
+    with pytest.raises(course.CourseError, match=message):
+        course._mark(graded, course.read_marks(tmp_path / "marks.csv"))
+
+
 def test_missing_answer_is_named(tmp_path):
     notebook = source("a1")
     notebook.cells = [c for c in notebook.cells if c.metadata.nbgrader.grade_id != "build-solution"]
@@ -507,10 +633,20 @@ def test_both_layouts_are_found_and_other_files_named(tmp_path):
     (tmp_path / "._flat_a1.ipynb").touch()  # macOS puts such files into zips
     (tmp_path / ".._a1.ipynb").touch()  # a student whose folder would be outside
     (tmp_path / "m\udcfcller_a1.ipynb").touch()  # no UTF-8: Windows puts such names into zips
+    (tmp_path / "BEN_A2.ipynb").touch()
+    (tmp_path / "Jo\u0308rg_a1.ipynb").touch()  # as macOS writes it
+    (tmp_path / "Ada Lovelace_123_assignsubmission_file_a1.ipynb").touch()  # Moodle
+    moodle = tmp_path / "Ada Lovelace_456_assignsubmission_file_"
+    moodle.mkdir()
+    (moodle / "mine_a2.ipynb").touch()
+    (tmp_path / "_9_assignsubmission_file_a2.ipynb").touch()  # of nobody
     found, others = course.collect(tmp_path)
-    assert [(one.student, one.assignment) for one in found] == [("flat", "a1"), ("nested", "a2")]
+    assert [(one.student, one.assignment) for one in found] == [
+        ("Ada Lovelace", "a1"), ("Ada Lovelace", "a2"), ("BEN", "a2"), ("Jörg", "a1"),
+        ("flat", "a1"), ("nested", "a2"),
+    ]  # fmt: skip
     left_out = {"notes.txt", "x_a9.ipynb", "link_a1.ipynb", "._flat_a1.ipynb", ".._a1.ipynb"}
-    left_out.add("m\udcfcller_a1.ipynb")
+    left_out |= {"m\udcfcller_a1.ipynb", "_9_assignsubmission_file_a2.ipynb"}
     assert {path.name for path in others} == left_out
 
 
@@ -518,8 +654,25 @@ def test_a_submission_that_is_there_twice_is_named(tmp_path):
     put(tmp_path, "anna", "a1", source("a1"))
     (tmp_path / "anna" / "a1").mkdir(parents=True)
     nbformat.write(source("a1"), tmp_path / "anna" / "a1" / "a1.ipynb")
-    with pytest.raises(course.CourseError, match="holds a1 of anna twice"):
+    both = "a1 of anna is there twice; remove .*a1.ipynb or .*a1.ipynb"
+    with pytest.raises(course.CourseError, match=both):
         course.collect(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    put(tmp_path, "anna", "a1", source("a1"))
+    (tmp_path / "lea" / "a1").mkdir(parents=True)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "lea":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found, others = course.collect(tmp_path)
+    assert [one.student for one in found] == ["anna"]
+    assert others == [tmp_path / "lea"]
 
 
 def test_a_folder_that_holds_nothing_is_refused(tmp_path):

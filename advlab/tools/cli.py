@@ -239,6 +239,9 @@ def grade(
     output: Annotated[Path | None, typer.Option(help="Folder; else outputs/grades.")] = None,
     sandbox: Annotated[bool, typer.Option(help="Run the notebooks under bubblewrap.")] = True,
     jobs: Annotated[int | None, typer.Option(min=1, help="At a time; else one a core.")] = None,
+    marks: Annotated[
+        Path | None, typer.Option(help="CSV: student, assignment, cell, score given by hand.")
+    ] = None,
 ) -> None:
     """Grade a folder of submissions: grades.csv, and a page of feedback for each student."""
     from advlab import files
@@ -250,6 +253,7 @@ def grade(
             output or files.home() / "outputs" / "grades",
             sandbox=sandbox,
             jobs=jobs,
+            marks=marks,
             console=console,
         )
     except (classroom.CourseError, OSError) as error:

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ from advlab.tools.sandbox import sandboxed
 from advlab.tools.train import cores, environment
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
+FLAT = re.compile(r"(.+)_(a\d+)\.ipynb", re.IGNORECASE)
+ALONE = re.compile(r"(?:.+_)?(a\d+)\.ipynb", re.IGNORECASE)
+MOODLE = re.compile(r"_\d+_assignsubmission_file_?$")  # what Moodle adds to a student's name
+MARKS = ["student", "assignment", "cell", "score"]
 HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
 
 
@@ -58,12 +63,15 @@ def sources() -> dict[str, Path]:
     """Return the instructor's notebook of each assignment, by name.
 
     Raises:
-        CourseError: outside a clone of the repository.
+        CourseError: outside a clone of the repository, or if a notebook is not named aN/aN.ipynb.
     """
     folder = files.home() / "notebooks" / "assignments"
-    found = {path.stem: path for path in sorted(folder.glob("a*/a*.ipynb"))}
+    found = {path.stem: path for path in sorted(folder.glob("*/*.ipynb"))}
     if not found:
         raise CourseError(f"there are no assignments in {folder}; run this in a clone")
+    for name, path in found.items():
+        if not re.fullmatch(r"a\d+", name) or path.parent.name != name:
+            raise CourseError(f"{path}: an assignment is named a7/a7.ipynb, with a number")
     return found
 
 
@@ -82,10 +90,12 @@ def build(output: Path) -> list[Path]:
         The zips.
 
     Raises:
-        CourseError: without nbgrader, or if it refuses an assignment.
+        CourseError: without nbgrader; if it refuses an assignment; or for a cell that `grade` does
+            not know.
     """
     _need_nbgrader()
     from nbgrader.apps import NbGraderAPI
+    from nbgrader.utils import is_task
     from traitlets.config import Config
 
     files.make_folder(output)
@@ -97,11 +107,14 @@ def build(output: Path) -> list[Path]:
     zips = []
     # nbgrader starts `alembic`, which is beside this Python and may not be on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for name in names:
+    for name, source in names.items():
+        if any(is_task(cell) for cell in nbformat.read(source, as_version=4).cells):
+            raise CourseError(f"{name}: no task cells; use a manually graded answer")
         with environment(PATH=path):
             result = api.generate_assignment(name, force=True)
         if not result["success"]:
-            raise CourseError(f"{name}: {result.get('error') or result.get('log')}")
+            told = "\n".join(filter(None, (result.get("error"), result.get("log"))))
+            raise CourseError(f"{name}: {told}")
         released = output / "release" / name / f"{name}.ipynb"
         with (
             files.atomic_write(output / f"{name}.zip") as temporary,
@@ -112,39 +125,98 @@ def build(output: Path) -> list[Path]:
     return zips
 
 
+def _submission(parts: Sequence[str], path: Path, names: Collection[str]) -> Submission | None:
+    """Return whose notebook lies at `path`, with the names `parts` below the class's folder."""
+    student = assignment = ""
+    if len(parts) == 1 and (found := FLAT.fullmatch(parts[0])):
+        student, assignment = found[1], found[2]
+    elif len(parts) == 2 and MOODLE.search(parts[0]) and (found := ALONE.fullmatch(parts[1])):
+        student, assignment = parts[0], found[1]
+    elif len(parts) == 3 and parts[2].lower() == f"{parts[1].lower()}.ipynb":
+        student, assignment = parts[0], parts[1]
+    # Systems write one name in two ways: "ö", or "o" and two dots.
+    student = unicodedata.normalize("NFC", MOODLE.sub("", student))
+    if not student or assignment.lower() not in names:
+        return None
+    return Submission(student, assignment.lower(), path)
+
+
 def collect(folder: Path) -> tuple[list[Submission], list[Path]]:
     """Return the submissions in `folder`, and the files that are none.
 
     Args:
-        folder: nbgrader's layout STUDENT/NAME/NAME.ipynb, or flat: STUDENT_NAME.ipynb.
+        folder: nbgrader's layout STUDENT/NAME/NAME.ipynb, or flat: STUDENT_NAME.ipynb; or what
+            Moodle's "download all submissions" makes of either. Case does not matter for NAME.
 
     Raises:
-        CourseError: if the folder is missing, or holds no submission.
+        CourseError: if the folder is missing, or holds no submission, or one twice.
     """
     if not folder.is_dir():
         raise CourseError(f"there is no folder {folder}")
     names, found, others = sources(), [], []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
+    for path in _files_below(folder, others):
         parts = path.relative_to(folder).parts
-        flat = re.fullmatch(r"(.+)_(a\d+)\.ipynb", path.name)
+        # A link could lead anywhere; hidden files are a system's own, as "._anna_a2.ipynb".
         if path.is_symlink() or any(p.startswith(".") or not p.isprintable() for p in parts):
-            others.append(path)  # could lead anywhere; or is a system's own, as "._anna_a2.ipynb"
-        elif len(parts) == 3 and parts[1] in names and parts[2] == f"{parts[1]}.ipynb":
-            found.append(Submission(parts[0], parts[1], path))
-        elif len(parts) == 1 and flat and flat[2] in names:
-            found.append(Submission(flat[1], flat[2], path))
+            others.append(path)
+        elif one := _submission(parts, path, names):
+            found.append(one)
         else:
             others.append(path)
     if not found:
         raise CourseError(
             f"{folder} holds no submission: neither STUDENT/a2/a2.ipynb nor STUDENT_a2.ipynb"
         )
-    seen: set[tuple[str, str]] = set()
+    seen: dict[tuple[str, str], Path] = {}
     for one in found:
-        if (one.student, one.assignment) in seen:
-            raise CourseError(f"{folder} holds {one.assignment} of {one.student} twice; remove one")
-        seen.add((one.student, one.assignment))
+        first = seen.setdefault((one.student, one.assignment), one.path)
+        if first != one.path:
+            raise CourseError(
+                f"{one.assignment} of {one.student} is there twice; remove {first} or {one.path}"
+            )
     return found, others
+
+
+def _files_below(folder: Path, unreadable: list[Path]) -> list[Path]:
+    """Return all files and links below `folder`; add the folders that cannot be read."""
+
+    def note(error: OSError) -> None:
+        unreadable.append(Path(error.filename))
+
+    found = []
+    for root, folders, names in os.walk(folder, onerror=note):
+        below = [Path(root, name) for name in (*names, *folders)]
+        found += [path for path in below if path.is_symlink() or not path.is_dir()]
+    return sorted(found)
+
+
+def read_marks(path: Path) -> pd.DataFrame:
+    """Return the marks that a person gave: a row for a cell, with the columns `MARKS`.
+
+    Raises:
+        CourseError: if it cannot be read, or has other columns or a score that is no number.
+    """
+    try:
+        marks = pd.read_csv(path, dtype={"student": str})[MARKS]
+        marks["score"] = marks["score"].astype(float)
+    except (OSError, ValueError, KeyError) as error:
+        raise CourseError(
+            f"cannot read {path}: {error}; it needs the columns {', '.join(MARKS)}"
+        ) from error
+    return marks
+
+
+def _mark(graded: Mapping[Submission, dict[str, Any]], marks: pd.DataFrame) -> None:
+    """Put `marks` into the scores, in place."""
+    cells = {(one.student, one.assignment): scores["cells"] for one, scores in graded.items()}
+    for row in marks.itertuples(index=False):
+        result = cells.get((row.student, row.assignment), {}).get(row.cell)
+        told = f"the mark {row.score:g} for {row.cell} of {row.assignment} of {row.student}"
+        if result is None:
+            raise CourseError(f"{told}: there is no such cell in this folder")
+        if not 0 <= row.score <= result["points"]:
+            raise CourseError(f"{told}: the cell has 0 to {result['points']:g} points")
+        result.update(score=row.score, reason="marked by hand")
 
 
 def grade(
@@ -154,6 +226,7 @@ def grade(
     sandbox: bool = True,
     jobs: int | None = None,
     seconds: int = SECONDS,
+    marks: Path | None = None,
     console: Console | None = None,
 ) -> pd.DataFrame:
     """Grade every submission in `folder`; what was graded before and did not change is kept.
@@ -164,6 +237,7 @@ def grade(
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time; None for one a core.
         seconds: Limit for a whole submission.
+        marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
         console: Where to print.
 
     Returns:
@@ -172,7 +246,7 @@ def grade(
 
     Raises:
         CourseError: without nbgrader; without a bubblewrap that works, unless `sandbox` is False;
-            or if the folder is not as in `collect`.
+            if the folder is not as in `collect`; or a mark has no place.
     """
     _need_nbgrader()
     console = console or Console()
@@ -183,15 +257,17 @@ def grade(
             "--no-sandbox"
         )
     found, others = collect(folder)
+    given = None if marks is None else read_marks(marks)
     for path in others:
-        name = path.name if path.name.isprintable() else ascii(path.name)
+        name = str(path.relative_to(folder))
+        name = name if name.isprintable() else ascii(name)
         console.print(f"not a submission, left out: {name}", style="yellow", markup=False)
-    names, parts, times = sources(), [], []
     files.make_folder(output)
     hide = None
     if sandbox:  # the clone holds the answers, in its history too
         hide = [path.absolute() for path in (files.home(), Path.home(), folder, output)]
         check_sandbox(hide)
+    names, graded = sources(), {one: {} for one in found}
     with (
         Progress(console=console) as progress,
         ThreadPoolExecutor(jobs or cores()) as pool,
@@ -204,23 +280,43 @@ def grade(
         }
         stack.callback(pool.shutdown, cancel_futures=True)  # when it is interrupted
         for task in as_completed(tasks):
-            one, scores = tasks[task], task.result()
-            parts += [
-                {"student": one.student, "assignment": one.assignment, "cell": cell} | result
-                for cell, result in scores["cells"].items()
-            ]
-            times.append({"assignment": one.assignment, "seconds": scores["seconds"]})
+            graded[tasks[task]] = task.result()
             progress.advance(bar)
-    table = pd.DataFrame(parts).sort_values(["student", "assignment"], kind="stable")
+    if given is not None:
+        _mark(graded, given)
+    table = pd.DataFrame(
+        {"student": one.student, "assignment": one.assignment, "cell": cell} | result
+        for one, scores in graded.items()
+        for cell, result in scores["cells"].items()
+    ).sort_values(["student", "assignment"], kind="stable")
     with files.atomic_write(output / "grades.csv") as temporary:
-        table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False, encoding="utf-8-sig")  # Excel takes it for Latin else
     for student in dict.fromkeys(table["student"]):
-        _write_feedback(student, [one for one in found if one.student == student], output)
-    console.print(f"{len(found)} submissions graded: {output / 'grades.csv'}", markup=False)
-    seconds_of = pd.DataFrame(times).groupby("assignment")["seconds"]
+        own = {one: scores for one, scores in graded.items() if one.student == student}
+        _write_feedback(student, own, output)
+    _report(graded, len(others), output / "grades.csv", console)
+    return table
+
+
+def _report(
+    graded: Mapping[Submission, dict[str, Any]], left_out: int, written: Path, console: Console
+) -> None:
+    """Print what went wrong with whole notebooks, and how long each assignment's took."""
+    for one, scores in graded.items():
+        if scores["reason"]:
+            line = f"{one.assignment} of {one.student}: {scores['reason']}"
+            console.print(line, style="yellow", markup=False)
+    console.print(f"{len(graded)} submissions graded: {written}", markup=False)
+    if left_out:
+        line = "left out (above); a submission is STUDENT_a2.ipynb or STUDENT/a2/a2.ipynb"
+        console.print(f"{left_out} {line}", style="yellow", markup=False)
+    times = pd.DataFrame(
+        {"assignment": one.assignment, "seconds": scores["seconds"]}
+        for one, scores in graded.items()
+    )
+    seconds_of = times.groupby("assignment")["seconds"]
     summary = seconds_of.agg(submissions="count", median_s="median", longest_s="max")
     console.print(summary.reset_index().to_string(index=False), markup=False)
-    return table
 
 
 def _kept(one: Submission, output: Path) -> Path:
@@ -344,19 +440,26 @@ def shown_to_student(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def _write_feedback(student: str, submissions: Sequence[Submission], output: Path) -> None:
+def points_of(results: Collection[dict[str, Any]]) -> str:
+    """Return in words what an assignment earned: "14 of 14 points, and 10 to be read"."""
+    read = [result for result in results if result["score"] is not None]
+    earned, of = sum(r["score"] for r in read), sum(r["points"] for r in read)
+    open_ = sum(result["points"] for result in results) - of
+    return f"{earned:g} of {of:g} points" + (f", and {open_:g} to be read" if open_ else "")
+
+
+def _write_feedback(
+    student: str, graded: Mapping[Submission, dict[str, Any]], output: Path
+) -> None:
     """Write feedback/STUDENT.html: the scores and reasons, and each notebook as it ran."""
     parts = [f"<h1>{html.escape(student)}</h1>"]
-    for one in submissions:
+    for one, scores in graded.items():
         kept = _kept(one, output)
-        scores = json.loads((kept / "scores.json").read_text())
-        earned = sum(result["score"] or 0 for result in scores["cells"].values())
-        points = sum(result["points"] for result in scores["cells"].values())
-        parts.append(f"<h2>{one.assignment}: {earned:g} of {points:g} points</h2>")
+        parts.append(f"<h2>{one.assignment}: {points_of(scores['cells'].values())}</h2>")
         parts.append(f"<p>{html.escape(scores['reason'])}</p><table>")
         for cell, result in scores["cells"].items():
             got = "-" if result["score"] is None else f"{result['score']:g}"
-            reason = html.escape(result["reason"])
+            reason = html.escape(result["reason"] if result["reason"] != scores["reason"] else "")
             parts.append(
                 f"<tr><td>{cell}</td><td>{got} of {result['points']:g}</td><td>{reason}</td></tr>"
             )
@@ -364,12 +467,14 @@ def _write_feedback(student: str, submissions: Sequence[Submission], output: Pat
         if (kept / "executed.ipynb").is_file():
             try:
                 executed = nbformat.read(kept / "executed.ipynb", as_version=4)
+                if not executed.cells:  # it was refused
+                    continue
                 shown, _ = HTMLExporter().from_notebook_node(shown_to_student(executed))
             except Exception as error:  # an output that nbconvert cannot draw
                 shown = f"The notebook cannot be shown: {type(error).__name__}"
             frame = html.escape(shown)
             parts.append(f'<iframe sandbox srcdoc="{frame}" style="width:100%;height:80vh">')
             parts.append("</iframe>")
-    title = f"<title>{html.escape(student)}</title>"
+    title = f"<title>{html.escape(student)}</title><style>td {{ white-space: nowrap }}</style>"
     page = f"<!doctype html><meta charset=utf-8>{title}" + "\n".join(parts)
     files.write_bytes(output / "feedback" / f"{student}.html", page.encode(errors="replace"))

@@ -22,6 +22,7 @@ from typing import Any
 
 import nbformat
 import psutil
+from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
@@ -35,6 +36,7 @@ from advlab.tools.sandbox import sandboxed
 
 LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
 PROCESSES = 200  # that it may start
+NOT_RUN = "not run"
 # Runs after a cell with tests, to see whether the submission changed what the tests rely on.
 CANARY = """
 import builtins as _b, random as _r, torch as _t
@@ -55,22 +57,36 @@ class RefusedError(ValueError):
 def read(path: Path) -> NotebookNode:
     """Return the notebook at `path`.
 
+    What is not needed, and editors get wrong (outputs, counts, ids), is left out.
+
     Raises:
         RefusedError: if it is no notebook, or too large to be one of ours.
     """
     if path.stat().st_size > 20_000_000:
         raise RefusedError(f"the file has {path.stat().st_size / 1e6:.0f} MB")
     try:
-        notebook = nbformat.read(path, as_version=4)
+        found = nbformat.reads(path.read_bytes().decode("utf-8-sig"), as_version=4)
+        notebook = nbformat.v4.new_notebook(cells=[_only_text(cell) for cell in found.cells])
         nbformat.validate(notebook)
     except Exception as error:  # nbformat raises many kinds for what is not a notebook
-        raise RefusedError(f"not a notebook: {type(error).__name__}") from error
+        told = (str(error).splitlines() or [""])[0]
+        raise RefusedError(clean(f"not a notebook: {type(error).__name__}: {told}")) from error
     return notebook
 
 
+def _only_text(cell: NotebookNode) -> NotebookNode:
+    """Return a new cell with the text of `cell`, and what nbgrader knows it by."""
+    kinds = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
+    new = kinds.get(cell.cell_type, nbformat.v4.new_raw_cell)(cell.source)
+    if name := _grade_id(cell):
+        new.metadata.nbgrader = {"grade_id": name}
+    return new
+
+
 def _grade_id(cell: NotebookNode) -> str | None:
-    block = cell.metadata.get("nbgrader")
-    return block.get("grade_id") if isinstance(block, dict) else None
+    block = cell.get("metadata", {}).get("nbgrader")
+    name = block.get("grade_id") if isinstance(block, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
@@ -97,6 +113,8 @@ def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
     cells = list(own.get(None, []))
     for name, cell in known.items():
         if is_solution(cell):
+            if not answers:
+                raise RefusedError("it has no cell of this assignment: is it another's notebook?")
             if name not in answers:
                 raise RefusedError(f"the cell for the answer {name} is missing")
             cell.source = answers[name].source
@@ -116,7 +134,8 @@ def definitions(cells: Sequence[NotebookNode]) -> str:
     """Return the imports, functions and classes that an assignment gives in `cells`."""
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     given = [c for c in cells if c.cell_type == "code" and is_locked(c) and not is_grade(c)]
-    statements = [node for cell in given for node in ast.parse(cell.source).body]
+    plain = TransformerManager().transform_cell  # of %magics and !commands
+    statements = [node for cell in given for node in ast.parse(plain(cell.source)).body]
     return "\n".join(ast.unparse(node) for node in statements if isinstance(node, kinds))
 
 
@@ -156,6 +175,11 @@ async def _error_of(runner: Runner, index: int, code: str) -> str | None:
     return None
 
 
+def by_hand(cell: NotebookNode) -> bool:
+    """Return whether a person grades this cell: it is the answer itself."""
+    return is_grade(cell) and is_solution(cell)
+
+
 async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[str, Any]]) -> None:
     """Execute `notebook` in place, and write each graded cell's score and reason to `results`.
 
@@ -174,10 +198,10 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
             except CellTimeoutError:
                 raise
             except CellExecutionError as error:
-                reason = clean(f"{error.ename}: {error.evalue}")
+                reason = clean(f"{error.ename}: {error.evalue}".removesuffix(": "))
             if runner.printed > LARGEST_OUTPUT:
                 raise RefusedError(f"it printed more than {LARGEST_OUTPUT // 1_000_000} MB")
-            if result is None:
+            if result is None or by_hand(cell):
                 continue
             changed = await _error_of(runner, index, CANARY)
             if await _error_of(runner, index, "assert False") is None:
@@ -215,16 +239,17 @@ def score(
 ) -> tuple[NotebookNode, dict[str, Any]]:
     """Return the executed notebook, and its scores: a reason for all, and a result per cell."""
     results = {
-        _grade_id(cell): {"points": cell.metadata.nbgrader.points, "score": 0, "reason": "not run"}
+        _grade_id(cell): {"points": cell.metadata.nbgrader.points, "score": 0, "reason": NOT_RUN}
         for cell in source.cells
         if is_grade(cell)
     }
     notebook, reason = nbformat.v4.new_notebook(), ""
     try:
         notebook = merge(source, read(submission))
-        for cell in notebook.cells:
-            if is_grade(cell) and cell.cell_type == "markdown":
-                empty = cell.source.strip() in ("", "YOUR ANSWER HERE")
+        for cell, after in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+            if by_hand(cell):
+                own = after is not None and _grade_id(after) is None  # the answer may stand there
+                empty = cell.source.strip() in ("", "YOUR ANSWER HERE") and not own
                 results[_grade_id(cell)].update(
                     score=0 if empty else None, reason="no answer" if empty else "to be read"
                 )
@@ -243,6 +268,9 @@ def score(
         reason = "the kernel died (crashed, or ran out of memory)"
     except Exception as error:  # a submission may break more than is foreseen here
         reason = clean(f"could not be run to its end: {type(error).__name__}: {error}")
+    for result in results.values():
+        if result["reason"] == NOT_RUN:
+            result["reason"] = reason or NOT_RUN
     return notebook, {"reason": reason, "cells": results}
 
 
@@ -261,7 +289,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     threading.Thread(target=_watch, args=[given.megabytes], daemon=True).start()
     notebook, scores = score(
-        read(given.source),
+        nbformat.read(given.source, as_version=4),
         given.submission,
         given.work,
         cell_seconds=given.cell_seconds,
