@@ -156,23 +156,23 @@ LENGTHS = "grad(loss, x)[0].flatten(1).norm(dim=1)"
 SUBTLE = {
     # as WRONG; these run without the grader
     "fgsm in training mode": (
-        "a2", "return (images + eps", "model.train()\n    return (images + eps", ["direction-test"],
+        "a2", "return (images + eps", "model.train()\n    return (images + eps", ["leaves-test"],
     ),
     "fgsm's backward": (
         "a2", "    return (images + eps * image_gradient(model, images, labels)",
-        OWN_WRONG_GRADIENT.format(labels="labels", sign="+"), ["direction-test"],
+        OWN_WRONG_GRADIENT.format(labels="labels", sign="+"), ["leaves-test"],
     ),
     "targeted backward": (
         "a2", "    return (images - eps * image_gradient(model, images, targets)",
-        OWN_WRONG_GRADIENT.format(labels="targets", sign="-"), ["targeted-test"],
+        OWN_WRONG_GRADIENT.format(labels="targets", sign="-"), ["leaves-test"],
     ),
     "clears .grad": (
         "a2", "    was_training", "    model.zero_grad()\n    was_training", ["mode-test"],
     ),
     "whole steps": ("a2", "return steps / 255", "return int(steps) / 255", ["pixels-test"]),
     "gradient of the original": ("a4", OF_START, OF_ORIGINAL, ["ball-test"]),
-    "a start per image": ("a4", UNIFORM, ONE_NUMBER, ["ball-test"]),
-    "start on one side": ("a4", f"(2 * {UNIFORM} - 1)", UNIFORM, ["ball-test"]),
+    "a start per image": ("a4", UNIFORM, ONE_NUMBER, ["start-test"]),
+    "start on one side": ("a4", f"(2 * {UNIFORM} - 1)", UNIFORM, ["start-test"]),
     "start outside": ("a4", "start).clamp(0, 1)", "start)", ["ball-test"]),
     "sum / 32": (
         "a4", "cross_entropy(model(made), labels)",
@@ -183,20 +183,20 @@ SUBTLE = {
         "a5", "interval(attacked, n)[0] > interval(clean, n)[1]", Z_TEST, ["alarm-test"],
     ),
     "another source": ("a5", "made = fgsm(source,", "made = fgsm(target,", ["transfer-test"]),
-    "alpha ignored": ("a6", "x + alpha *", "x + eps / 4 *", ["ball-test"]),
+    "alpha ignored": ("a6", "x + alpha *", "x + eps / 4 *", ["walk-test"]),
     "last point ignored": (
         "a6", "        rank", "        if step and step == steps:\n            break\n        rank",
-        ["ball-test"],
+        ["walk-test"],
     ),
     "last if never wrong": ("a6", "rank = loss", "rank = step", ["worst-test"]),
-    "a PGD start per image": ("a6", UNIFORM, ONE_NUMBER, ["worst-test"]),
+    "a PGD start per image": ("a6", UNIFORM, ONE_NUMBER, ["walk-test", "worst-test"]),
     "PGD from outside": (
         "a6", "x = project(images + start, images, eps)", "x = images + start", ["worst-test"],
     ),
     "left in eval mode": ("a6", "    start =", "    model.eval()\n    start =", ["ball-test"]),
     "small is vanished": ("a6", "1e-10", "1e-3", ["masked-test"]),
-    "share of pixels": ("a6", LENGTHS, "grad(loss, x)[0].abs()", ["masked-test"]),
-    "any image": ("a6", ".float().mean() > 0.5", ".any()", ["masked-test"]),
+    "share of pixels": ("a6", LENGTHS, "grad(loss, x)[0].abs()", ["partly-test"]),
+    "any image": ("a6", ".float().mean() > 0.5", ".any()", ["partly-test"]),
 }  # fmt: skip
 IN_PLACE = "torch.empty_like(images).uniform_(-eps, eps, generator=generator)"
 LOOP = """    made = [
