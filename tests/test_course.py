@@ -15,10 +15,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import files
-from advlab.tools import course, run_submission
+from advlab.tools import course
 from advlab.tools.cli import app
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
+from advlab.tools import run_submission
+
 NAMES = list(course.sources())
 SANDBOX = bool(shutil.which("bwrap"))
 QUIET = Console(record=True, width=100)
