@@ -46,13 +46,18 @@ def solutions(notebook):
     return [c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("solution")]
 
 
+def replace(notebook, old, new):
+    """Replace `old` by `new` in the answers of `notebook`."""
+    changed = [cell for cell in solutions(notebook) if old in cell.source]
+    assert changed, f"no answer holds {old!r}"
+    for cell in changed:
+        cell.source = cell.source.replace(old, new)
+
+
 def put(folder, student, name, notebook, old="", new=""):
     """Hand in `notebook`, with `old` replaced by `new` in its answers."""
     if old:
-        changed = [cell for cell in solutions(notebook) if old in cell.source]
-        assert changed, f"no answer holds {old!r}"
-        for cell in changed:
-            cell.source = cell.source.replace(old, new)
+        replace(notebook, old, new)
     folder.mkdir(exist_ok=True)
     nbformat.write(notebook, folder / f"{student}_{name}.ipynb")
 
@@ -230,10 +235,7 @@ OTHERWISE_RIGHT = {
 def failing(name, old, new):
     """Run the code of an assignment with `old` replaced in its answers; return what failed."""
     notebook = source(name)
-    changed = [cell for cell in solutions(notebook) if old in cell.source]
-    assert changed, f"no answer holds {old!r}"
-    for cell in changed:
-        cell.source = cell.source.replace(old, new)
+    replace(notebook, old, new)
     space, failed = {}, []
     for cell in notebook.cells:
         if cell.cell_type == "code":
