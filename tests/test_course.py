@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 import zipfile
 from pathlib import Path
 
@@ -32,6 +34,15 @@ def released(tmp_path_factory):
     output = tmp_path_factory.mktemp("course")
     course.build(output)
     return output
+
+
+def validate(path, **how):
+    from nbgrader.validator import Validator
+    from traitlets.config import Config
+
+    config = Config()
+    config.ExecutePreprocessor.timeout = 300  # seconds a cell; its own 30 are few on a busy machine
+    return Validator(config=config, **how).validate(str(path))
 
 
 def source(name):
@@ -76,17 +87,13 @@ def test_there_are_six():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_source_is_valid(name):
-    from nbgrader.validator import Validator
-
-    assert Validator().validate(str(course.sources()[name])) == {}
+    assert validate(course.sources()[name]) == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_release_fails_its_tests_and_holds_no_answer(name, released):
-    from nbgrader.validator import Validator
-
     path = released / "release" / name / f"{name}.ipynb"
-    assert Validator(invert=True).validate(str(path)) == {}
+    assert validate(path, invert=True) == {}
     text = path.read_text()
     assert not re.search("BEGIN (SOLUTION|HIDDEN|MARK)", text)
     answers = {c.metadata.nbgrader.grade_id: c.source for c in solutions(source(name))}
@@ -181,6 +188,13 @@ SUBTLE = {
     "a start per image": ("a4", UNIFORM, ONE_NUMBER, ["start-test"]),
     "start on one side": ("a4", f"(2 * {UNIFORM} - 1)", UNIFORM, ["start-test"]),
     "start outside": ("a4", "start).clamp(0, 1)", "start)", ["ball-test"]),
+    "trains on originals": ("a4", "model(made), labels", "model(images), labels", ["step-test"]),
+    "crafts in eval mode": (
+        "a4", "    made = attack(model, images, labels, eps, generator)",
+        "    made = attack(model.eval(), images, labels, eps, generator)\n    model.train()",
+        ["step-test"],
+    ),
+    "gradients add up": ("a4", "    optimiser.zero_grad()\n", "", ["step-test"]),
     "sum / 32": (
         "a4", "cross_entropy(model(made), labels)",
         "cross_entropy(model(made), labels, reduction='sum') / 32", ["step-test"],
@@ -222,6 +236,7 @@ OTHERWISE_RIGHT = {
     ],
     "a4": [
         (f"(2 * {UNIFORM} - 1) * eps", IN_PLACE),
+        (f"(2 * {UNIFORM} - 1) * eps", f"(1 - 2 * {UNIFORM}) * eps"),
         (" + 1.25 * eps * gradient.sign()", ".add(gradient.sign(), alpha=1.25 * eps)"),
     ],
     "a6": [
@@ -249,9 +264,7 @@ def failing(name, old, new):
 @pytest.mark.parametrize("error", SUBTLE)
 def test_a_subtle_error_costs_points(error):
     name, old, new, tests = SUBTLE[error]
-    failed = failing(name, old, new)
-    # What is wrong in one function may show again in what is built on it.
-    assert set(tests) <= set(failed) <= {*tests, "step-test"}
+    assert failing(name, old, new) == tests
 
 
 @pytest.mark.parametrize(
@@ -363,8 +376,17 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path):
         assert "BEGIN SOLUTION" not in page
 
 
+@pytest.fixture
+def port():
+    """A port of this machine at which somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        socket.create_connection(address, 2).close()  # it can be reached from here
+        yield address[1]
+
+
 @pytest.mark.skipif(not SANDBOX, reason="bubblewrap is not installed")
-def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch):
+def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch, port):
     victim, outside = tmp_path / "victim.txt", files.home() / "outputs" / "written.txt"
     victim.write_text("mine")
     monkeypatch.setenv("GRADER_TOKEN", "secret")
@@ -375,7 +397,7 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch):
         f"open({str(outside)!r}, 'w')",
         f"import os\nos.remove({str(victim)!r})",
         "import advlab\nopen(advlab.__file__, 'a')",
-        "import socket\nsocket.create_connection(('127.0.0.1', 22), 2)",
+        f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)",
         f"open({str(course.sources()['a1'])!r})",
         f"import os\nos.listdir({str(files.home() / '.git')!r})",
         f"open({str(folder / 'neighbour' / 'notes_a1.ipynb')!r})",
@@ -562,6 +584,11 @@ def test_marks_without_a_place_are_refused(rows, message, tmp_path):
         course._mark(graded, course.read_marks(tmp_path / "marks.csv"))
 
 
+def test_a_student_called_none_has_marks(tmp_path):
+    (tmp_path / "marks.csv").write_text("student,assignment,cell,score\nNone,a1,x,1\n")
+    assert list(course.read_marks(tmp_path / "marks.csv")["student"]) == ["None"]
+
+
 def test_missing_answer_is_named(tmp_path):
     notebook = source("a1")
     notebook.cells = [c for c in notebook.cells if c.metadata.nbgrader.grade_id != "build-solution"]
@@ -606,6 +633,41 @@ def test_what_could_not_be_run_is_run_again(tmp_path, monkeypatch):
     assert again == {("one", "a1"): 20}
 
 
+def test_a_disk_that_is_full_does_not_stop_the_others(tmp_path, monkeypatch):
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    write_bytes = files.write_bytes
+
+    def full(path, content):
+        if path.name == "scores.json":
+            raise OSError(28, "No space left on device")
+        write_bytes(path, content)
+
+    monkeypatch.setattr(files, "write_bytes", full)
+    totals, table = grades(tmp_path / "in", tmp_path / "out")
+    assert totals == {("one", "a1"): 0}
+    assert table["reason"].str.contains("No space left").all()
+
+
+def test_an_interrupted_run_does_not_wait(tmp_path, monkeypatch):
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    ended = []
+
+    def sleep(one, source, kept, hide):
+        ended.append(course._run_limited(["sleep", "30"], kept / "log.txt", 60))
+        return ended[0]
+
+    def interrupt(tasks):
+        while not course._running:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(course, "_run", sleep)
+    monkeypatch.setattr(course, "as_completed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        grades(tmp_path / "in", tmp_path / "out")
+    assert ended == ["could not be run (see log.txt)"], "it was killed, and did not end by itself"
+
+
 @pytest.mark.parametrize("text", ["=1+1", "a\r\nb\x00", "\ud800"])
 def test_reasons_are_fit_for_a_table(text):
     cleaned = run_submission.clean(text)
@@ -643,14 +705,18 @@ def test_both_layouts_are_found_and_other_files_named(tmp_path):
     moodle = tmp_path / "Ada Lovelace_456_assignsubmission_file_"
     moodle.mkdir()
     (moodle / "mine_a2.ipynb").touch()
+    (tmp_path / "Ada Lovelace_789_assignsubmission_file_ada_a3.ipynb").touch()
     (tmp_path / "_9_assignsubmission_file_a2.ipynb").touch()  # of nobody
+    (tmp_path / "=1+1_a1.ipynb").touch()  # a formula, in a table
+    (tmp_path / f"{'x' * 246}_a1.ipynb").touch()  # its page would have no name
     found, others = course.collect(tmp_path)
     assert [(one.student, one.assignment) for one in found] == [
-        ("Ada Lovelace", "a1"), ("Ada Lovelace", "a2"), ("BEN", "a2"), ("Jörg", "a1"),
-        ("flat", "a1"), ("nested", "a2"),
+        ("Ada Lovelace", "a1"), ("Ada Lovelace", "a2"), ("Ada Lovelace", "a3"), ("BEN", "a2"),
+        ("Jörg", "a1"), ("flat", "a1"), ("nested", "a2"),
     ]  # fmt: skip
     left_out = {"notes.txt", "x_a9.ipynb", "link_a1.ipynb", "._flat_a1.ipynb", ".._a1.ipynb"}
     left_out |= {"m\udcfcller_a1.ipynb", "_9_assignsubmission_file_a2.ipynb"}
+    left_out |= {"=1+1_a1.ipynb", f"{'x' * 246}_a1.ipynb"}
     assert {path.name for path in others} == left_out
 
 
@@ -658,7 +724,7 @@ def test_a_submission_that_is_there_twice_is_named(tmp_path):
     put(tmp_path, "anna", "a1", source("a1"))
     (tmp_path / "anna" / "a1").mkdir(parents=True)
     nbformat.write(source("a1"), tmp_path / "anna" / "a1" / "a1.ipynb")
-    both = "a1 of anna is there twice; remove .*a1.ipynb or .*a1.ipynb"
+    both = "a1 of anna is there twice: .*a1.ipynb and .*a1.ipynb; remove one, or give it another"
     with pytest.raises(course.CourseError, match=both):
         course.collect(tmp_path)
 

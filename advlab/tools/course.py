@@ -41,9 +41,12 @@ from advlab.tools.train import cores, environment
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
 FLAT = re.compile(r"(.+)_(a\d+)\.ipynb", re.IGNORECASE)
 ALONE = re.compile(r"(?:.+_)?(a\d+)\.ipynb", re.IGNORECASE)
-MOODLE = re.compile(r"_\d+_assignsubmission_file_?$")  # what Moodle adds to a student's name
+MOODLE = re.compile(r"_\d+_assignsubmission_file(_.*)?$")  # what Moodle adds to a student's name
+LONGEST = 200  # bytes of a student's name; of a file's, systems take 255
 MARKS = ["student", "assignment", "cell", "score"]
+GRADER = ("course", "run_submission", "sandbox", "memory")  # modules that a score depends on
 HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
+_running: set[int] = set()  # process groups of submissions
 
 
 class CourseError(RuntimeError):
@@ -136,7 +139,10 @@ def _submission(parts: Sequence[str], path: Path, names: Collection[str]) -> Sub
         student, assignment = parts[0], parts[1]
     # Systems write one name in two ways: "ö", or "o" and two dots.
     student = unicodedata.normalize("NFC", MOODLE.sub("", student))
-    if not student or assignment.lower() not in names:
+    # A spreadsheet would compute what begins as a formula.
+    if not student or student[0] in "=+-@" or len(student.encode()) > LONGEST:
+        return None
+    if assignment.lower() not in names:
         return None
     return Submission(student, assignment.lower(), path)
 
@@ -172,7 +178,8 @@ def collect(folder: Path) -> tuple[list[Submission], list[Path]]:
         first = seen.setdefault((one.student, one.assignment), one.path)
         if first != one.path:
             raise CourseError(
-                f"{one.assignment} of {one.student} is there twice; remove {first} or {one.path}"
+                f"{one.assignment} of {one.student} is there twice: {first} and {one.path}; remove "
+                "one, or give it another name if they are two students"
             )
     return found, others
 
@@ -197,7 +204,10 @@ def read_marks(path: Path) -> pd.DataFrame:
         CourseError: if it cannot be read, or has other columns or a score that is no number.
     """
     try:
-        marks = pd.read_csv(path, dtype={"student": str})[MARKS]
+        # A student may be called None.
+        marks = pd.read_csv(
+            path, dtype={"student": str}, keep_default_na=False, na_values={"score": ""}
+        )[MARKS]
         marks["score"] = marks["score"].astype(float)
     except (OSError, ValueError, KeyError) as error:
         raise CourseError(
@@ -225,7 +235,6 @@ def grade(
     *,
     sandbox: bool = True,
     jobs: int | None = None,
-    seconds: int = SECONDS,
     marks: Path | None = None,
     console: Console | None = None,
 ) -> pd.DataFrame:
@@ -236,7 +245,6 @@ def grade(
         output: Gets grades.csv, and feedback/STUDENT.html with a page per student.
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time; None for one a core.
-        seconds: Limit for a whole submission.
         marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
         console: Where to print.
 
@@ -275,10 +283,11 @@ def grade(
     ):
         bar = progress.add_task("grading", total=len(found))
         tasks = {
-            pool.submit(_grade_one, one, names[one.assignment], output, hide, seconds): one
-            for one in found
+            pool.submit(_grade_one, one, names[one.assignment], output, hide): one for one in found
         }
-        stack.callback(pool.shutdown, cancel_futures=True)  # when it is interrupted
+        # When it is interrupted: begin no more, and do not wait for those that run.
+        stack.callback(_kill_running)
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for task in as_completed(tasks):
             graded[tasks[task]] = task.result()
             progress.advance(bar)
@@ -348,7 +357,7 @@ def _work_folder() -> Iterator[Path]:
 
 
 def _grade_one(
-    one: Submission, source: Path, output: Path, hide: Sequence[Path] | None, seconds: int
+    one: Submission, source: Path, output: Path, hide: Sequence[Path] | None
 ) -> dict[str, Any]:
     """Return the scores of one submission, from its folder if nothing changed since.
 
@@ -363,7 +372,7 @@ def _grade_one(
         shutil.rmtree(kept, ignore_errors=True)
         files.make_folder(kept)
         start = time.perf_counter()
-        reason = _run(one, source, kept, hide, seconds)
+        reason = _run(one, source, kept, hide)
         took = time.perf_counter() - start
         if (kept / "scores.json").is_file():
             scores = json.loads((kept / "scores.json").read_text())
@@ -381,14 +390,12 @@ def _grade_one(
         for block in blocks
         if block and block.grade
     }
-    scores = {"reason": reason, "cells": empty, "seconds": 0.0}
-    files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
-    return scores
+    return {"reason": reason, "cells": empty, "seconds": 0.0}
 
 
 def _identity(one: Submission, source: Path, *, sandbox: bool) -> str:
     """Return a hash of what a score depends on: the notebook, its source, the code that grades."""
-    code = (Path(__file__), Path(__file__).with_name("run_submission.py"))
+    code = [Path(__file__).with_name(f"{name}.py") for name in GRADER]
     digest = sha256(bytes([sandbox]))
     for path in (one.path, source, *code):
         with path.open("rb") as opened:
@@ -396,19 +403,17 @@ def _identity(one: Submission, source: Path, *, sandbox: bool) -> str:
     return digest.hexdigest()
 
 
-def _run(
-    one: Submission, source: Path, kept: Path, hide: Sequence[Path] | None, seconds: int
-) -> str:
+def _run(one: Submission, source: Path, kept: Path, hide: Sequence[Path] | None) -> str:
     """Run a submission; it writes its scores to the folder `kept`. Return why it could not."""
     with _work_folder() as work:
         command = [sys.executable, "-m", "advlab.tools.run_submission"]
         command += [str(p.absolute()) for p in (source, one.path, work, kept)]
-        command += ["--cell-seconds", str(CELL_SECONDS), "--seconds", str(seconds)]
+        command += ["--cell-seconds", str(CELL_SECONDS), "--seconds", str(SECONDS)]
         command += ["--megabytes", str(MEGABYTES)]
         command += [word for path in hide or () for word in ("--hide", str(path))]
         command += [] if hide is None else ["--sandbox"]
         # It ends by itself in time, unless something is badly wrong.
-        return _run_limited(command, kept / "log.txt", seconds + 120)
+        return _run_limited(command, kept / "log.txt", SECONDS + 120)
 
 
 def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
@@ -417,15 +422,26 @@ def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
         process = subprocess.Popen(
             command, stdout=written, stderr=written, stdin=subprocess.DEVNULL, process_group=0
         )
+        _running.add(process.pid)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             return f"took longer than {seconds} s"
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _running.discard(process.pid)
+            _kill(process.pid)
             process.wait()
     return "" if process.returncode == 0 else "could not be run (see log.txt)"
+
+
+def _kill(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _kill_running() -> None:
+    for group in tuple(_running):
+        _kill(group)
 
 
 def shown_to_student(notebook: NotebookNode) -> NotebookNode:
