@@ -24,6 +24,7 @@ from advlab.data import ImageData, to_float
 ATTACKS = ("fgsm", "fgsm towards a class", "rs-fgsm", "pgd", "noise")
 LARGEST_UPLOAD = 10_000_000  # bytes
 SIDE = 32
+LARGEST_EPS = 64  # in steps of 1/255
 # Blue and orange of the Okabe-Ito palette; the numbers beside the bars say the same without colour.
 COLOURS = {"before": "#0072B2", "after": "#E69F00"}
 
@@ -86,26 +87,27 @@ def attack_one(
         label: The true class.
         attack: One of `ATTACKS`.
         eps: L-infinity size, from 0 to 1.
-        steps: Of "pgd".
+        steps: Of "pgd", at least 1.
         target: Of "fgsm towards a class".
         classes: Logits that have a name; others are left out of the probabilities.
         report: Called at every forward pass of the attack; may raise to stop it.
 
     Raises:
-        ValueError: if there is no such attack or source.
+        ValueError: if there is no such attack or source, or eps or steps is out of range.
     """
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; choose one of {', '.join(ATTACKS)}")
     if source not in models:
         raise ValueError(f"unknown source {source!r}; choose one of {', '.join(models)}")
     x, y = image[None], torch.tensor([label])
-    maker = _Watched(models[source], report).eval()
+    maker = _Watched(models[source], report)
     if eps == 0:
         made = x
     elif attack == "fgsm towards a class":
         made = fgsm(maker, x, y, eps, targeted=torch.tensor([target]))
     elif attack == "pgd":
-        made = pgd(maker, x, y, eps, alpha=max(eps / 8, 2.5 * eps / steps), steps=steps, seed=0)
+        alpha = min(1, max(eps / 8, 2.5 * eps / max(steps, 1)))  # `pgd` refuses steps below 1
+        made = pgd(maker, x, y, eps, alpha=alpha, steps=steps, seed=0)
     else:
         made = evaluation.attacked({"rs-fgsm": "rfgsm"}.get(attack, attack), maker, x, y, eps)
     saved = (made * 255).round() / 255
@@ -130,15 +132,18 @@ def read_upload(content: bytes) -> Tensor:
     """Return an uploaded PNG or JPEG, cut to its central square, as (3, 32, 32) float in [0, 1].
 
     Raises:
-        ValueError: if it is too large, or no picture that Pillow reads.
+        ValueError: if it is too large, has 16 bits a pixel, or is no picture that Pillow reads.
     """
     if len(content) > LARGEST_UPLOAD:
         raise ValueError(f"the file has {len(content) / 1e6:.0f} MB; at most 10 are read")
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as opened:
+            deep = opened.mode.startswith("I")  # 16 bits a pixel, which `convert` would cut off
             picture = ImageOps.exif_transpose(opened).convert("RGB")  # upright
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise ValueError("this is not a PNG or JPEG picture that can be read") from error
+    if deep:
+        raise ValueError("the picture has 16 bits a pixel; save it with 8")
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
     picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
@@ -193,6 +198,10 @@ class AttackExplorer:
         data: Where the images come from.
         index: Of the first image, in the test split.
         eps: The first size, in steps of 1/255.
+
+    Raises:
+        ValueError: without a model; if `eps` is no whole number from 0 to 64; or for an `index`
+            outside the split.
     """
 
     def __init__(
@@ -200,6 +209,9 @@ class AttackExplorer:
     ) -> None:
         if not models:
             raise ValueError("no model was given; give at least one, by name")
+        for name, value, most in (("eps", eps, LARGEST_EPS), ("index", index, len(data.test) - 1)):
+            if value not in range(most + 1):  # the controls would cut it off, and say nothing
+                raise ValueError(f"{name} is {value}; it must be a whole number from 0 to {most}")
         self.models, self.data = dict(models), data
         names = list(self.models)
         wide = {"style": {"description_width": "110px"}, "layout": w.Layout(width="360px")}
@@ -212,7 +224,7 @@ class AttackExplorer:
             description="towards",
             **wide,
         )
-        self.eps = w.IntSlider(eps, 0, 64, description="eps (of 255)", **wide)
+        self.eps = w.IntSlider(eps, 0, LARGEST_EPS, description="eps (of 255)", **wide)
         self.steps = w.IntSlider(20, 1, 200, description="steps", **wide)
         self.index = w.BoundedIntText(index, 0, len(data.test) - 1, description="image", **wide)
         self.kind = w.Dropdown(
@@ -341,8 +353,10 @@ class AttackExplorer:
     def _uploaded(self, _: Any) -> None:
         if not self.upload.value:
             return
+        content = bytes(self.upload.value[0]["content"])
+        self.upload.value = ()  # else the same picture, chosen again, would be no change
         try:
-            self._choose(read_upload(bytes(self.upload.value[0]["content"])))
+            self._choose(read_upload(content))
         except ValueError as error:
             self.message.value = html.escape(str(error))
 

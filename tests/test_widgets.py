@@ -69,6 +69,28 @@ def test_unknown_names_are_refused(source, attack, models, shapes):
         attack_one(models, source, image, 0, attack, 0.1)
 
 
+@pytest.mark.parametrize(("steps", "eps"), [(0, 0.1), (20, 1.5)])
+def test_numbers_out_of_range_are_refused(steps, eps, models, shapes):
+    image = shapes.test.batch(slice(0, 1))[0][0]
+    with pytest.raises(ValueError, match=f"is {eps if steps else steps}"):
+        attack_one(models, "one", image, 0, "pgd", eps, steps=steps)
+
+
+def test_one_large_step_is_a_step_across_the_image(models, shapes):
+    image = shapes.test.batch(slice(0, 1))[0][0]
+    assert attack_one(models, "one", image, 0, "pgd", 0.9, steps=1).linf > 100
+
+
+def test_models_keep_their_mode(models, shapes):
+    image = shapes.test.batch(slice(0, 1))[0][0]
+    models["one"].train()
+    models["two"].eval()
+    for attack in ATTACKS:
+        attack_one(models, "one", image, 0, attack, 0.1, target=1)
+    assert models["one"].training
+    assert not models["two"].training
+
+
 def test_an_attack_can_be_stopped(models, shapes):
     passes = []
 
@@ -122,6 +144,13 @@ def test_upload_that_is_no_picture_is_refused(content):
         read_upload(content)
 
 
+def test_upload_with_16_bits_a_pixel_is_refused():
+    written = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 20_000, dtype=np.uint16)).save(written, "PNG")
+    with pytest.raises(ValueError, match="16 bits a pixel; save it with 8"):
+        read_upload(written.getvalue())
+
+
 def test_upload_that_is_too_large_is_refused():
     with pytest.raises(ValueError, match="11 MB"):
         read_upload(b" " * 11_000_000)
@@ -166,8 +195,8 @@ def test_random_image_is_of_the_wanted_class(explorer, shapes):
 
 
 def upload(explorer, content):
-    now = datetime.now(tz=UTC)
-    entry = {"name": "x.png", "type": "image/png", "size": len(content), "last_modified": now}
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    entry = {"name": "x.png", "type": "image/png", "size": len(content), "last_modified": day}
     explorer.upload.value = [{**entry, "content": memoryview(content)}]
 
 
@@ -177,6 +206,8 @@ def test_own_picture_is_attacked_too(explorer):
     assert float(explorer.outcome.original[0].min()) > 0.98
     explorer.index.value = 5
     assert explorer.image()[1] is not None
+    upload(explorer, picture((50, 50)))  # the same once more
+    assert explorer.image()[1] is None
 
 
 def test_upload_that_fails_is_told_in_the_panel(explorer):
@@ -199,6 +230,13 @@ def test_a_batch_run_shows_a_figure(explorer):
 def test_no_model_is_refused(shapes):
     with pytest.raises(ValueError, match="no model was given"):
         AttackExplorer({}, shapes)
+
+
+@pytest.mark.parametrize("wrong", [{"eps": 8 / 255}, {"eps": 65}, {"index": -1}, {"index": 60}])
+def test_what_the_controls_cannot_show_is_refused(wrong, models, shapes):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must be a whole number from 0 to"):
+        AttackExplorer(models, shapes, **wrong)
 
 
 def test_pixels_are_enlarged_unchanged():
