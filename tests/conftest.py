@@ -238,7 +238,7 @@ def trained(zoo) -> tuple[Checkpoint, Checkpoint]:
 def learned(tmp_path_factory) -> tuple[nn.Module, Split]:
     """Return a CNN that has learned Shapes-10, and the test split: the longest training here."""
     images = data.Shapes10(6_000, 1_000)
-    recipe = Recipe("learning", epochs=5, batch_size=64, lr=2e-3)
+    recipe = Recipe("learning", epochs=5, batch_size=64, lr=4e-3, one_cycle=True)
     folder = shared_folder(tmp_path_factory, "learned")
     zoo = Zoo(images, recipe, 0, folder, device="cpu", progress=False)
     return zoo.get("cnn").model, images.test

@@ -285,7 +285,7 @@ HOSTILE = {
     "strips": STRIPS,
     "crashes": "import os; os._exit(1)",
     "prints": "while True: print('x' * 10**6)",
-    "eats": "x = [bytearray(10**9) for _ in range(100)]",
+    "eats": "x = [bytes(10**9) for _ in range(100)]",
     "swallows": "get_ipython().set_custom_exc((Exception,), lambda *a, **k: None)",
     "replaces": "import torch\ntorch.allclose = torch.equal = lambda *a, **k: True",
     "shadows": "def all(x): return True\ndef float(x): return 0.0",
@@ -425,7 +425,7 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch, por
 BREEDS = """import os, time
 for _ in range({processes}):
     if os.fork() == 0:
-        held = bytearray(b"x" * {size})
+        held = bytearray(b"x") * {size}
         time.sleep(60)
         os._exit(0)
 time.sleep(60)"""

@@ -617,7 +617,7 @@ def test_audit_asks_no_black_box_where_nothing_is_left(learned, no_square):
 
 def test_audit_sees_through_a_masked_model(learned, no_square):
     model, test = learned
-    images, labels = test.first(60).batch(slice(None))
+    images, labels = test.first(120).batch(slice(None))
 
     class Masked(nn.Module):
         def __init__(self):

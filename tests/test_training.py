@@ -608,7 +608,7 @@ def test_adversarial_training_makes_more_robust():
     shapes = Shapes10(4_000, 200)
     images, labels = shapes.test.batch(slice(None))
     eps, held = 4 / 255, []
-    short = {"epochs": 4, "batch_size": 32, "lr": 3e-3, "one_cycle": True}
+    short = {"epochs": 8, "batch_size": 32, "lr": 3e-3, "one_cycle": True}
     attack = {"eps": eps, "alpha": 1.25 * eps, "warm_up": 0.7}
     for recipe in (Recipe("plain", **short), adversarial("rs-fgsm", **short, **attack)):
         model, _ = fitted(shapes.train, recipe=recipe, precision="float32")
