@@ -1,4 +1,4 @@
-"""The fast gradient sign method (FGSM), its torchvision transform, and its iterations (PGD, BIM).
+"""The fast gradient sign method (FGSM) and its iterations (PGD, BIM, MI-FGSM).
 
 FGSM (Goodfellow et al. 2015, arXiv 1412.6572; paper, section 1.1) moves every pixel by `eps` in the
 direction that raises the loss: ``clamp(x + eps * sign(gradient), 0, 1)``. The direction does not
@@ -9,26 +9,27 @@ left as it was found: each module's own mode, its buffers and its parameters' ``
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from advlab._torchvision import tv_tensors, v2
 from advlab.data import check_batch
+from advlab.forward import (
+    CHUNK,
+    Classifier,
+    check_device,
+    check_logits,
+    gradient_mode,
+    per_image_statistics_mode,
+)
 from advlab.models import fastest_layout
 
-Classifier = Callable[[Tensor], Tensor]
-
-# Images per gradient. Small chunks stay in the processor's cache: on two cores, 100 at a time is
-# about 1.7 times as fast as 1,000 at a time.
-CHUNK = 100
 NORMS = ("linf", "l2")
 LOSSES = ("ce", "dlr", "margin")
-# The L2 distance of a black image from a white one, sqrt(3 * 32 * 32).
-LARGEST_L2 = math.sqrt(3 * 32 * 32)
 
 
 def check_eps(eps: float, name: str = "eps") -> float:
@@ -50,12 +51,13 @@ def check_eps(eps: float, name: str = "eps") -> float:
     return value
 
 
-def check_size(value: float, norm: str, name: str = "eps") -> float:
+def check_size(value: float, norm: str, shape: torch.Size, name: str = "eps") -> float:
     """Return an eps or alpha of `norm` as a float.
 
     Args:
         value: A size in units of the pixel range [0, 1]; for "l2" a length over all pixels.
         norm: One of `NORMS`.
+        shape: (C, H, W) of an image: the L2 distance of black from white is sqrt(C * H * W).
         name: What the error calls it.
 
     Raises:
@@ -65,10 +67,11 @@ def check_size(value: float, norm: str, name: str = "eps") -> float:
         raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(NORMS)}")
     if norm == "linf":
         return check_eps(value, name)
-    if not math.isfinite(value) or not 0 <= value <= LARGEST_L2:
+    largest = math.sqrt(math.prod(shape))
+    if not math.isfinite(value) or not 0 <= value <= largest:
         raise ValueError(
             f"{name} is {value}; as an L2 length of images in [0, 1] it must be a number from 0 to "
-            f"{LARGEST_L2:.1f}. Usual is 0.5; lengths of 8-bit images must be divided by 255"
+            f"{largest:.1f}. Usual is 0.5; lengths of 8-bit images must be divided by 255"
         )
     return float(value)
 
@@ -102,93 +105,15 @@ def check_targets(targeted: Tensor, labels: Tensor) -> Tensor:
     return targeted
 
 
-@contextmanager
-def eval_mode(model: Classifier) -> Iterator[None]:
-    """Put every module of `model` in eval mode; give each its own mode back at the end.
-
-    `model.train()` afterwards would be wrong: a layer that its owner keeps in eval mode (frozen
-    batch norm, say) would be switched as well. A model that is no `nn.Module` is left alone.
-    """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _normalise_per_image(module: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> Tensor:
-    # One group per channel is instance normalisation. `F.instance_norm` itself is not used: for a
-    # single image in channels_last memory format it gives wrong gradients (torch 2.13).
-    (x,) = inputs
-    return F.group_norm(x, x.shape[1], module.weight, module.bias, module.eps)
-
-
-@contextmanager
-def per_image_statistics_mode(model: Classifier) -> Iterator[None]:
-    """Let each batch-norm layer normalise every image by that image's own mean and variance.
-
-    It is what training mode does to a batch of one image, and how the paper's attack computed its
-    gradients, here for a whole batch at once and without touching the running statistics.
-
-    Raises:
-        ValueError: if `model` has no `nn.BatchNorm2d` layer.
-    """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    layers = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
-    if not layers:
-        raise ValueError(
-            f"per_image_statistics=True needs a model with BatchNorm2d layers; "
-            f"{type(model).__name__} has none. Leave it False"
-        )
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_hook(_normalise_per_image).remove)
-        yield
-
-
-def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return `logits` if they are (N, classes) and have a column for each label.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"the model returned {shape} for {len(labels)} images; it must return logits of shape "
-            f"({len(labels)}, classes)"
-        )
-    if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"label {int(labels.max())} has no logit: the model returned {logits.shape[1]} of them"
-        )
-    return logits
-
-
-@contextmanager
-def _crafting(model: Classifier, images: Tensor) -> Iterator[None]:
-    """Let gradients be taken in float32 and eval mode, whatever the caller has switched off."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(images.device.type, enabled=False),
-        eval_mode(model),
-    ):
-        yield
-
-
 def _gradients(
     model: Classifier, images: Tensor, labels: Tensor, per_image_statistics: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield `CHUNK` images at a time with their input gradients (see `input_gradient`)."""
     check_batch(images, labels)
+    check_device(model, images)
     # Reordering costs a single image more than it gains.
     layout = fastest_layout(model) if len(images) > 1 else torch.contiguous_format
-    with _crafting(model, images), ExitStack() as stack:
+    with gradient_mode(model, images.device), ExitStack() as stack:
         if per_image_statistics:
             stack.enter_context(per_image_statistics_mode(model))
             layout = torch.contiguous_format  # group_norm is slow in the other
@@ -210,13 +135,13 @@ def input_gradient(
 
     Args:
         model: Maps images to logits (N, classes); any callable.
-        images: (N, 3, 32, 32) float in [0, 1].
+        images: (N, C, H, W) float in [0, 1].
         labels: (N,) int64.
-        per_image_statistics: Normalise by each image's own statistics (see
-            `per_image_statistics_mode`), as the paper's attack did, not by the running ones.
+        per_image_statistics: Normalise by each image's own statistics, as the paper's attack did,
+            not by the running ones (see `forward.per_image_statistics_mode`).
 
     Returns:
-        (N, 3, 32, 32) float32.
+        (N, C, H, W) float32.
 
     Raises:
         ValueError: if images, labels or logits are not as above.
@@ -234,7 +159,7 @@ def fgsm_direction(
     Args, errors: as `input_gradient`.
 
     Returns:
-        (N, 3, 32, 32) int8 with values -1, 0 and 1; the same for every `eps`.
+        (N, C, H, W) int8 with values -1, 0 and 1; the same for every `eps`.
     """
     # Signs at once, chunk by chunk: the gradients of 50,000 images would fill 600 MB.
     chunks = _gradients(model, images, labels, per_image_statistics)
@@ -245,7 +170,7 @@ def perturb(images: Tensor, direction: Tensor, eps: float) -> Tensor:
     """Return ``clamp(images + eps * direction, 0, 1)``.
 
     Args:
-        images: (N, 3, 32, 32) float in [0, 1].
+        images: (N, C, H, W) float in [0, 1].
         direction: The same shape, signs.
         eps: Size of the step, from 0 to 1, in units of the pixel range.
 
@@ -273,7 +198,7 @@ def fgsm(
 
     Args:
         model: Maps images to logits (N, classes); any callable.
-        images: (N, 3, 32, 32) float in [0, 1].
+        images: (N, C, H, W) float in [0, 1].
         labels: (N,) int64, the true classes.
         eps: Size of the step, from 0 to 1, in units of the pixel range.
         targeted: (N,) int64, classes to move towards, not the true ones; None moves away from the
@@ -339,36 +264,58 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
     return others.amax(1) - logits.gather(1, own)[:, 0]
 
 
-def _start(images: Tensor, eps: float, norm: str, generator: torch.Generator) -> Tensor:
-    """Return a uniformly random point of each image's eps-ball, cut to [0, 1]."""
-    if norm == "linf":
-        noise = torch.rand(images.shape, generator=generator).mul_(2).sub_(1).mul_(eps)
-    else:
-        noise = torch.randn(images.shape, generator=generator)
-        radius = torch.rand(len(images), generator=generator) ** (1 / noise[0].numel()) * eps
-        noise *= (radius / noise.flatten(1).norm(dim=1))[:, None, None, None]
-    return noise.to(images.device).add_(images).clamp_(0, 1)
-
-
-def _step(
-    x: Tensor, gradient: Tensor, originals: Tensor, eps: float, alpha: float, norm: str
-) -> Tensor:
-    """Go `alpha` along the gradient, then back into the eps-ball of the originals and [0, 1]."""
-    if norm == "linf":
-        moved = x.add(gradient.sign(), alpha=alpha)
-        return moved.clamp_(originals - eps, originals + eps).clamp_(0, 1)
-    moved = x + alpha * gradient / _lengths(gradient).clamp_min(1e-12)
-    change = moved.sub_(originals)
-    # Cutting to [0, 1] afterwards brings each pixel nearer to the original: the ball is kept.
-    return (
-        change.mul_((eps / _lengths(change).clamp_min(1e-12)).clamp_max(1))
-        .add_(originals)
-        .clamp_(0, 1)
-    )
-
-
 def _lengths(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class _Ball:
+    """What may be reached around each image: `eps` in `norm`, cut to [0, 1]; and steps in it."""
+
+    originals: Tensor
+    eps: float
+    alpha: float
+    norm: str
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Return a uniformly random point for every image."""
+        shape = self.originals.shape
+        if self.norm == "linf":
+            noise = torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(self.eps)
+        else:
+            noise = torch.randn(shape, generator=generator)
+            radius = torch.rand(len(noise), generator=generator) ** (1 / noise[0].numel())
+            noise *= (radius * self.eps / noise.flatten(1).norm(dim=1))[:, None, None, None]
+        return noise.to(self.originals.device).add_(self.originals).clamp_(0, 1)
+
+    def step(self, x: Tensor, gradient: Tensor, part: Tensor) -> Tensor:
+        """Go `alpha` along the gradient, then back into the ball; `part` numbers the images."""
+        originals = self.originals[part]
+        if self.norm == "linf":
+            moved = x.add(gradient.sign(), alpha=self.alpha)
+            return moved.clamp_(originals - self.eps, originals + self.eps).clamp_(0, 1)
+        moved = x + self.alpha * gradient / _lengths(gradient).clamp_min(1e-12)
+        change = moved.sub_(originals)
+        # Cutting to [0, 1] afterwards brings each pixel nearer to the original: the ball is kept.
+        change.mul_((self.eps / _lengths(change).clamp_min(1e-12)).clamp_max(1))
+        return change.add_(originals).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What an attack wants: the loss that it raises, and when an image is broken."""
+
+    labels: Tensor
+    targeted: Tensor | None
+    loss: str
+
+    def judge(self, logits: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of each image numbered by `part`, and whether it is broken."""
+        own, found = self.labels[part], logits.detach().argmax(1)
+        if self.targeted is None:
+            return attack_loss(logits, own, self.loss), found != own
+        aim = self.targeted[part]
+        return attack_loss(logits, own, self.loss, aim), found == aim
 
 
 def pgd(
@@ -393,12 +340,14 @@ def pgd(
     batch as soon as the model gets it wrong, so weak models are attacked in a fraction of the time;
     the others keep the point of highest loss over all steps and restarts.
 
+    Twelve parameters: those by which every attack library of the field calls PGD.
+
     Args:
         model: Maps images to logits (N, classes); any callable.
-        images: (N, 3, 32, 32) float in [0, 1].
+        images: (N, C, H, W) float in [0, 1].
         labels: (N,) int64, the true classes.
         eps: Largest change, in units of the pixel range: of a pixel (from 0 to 1) for "linf", of
-            the image as a whole (a length, from 0 to 55.4) for "l2".
+            the image as a whole (a length, from 0 to sqrt(C * H * W)) for "l2".
         alpha: Size of a step, the same units, above 0.
         steps: How many steps.
         random_start: Begin at a random point within `eps` of each image, not at the image.
@@ -416,8 +365,9 @@ def pgd(
             target is the image's own class, or restarts would repeat the same attack.
         TypeError: if a dtype is wrong.
     """
-    check_size(eps, norm)
-    if not check_size(alpha, norm, "alpha") > 0:
+    check_batch(images, labels)
+    check_size(eps, norm, images.shape[1:])
+    if not check_size(alpha, norm, images.shape[1:], "alpha") > 0:
         raise ValueError(f"alpha is {alpha}; a step must have a size above 0")
     if steps < 1:
         raise ValueError(f"steps is {steps}; PGD needs at least 1")
@@ -426,39 +376,49 @@ def pgd(
             f"restarts is {restarts} with random_start={random_start}; give at least 1, and only 1 "
             "without a random start: every restart would be the same"
         )
-    check_batch(images, labels)
-    goal = None if targeted is None else check_targets(targeted, labels).clone()
-    layout = fastest_layout(model)
-    generator = torch.Generator().manual_seed(seed)
+    check_device(model, images)
+    aim = None if targeted is None else check_targets(targeted, labels).clone()
+    with gradient_mode(model, images.device):
+        ball = _Ball(images.detach().float().clone(), eps, alpha, norm)
+        goal = _Goal(labels.clone(), aim, loss)
+        generator = torch.Generator().manual_seed(seed) if random_start else None
+        return _walk(model, ball, goal, steps, restarts, generator).to(images.dtype)
 
-    with _crafting(model, images):
-        originals, own = images.detach().float().clone(), labels.clone()
-        worst, highest = originals.clone(), torch.full_like(own, -math.inf, dtype=torch.float32)
-        active = torch.arange(len(images), device=images.device)
-        for _ in range(restarts):
-            # For all images, so that an image's noise does not depend on which others hold.
-            x = _start(originals, eps, norm, generator) if random_start else originals.clone()
-            for step in range(steps + 1):
-                holding = []
-                # All take a step before any takes the next: the chunks stay full to the end.
-                for part in active.split(CHUNK):
-                    now = x[part].contiguous(memory_format=layout).requires_grad_(step < steps)
-                    logits = check_logits(model(now), own[part]).float()
-                    aim = None if goal is None else goal[part]
-                    losses = attack_loss(logits, own[part], loss, aim)
-                    found = logits.detach().argmax(1)
-                    broken = found != own[part] if aim is None else found == aim
-                    worse = broken | (losses.detach() > highest[part])
-                    worst[part[worse]] = now.detach()[worse]
-                    highest[part[worse]] = losses.detach()[worse]
-                    holding.append(part[~broken])
-                    if step < steps:
-                        gradient = torch.autograd.grad(losses.sum(), now)[0]
-                        x[part] = _step(now.detach(), gradient, originals[part], eps, alpha, norm)
-                active = torch.cat(holding)
-                if len(active) == 0:
-                    return worst.to(images.dtype)
-    return worst.to(images.dtype)
+
+def _walk(
+    model: Classifier,
+    ball: _Ball,
+    goal: _Goal,
+    steps: int,
+    restarts: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the worst points that `restarts` walks of `steps` steps find, float32."""
+    layout = fastest_layout(model)
+    worst = ball.originals.clone()
+    highest = torch.full((len(worst),), -math.inf, device=worst.device)
+    active = torch.arange(len(worst), device=worst.device)
+    for _ in range(restarts):
+        # For all images, so that an image's noise does not depend on which others hold.
+        x = ball.start(generator) if generator else ball.originals.clone()
+        for step in range(steps + 1):
+            holding = []
+            # All take a step before any takes the next: the chunks stay full to the end.
+            for part in active.split(CHUNK):
+                now = x[part].contiguous(memory_format=layout).requires_grad_(step < steps)
+                logits = check_logits(model(now), goal.labels[part]).float()
+                losses, broken = goal.judge(logits, part)
+                worse = broken | (losses.detach() > highest[part])
+                worst[part[worse]] = now.detach()[worse]
+                highest[part[worse]] = losses.detach()[worse]
+                holding.append(part[~broken])
+                if step < steps:
+                    gradient = torch.autograd.grad(losses.sum(), now)[0]
+                    x[part] = ball.step(now.detach(), gradient, part)
+            active = torch.cat(holding)
+            if len(active) == 0:
+                return worst
+    return worst
 
 
 def bim(
@@ -482,71 +442,32 @@ def rfgsm(
     return pgd(model, images, labels, eps, alpha=alpha, steps=1, seed=seed)
 
 
-class FGSMTransform(v2.Transform):
-    """FGSM as a torchvision transform of image and label together (paper, section 6.1).
+def mifgsm(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    steps: int = 10,
+    decay: float = 1.0,
+) -> Tensor:
+    """Attack with momentum (MI-FGSM; Dong et al. 2018, 1710.06081), which transfers well.
 
-    Works in `v2.Compose` and as the joint ``transforms`` of a torchvision data set, on one sample
-    (image (3, 32, 32), label an int) or on a batch (images (N, 3, 32, 32), labels (N,)). Images
-    must be float in [0, 1], so put ``v2.ToImage()`` and ``v2.ToDtype(torch.float32, scale=True)``
-    before it, and every flip or crop too: the direction belongs to the pixels it was made from.
-
-    Args:
-        model: The model whose gradient is used.
-        eps: Size of the step, from 0 to 1.
-        p: Probability with which an image is attacked; each image of a batch has its own draw.
-        per_image_statistics: As in `fgsm`; the paper's transform is ``True``.
+    Each of the `steps` goes ``eps / steps`` along the sign of a running sum of gradients, each
+    divided by its L1 length; the sum so far counts `decay`. Other arguments, returns and errors as
+    in `fgsm`.
 
     Raises:
-        ValueError: if `eps` or `p` is not between 0 and 1.
+        ValueError: also if `steps` is below 1, or `decay` not from 0 to 1.
     """
-
-    def __init__(
-        self, model: Classifier, eps: float, p: float = 1.0, per_image_statistics: bool = False
-    ) -> None:
-        super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p is {p}; it is a probability, from 0 to 1")
-        self.eps = check_eps(eps)
-        self.p = p
-        self.per_image_statistics = per_image_statistics
-        # In a list, so that the attacked model is not registered as a part of this module: moving
-        # or switching the transform must not move or switch the model.
-        self._source = [model]
-
-    def forward(self, *inputs: object) -> tuple[Tensor, object]:
-        """Return (attacked image, label) for ``transform(image, label)`` or one pair of them."""
-        pair = inputs[0] if len(inputs) == 1 else inputs
-        if isinstance(pair, Tensor) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(
-                "FGSMTransform needs the label too: call it with (image, label). In a torchvision "
-                "data set it belongs in `transforms`, the joint ones, not in `transform`"
-            )
-        image, label = pair
-        if not isinstance(image, Tensor):
-            raise TypeError(
-                f"FGSMTransform got {type(image).__name__}; put v2.ToImage() and "
-                "v2.ToDtype(torch.float32, scale=True) before it"
-            )
-        single = image.ndim == 3
-        images = image.as_subclass(Tensor).unsqueeze(0) if single else image.as_subclass(Tensor)
-        labels = torch.as_tensor(label, device=images.device).reshape(-1)
-        check_batch(images, labels)
-        chosen = torch.rand(len(images)) < self.p
-        attacked = images.clone()
-        if chosen.any():
-            attacked[chosen] = fgsm(
-                self._source[0],
-                images[chosen],
-                labels[chosen],
-                self.eps,
-                per_image_statistics=self.per_image_statistics,
-            )
-        result = attacked[0] if single else attacked
-        return (
-            tv_tensors.wrap(result, like=image) if isinstance(image, tv_tensors.Image) else result,
-            label,
-        )
-
-    def extra_repr(self) -> str:
-        """Show the settings when the transform is printed."""
-        return f"eps={self.eps}, p={self.p}, per_image_statistics={self.per_image_statistics}"
+    check_eps(eps)
+    check_eps(decay, "decay")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; MI-FGSM needs at least 1")
+    x, momentum = images, torch.zeros_like(images, dtype=torch.float32)
+    for _ in range(steps):
+        gradient = input_gradient(model, x, labels)
+        length = gradient.abs().flatten(1).sum(1).clamp_min(1e-12)
+        momentum = decay * momentum + gradient / length[:, None, None, None]
+        x = perturb(x, momentum.sign().to(x.dtype), eps / steps)
+    return x

@@ -1,37 +1,25 @@
-"""Images in: CIFAR-10 through torchvision, or the built-in Shapes-10.
+"""Images as tensors: what a batch must be, a split, and a data set.
 
 Every data set is two uint8 tensors in memory (184 MB for CIFAR-10), never one file per image: a
 batch is then one indexing operation and needs no worker processes.
 """
 
-import contextlib
 import hashlib
-import os
-import socket
-import tempfile
-import threading
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from advlab import files, shapes
-from advlab._torchvision import check_integrity, datasets
-
-DATASETS = ("cifar10", "shapes10")
-CIFAR10_FOLDER = datasets.CIFAR10.base_folder
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
-CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
-NETWORK_SECONDS = 5
 TOLERANCE = 1e-6
 
 
+class DataError(RuntimeError):
+    """A data set that is missing, damaged or cannot be downloaded."""
+
+
 def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images (N, 3, 32, 32) as float32 in [0, 1]."""
+    """Return uint8 images (N, C, H, W) as float32 in [0, 1]."""
     return images.float().div_(255)
 
 
@@ -39,8 +27,8 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
     """Check that images and labels are what every model, attack and table here expects.
 
     Args:
-        images: (N, 3, 32, 32) float in [0, 1], N at least 1.
-        labels: (N,) int64, none negative.
+        images: (N, C, H, W) float in [0, 1], N at least 1.
+        labels: (N,) int64 on the same device, none negative.
 
     Raises:
         TypeError: if a dtype is wrong.
@@ -49,10 +37,17 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images are {kind}; give a float tensor in [0, 1] (advlab.data.to_float)")
-    if images.ndim != 4 or images.shape[1:] != (3, 32, 32):
-        raise ValueError(f"images have shape {tuple(images.shape)}; it must be (N, 3, 32, 32)")
-    if len(images) == 0:
-        raise ValueError("the batch is empty; give at least one image")
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        mend = "; add the axis of the channels: images[:, None]" if images.ndim == 3 else ""
+        raise ValueError(f"images have shape {shape}; it must be (N, C, H, W){mend}")
+    if shape[1] > 4 >= shape[3]:
+        raise ValueError(
+            f"images have shape {shape}; it must be (N, C, H, W), the channels before height and "
+            "width: images.permute(0, 3, 1, 2)"
+        )
+    if images.numel() == 0:
+        raise ValueError(f"the batch is empty {shape}; give at least one image")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels are {kind}; give an int64 tensor (labels.long())")
@@ -60,6 +55,10 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for {len(images)} images; "
             f"it must be ({len(images)},)"
+        )
+    if labels.device != images.device:
+        raise ValueError(
+            f"images are on {images.device}, labels on {labels.device}; move one: labels.to(...)"
         )
     if int(labels.min()) < 0:
         raise ValueError(f"label {int(labels.min())} is negative; labels count from 0")
@@ -73,7 +72,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, 32, 32) uint8 with their labels (N,) int64."""
+    """Images (N, C, H, W) uint8 with their labels (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -85,6 +84,7 @@ class Split:
         """Return the images at `index` (int64 numbers, or a slice) as float32, and their labels."""
         if isinstance(index, slice):
             return to_float(self.images[index]), self.labels[index]
+        index = index.to(self.labels.device)
         # Eight times as fast as `images[index]`.
         return to_float(self.images.index_select(0, index)), self.labels[index]
 
@@ -100,23 +100,77 @@ class Split:
             raise ValueError(f"size is {size}; there are {len(self)} images")
         return Split(self.images[:size], self.labels[:size])
 
+    def to(self, device: torch.device | str) -> "Split":
+        """Return the split with its tensors on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
 
 def _md5(*splits: Split) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     for split in splits:
-        digest.update(split.images.numpy())
-        digest.update(split.labels.numpy())
+        digest.update(split.images.cpu().contiguous().numpy())
+        digest.update(split.labels.cpu().numpy())
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
-class ImageData:
-    """A data set: its name, its class names, a training and a test split."""
+class DataSpec:
+    """What is fixed of a data set.
 
+    Args:
+        key: How the command line and folders of results call it ("cifar10").
+        name: How figures and tables call it ("CIFAR-10").
+        shape: (C, H, W) of an image.
+        classes: Names, in the order of the labels; at least two.
+        papers: Whether the paper's numbers, and the models shipped here, are of these data.
+    """
+
+    key: str
     name: str
+    shape: tuple[int, int, int]
     classes: tuple[str, ...]
+    papers: bool = False
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: what is fixed of it, a training and a test split.
+
+    Raises:
+        DataError: if images or labels are not as `spec` says.
+    """
+
+    spec: DataSpec
     train: Split
     test: Split
+
+    def __post_init__(self) -> None:
+        for split in (self.train, self.test):
+            if split.images.shape[1:] != self.spec.shape:
+                found = tuple(split.images.shape[1:])
+                raise DataError(f"{self.name}: images are {found}, not {self.spec.shape}")
+            if len(split) and not 0 <= int(split.labels.max()) < len(self.classes):
+                raise DataError(f"{self.name}: label {int(split.labels.max())} has no class name")
+
+    @property
+    def name(self) -> str:
+        """How figures and tables call it."""
+        return self.spec.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the labels."""
+        return self.spec.classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.spec.shape
+
+    @property
+    def papers(self) -> bool:
+        """Whether the paper's numbers are of these data."""
+        return self.spec.papers
 
     @cached_property
     def md5(self) -> str:
@@ -128,174 +182,6 @@ class ImageData:
         """MD5 of the test split alone."""
         return _md5(self.test)
 
-
-class DataError(RuntimeError):
-    """A data set that is missing, damaged or cannot be downloaded."""
-
-
-def _again(root: Path) -> str:
-    return (
-        f"Delete {root / CIFAR10_FOLDER} and run again to download it, or copy an intact one there"
-    )
-
-
-def check_files(root: Path) -> None:
-    """Compare every CIFAR-10 file with torchvision's list of MD5 sums."""
-    expected = [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]
-    expected.append([datasets.CIFAR10.meta["filename"], datasets.CIFAR10.meta["md5"]])
-    for name, md5 in expected:
-        path = root / CIFAR10_FOLDER / name
-        if not check_integrity(path, md5):
-            state = "is truncated or altered (wrong MD5)" if path.is_file() else "is missing"
-            raise DataError(f"CIFAR-10 file {path} {state}; it will not be used. {_again(root)}")
-
-
-def load_cifar10(root: Path) -> ImageData:
-    """Load CIFAR-10 from the folder that holds ``cifar-10-batches-py``.
-
-    Every file is checked against its MD5 sum before it is read: they are pickles.
-
-    Raises:
-        DataError: if a file is missing, truncated or altered; names it and the mend.
-    """
-    check_files(root)
-    splits = []
-    for train in (True, False):
-        parsed = datasets.CIFAR10(root, train=train, download=False)
-        images = torch.from_numpy(parsed.data).permute(0, 3, 1, 2).contiguous()
-        splits.append(Split(images, torch.tensor(parsed.targets)))
-    return ImageData("CIFAR-10", CIFAR10_CLASSES, *splits)
-
-
-def _reachable(host: str) -> bool:
-    """Tell within `NETWORK_SECONDS` whether `host` answers (a name look-up alone can hang)."""
-    answered = threading.Event()
-
-    def connect() -> None:
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection((host, 443), timeout=NETWORK_SECONDS),
-        ):
-            answered.set()
-
-    # A daemon, so that a look-up that hangs does not keep the program from ending.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(NETWORK_SECONDS)
-    return answered.is_set()
-
-
-def download_cifar10(root: Path) -> None:
-    """Download CIFAR-10 (170 MB) into `root` with torchvision, showing progress.
-
-    It is fetched and unpacked in a folder of its own and moved when whole, so an interrupted
-    download leaves nothing half done.
-
-    Raises:
-        DataError: if there is no network (within seconds) or the download fails.
-    """
-    host = urlsplit(datasets.CIFAR10.url).hostname or ""
-    if not _reachable(host):
-        raise DataError(f"{host} cannot be reached, so it cannot be downloaded")
-    files.make_folder(root)
-    files.make_folder(files.cache_dir())
-    with (
-        FileLock(files.cache_dir() / "download.lock"),  # two that want it fetch it once
-        tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder,
-    ):
-        if (root / CIFAR10_FOLDER).is_dir():
-            return
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would hang for ever
-        try:
-            datasets.CIFAR10(folder, download=True)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"the download of CIFAR-10 from {host} failed: {error}") from error
-        finally:
-            socket.setdefaulttimeout(timeout)
-        Path(folder, CIFAR10_FOLDER).replace(root / CIFAR10_FOLDER)
-
-
-def find_cifar10(data_dir: str | Path | None = None) -> Path | None:
-    """Return the first folder that holds CIFAR-10: `data_dir`, or else ADVLAB_DATA, or else data/.
-
-    Raises:
-        DataError: if `data_dir` is given and holds none.
-    """
-    places = [data_dir] if data_dir else [os.environ.get("ADVLAB_DATA"), files.home() / "data"]
-    for place in places:
-        if place and (Path(place).expanduser() / CIFAR10_FOLDER).is_dir():
-            return Path(place).expanduser()
-    if data_dir:
-        raise DataError(f"no folder {CIFAR10_FOLDER} in {data_dir}; give the folder that holds it")
-    return None
-
-
-def Shapes10(train_n: int | None = None, test_n: int | None = None) -> ImageData:  # noqa: N802
-    """Draw the first images of Shapes-10 (see `advlab.shapes`); 50,000 and 10,000 by default."""
-    sizes = {"train": train_n, "test": test_n}
-    train, test = (
-        Split(*shapes.draw_shapes(split, shapes.SIZES[split] if n is None else n))
-        for split, n in sizes.items()
-    )
-    return ImageData("Shapes-10", shapes.CLASSES, train, test)
-
-
-def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[str, Path | None]:
-    """Decide which data set to use, downloading CIFAR-10 if it is wanted and missing.
-
-    Args:
-        dataset: "cifar10", "shapes10", or "auto": CIFAR-10 where it is present or can be
-            downloaded, else Shapes-10.
-        data_dir: Folder that holds CIFAR-10; None looks in ADVLAB_DATA, then data/.
-
-    Returns:
-        ("cifar10", its folder) or ("shapes10", None).
-
-    Raises:
-        ValueError: if there is no such data set.
-        DataError: if "cifar10" is asked for and cannot be had.
-    """
-    if dataset not in ("auto", *DATASETS):
-        raise ValueError(f"unknown data set {dataset!r}; choose auto, {', '.join(DATASETS)}")
-    if dataset == "shapes10":
-        return dataset, None
-    root = find_cifar10(data_dir)
-    if root is None:
-        root = files.home() / "data"
-        try:
-            download_cifar10(root)
-        except DataError as error:
-            if dataset == "cifar10":
-                raise DataError(
-                    f"CIFAR-10 is not here, and {error}. Set ADVLAB_DATA to the folder that holds "
-                    f"{CIFAR10_FOLDER}, or choose the data set shapes10"
-                ) from error
-            return "shapes10", None
-    return "cifar10", root
-
-
-def load(
-    dataset: str = "auto",
-    data_dir: str | Path | None = None,
-    *,
-    train_n: int | None = None,
-    test_n: int | None = None,
-) -> ImageData:
-    """Load a data set, or the first images of it.
-
-    Args:
-        dataset, data_dir: As in `resolve`.
-        train_n: Training images; None for all 50,000.
-        test_n: Test images; None for all 10,000.
-
-    Raises:
-        ValueError: if there is no such data set or not as many images.
-        DataError: as `resolve` and `load_cifar10`.
-    """
-    _, root = resolve(dataset, data_dir)
-    if root is None:
-        return Shapes10(train_n, test_n)
-    whole = load_cifar10(root)
-    train, test = whole.train.first(train_n), whole.test.first(test_n)
-    return ImageData(whole.name, whole.classes, train, test)
+    def to(self, device: torch.device | str) -> "ImageData":
+        """Return the data set with its tensors on `device`."""
+        return ImageData(self.spec, self.train.to(device), self.test.to(device))

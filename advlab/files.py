@@ -4,8 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def repository() -> Path | None:
@@ -63,6 +67,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically (see `atomic_write`)."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_table(path: Path, table: "pd.DataFrame") -> None:
+    """Write a tidy table to `path` as CSV with six digits, atomically."""
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
 
 
 def make_folder(path: Path) -> None:

@@ -1,30 +1,49 @@
 """The paper's two architectures (paper, section 6; sizes and names from its published weights).
 
-Images are float tensors (N, 3, 32, 32) in [0, 1]; there is no normalisation layer, because each
-convolution is followed by ReLU and *then* batch normalisation, which rescales for the next one.
+Images are float tensors (N, C, H, W) in [0, 1], (3, 32, 32) in the paper; there is no normalisation
+layer, because each convolution is followed by ReLU and *then* batch normalisation, which rescales
+for the next one.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-# (input channels, output channels, stride) of the six 3x3 convolutions that both models share.
-CONVOLUTIONS = ((3, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 64, 1), (64, 128, 2))
+# (output channels, stride) of the six 3x3 convolutions that both models share.
+CONVOLUTIONS = ((32, 1), (32, 2), (64, 1), (64, 2), (64, 1), (128, 2))
 SEQUENCES = ("channel_groups", "positions")
+CIFAR_SHAPE = (3, 32, 32)
+Shape = tuple[int, int, int]
 
 
-def convolutions() -> list[nn.Module]:
-    """Return the shared stack: six times convolution, ReLU, batch norm; ends at (128, 4, 4)."""
+def convolutions(channels: int = 3) -> list[nn.Module]:
+    """Return the shared stack for images of `channels`: six times convolution, ReLU, batch norm."""
     layers: list[nn.Module] = []
-    for inputs, outputs, stride in CONVOLUTIONS:
+    for outputs, stride in CONVOLUTIONS:
         layers += [
-            nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1),
+            nn.Conv2d(channels, outputs, kernel_size=3, stride=stride, padding=1),
             nn.ReLU(),
             nn.BatchNorm2d(outputs),
         ]
+        channels = outputs
     return layers
+
+
+def positions(shape: Shape) -> int:
+    """Return how many positions the last feature map has: 16 for 32x32 pixels, and for 28x28.
+
+    Raises:
+        ValueError: if `shape` is no (channels, height, width).
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape is {shape}; it must be (channels, height, width)")
+    height, width = shape[1:]
+    for _, stride in CONVOLUTIONS:
+        height, width = -(-height // stride), -(-width // stride)
+    return height * width
 
 
 class CNN(nn.Module):
@@ -35,18 +54,20 @@ class CNN(nn.Module):
     Args:
         num_outputs: Width of the last layer. The paper's 64 "neurons" are the logits themselves:
             ten of them have a label, 54 never do. With 10 outputs the model has 197,610 parameters.
+        shape: (C, H, W) of an image.
     """
 
     memory_format = torch.channels_last
 
-    def __init__(self, num_outputs: int = 64) -> None:
+    def __init__(self, num_outputs: int = 64, shape: Shape = CIFAR_SHAPE) -> None:
         super().__init__()
+        width = CONVOLUTIONS[-1][0] * positions(shape)
         self.network = nn.Sequential(
-            *convolutions(), nn.Flatten(), nn.Linear(128 * 4 * 4, num_outputs)
+            *convolutions(shape[0]), nn.Flatten(), nn.Linear(width, num_outputs)
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, 32, 32) in [0, 1] to logits (N, num_outputs)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_outputs)."""
         return self.network(images)
 
 
@@ -57,9 +78,11 @@ class CNNLSTM(nn.Module):
 
     Args:
         num_classes: Width of the last layer.
-        sequence: How the (128, 4, 4) feature map becomes 16 time steps of 128 numbers.
-            ``"channel_groups"`` is the paper's ``reshape(N, 16, 128)``: a step holds 8 channels at
-            all 16 positions. ``"positions"`` makes a step one position with all 128 channels.
+        sequence: How the (128, h, w) feature map becomes h * w time steps of 128 numbers, 16 of
+            them for 32x32 pixels. ``"channel_groups"`` is the paper's ``reshape(N, 16, 128)``: a
+            step holds 8 channels at all 16 positions. ``"positions"`` makes a step one position
+            with all 128 channels.
+        shape: (C, H, W) of an image.
 
     Raises:
         ValueError: if `sequence` is neither.
@@ -67,12 +90,18 @@ class CNNLSTM(nn.Module):
 
     memory_format = torch.channels_last
 
-    def __init__(self, num_classes: int = 10, sequence: str = "channel_groups") -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        sequence: str = "channel_groups",
+        shape: Shape = CIFAR_SHAPE,
+    ) -> None:
         super().__init__()
         if sequence not in SEQUENCES:
             raise ValueError(f"sequence is {sequence!r}; choose one of {', '.join(SEQUENCES)}")
         self.sequence = sequence
-        self.cnn = nn.Sequential(*convolutions())
+        self.steps = positions(shape)
+        self.cnn = nn.Sequential(*convolutions(shape[0]))
         self.lstm = nn.LSTM(input_size=128, hidden_size=64, num_layers=3, batch_first=True)
         self.fc = nn.Linear(64, num_classes)
 
@@ -81,36 +110,70 @@ class CNNLSTM(nn.Module):
         return f"sequence={self.sequence!r}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (N, 3, 32, 32) in [0, 1] to logits (N, num_classes)."""
+        """Map images (N, C, H, W) in [0, 1] to logits (N, num_classes)."""
         features = self.cnn(images)
         if self.sequence == "channel_groups":
-            steps = features.reshape(len(features), 16, 128)
+            steps = features.reshape(len(features), self.steps, 128)
         else:
             steps = features.flatten(2).transpose(1, 2)
         outputs, _ = self.lstm(steps)
         return self.fc(outputs[:, -1])
 
 
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    "cnn": CNN,
-    "cnn-lstm": CNNLSTM,
-    "cnn-lstm-positions": partial(CNNLSTM, sequence="positions"),
+@dataclass(frozen=True)
+class Architecture:
+    """A network that can be asked for by name.
+
+    Args:
+        about: What help and tables say of it.
+        make: Builds one for a number of classes and the (C, H, W) of an image.
+    """
+
+    about: str
+    make: Callable[[int, Shape], nn.Module]
+
+
+def _cnn(classes: int, shape: Shape) -> nn.Module:
+    return CNN(max(64, classes), shape)  # the paper's 64 outputs, while they are enough
+
+
+def _hybrid(classes: int, shape: Shape, sequence: str) -> nn.Module:
+    return CNNLSTM(classes, sequence, shape)
+
+
+ARCHITECTURES = {
+    "cnn": Architecture("the paper's CNN", _cnn),
+    "cnn-lstm": Architecture(
+        "the paper's hybrid; a time step is a group of channels",
+        partial(_hybrid, sequence="channel_groups"),
+    ),
+    "cnn-lstm-positions": Architecture(
+        "the same hybrid; a time step is a position", partial(_hybrid, sequence="positions")
+    ),
 }
 
 
-def build(arch: str, seed: int = 0) -> nn.Module:
+def build(arch: str, seed: int = 0, shape: Shape = CIFAR_SHAPE, classes: int = 10) -> nn.Module:
     """Return a new model of architecture `arch`, initialised by `seed` alone.
 
     The caller's random state is left as it was.
 
+    Args:
+        arch: One of `ARCHITECTURES`.
+        seed: Of the weights.
+        shape: (C, H, W) of an image.
+        classes: How many classes it tells apart, at least 2.
+
     Raises:
-        ValueError: if `arch` is not one of `ARCHITECTURES`.
+        ValueError: if there is no such architecture, or a number is out of range.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+    if classes < 2:
+        raise ValueError(f"classes is {classes}; a classifier needs at least 2")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ARCHITECTURES[arch]()
+        return ARCHITECTURES[arch].make(classes, tuple(shape))
 
 
 def fastest_layout(model: Callable[[Tensor], Tensor]) -> torch.memory_format:

@@ -7,6 +7,7 @@ are in `SLIPS`.
 
 import pandas as pd
 
+DATA = "CIFAR-10"  # what every number here was measured on
 TEST_EPS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1)
 # The finer sweep that the paper used while tuning.
 FINE_TEST_EPS = (0.0, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.04, 0.08, 0.1)
@@ -76,19 +77,19 @@ def compare(ours: pd.DataFrame) -> pd.DataFrame:
     """Set our accuracies beside the paper's.
 
     Args:
-        ours: Rows as from `evaluation.accuracy_table`, crafted as in the paper on CIFAR-10.
+        ours: Rows as from `evaluation.accuracy_table`, crafted as in the paper, on its data.
 
     Returns:
-        A row per cell in both: architecture, train_eps, test_eps, ours, paper (percent) and
+        A row per entry of both: architecture, train_eps, test_eps, ours, paper (percent) and
         difference (percentage points, ours minus the paper's).
 
     Raises:
-        ValueError: if a row was not measured on CIFAR-10; other data have nothing to compare with.
+        ValueError: if a row was measured on other data, which have nothing to compare with.
     """
-    if "data" in ours and set(ours["data"]) != {"CIFAR-10"}:
+    if "data" in ours and set(ours["data"]) != {DATA}:
         raise ValueError(
             f"these rows are from {', '.join(sorted(set(ours['data'])))}; the paper's numbers are "
-            "for CIFAR-10 and are compared with nothing else"
+            f"for {DATA} and are compared with nothing else"
         )
     keys = ["architecture", "train_eps", "test_eps"]
     both = ours[[*keys, "accuracy"]].merge(published()[[*keys, "accuracy"]], on=keys)

@@ -5,6 +5,7 @@ Colours are safe for the colour-blind: seaborn's "colorblind" for kinds, matplot
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from advlab import paper
@@ -28,9 +30,20 @@ def use_style() -> None:
     )
 
 
+def as_picture(image: Tensor) -> NDArray[Any]:
+    """Return an image (3, H, W) or (1, H, W), float in [0, 1] or uint8, as (H, W, 3) to draw.
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+    if image.ndim != 3 or len(image) not in (1, 3):
+        raise ValueError(f"an image is {tuple(image.shape)}; only 1 or 3 channels can be drawn")
+    return image.detach().cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
 def show_image(axes: Axes, image: Tensor, title: str = "") -> None:
-    """Draw one image (3, 32, 32), float in [0, 1] or uint8, without axes."""
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    """Draw one image (see `as_picture`) without axes."""
+    axes.imshow(as_picture(image), interpolation="nearest")
     axes.set_title(title, fontsize="small")
     axes.set_axis_off()
 
@@ -43,7 +56,7 @@ def image_grid(
     row_labels: Sequence[str] | None = None,
     size: float = 0.85,
 ) -> Figure:
-    """Draw images (N, 3, 32, 32) in rows of `columns`.
+    """Draw images (N, C, H, W) in rows of `columns`.
 
     Args:
         images: Float in [0, 1] or uint8.
@@ -75,8 +88,8 @@ def fgsm_equation(
     """Draw the paper's Figure 1: image + eps x sign = attacked image.
 
     Args:
-        image, attacked: (3, 32, 32) float in [0, 1].
-        direction: (3, 32, 32) signs, drawn with -1 black, +1 white per channel.
+        image, attacked: (C, H, W) float in [0, 1].
+        direction: (C, H, W) signs, drawn with -1 black, +1 white per channel.
         eps: Size of the step.
         captions: Under the three pictures.
     """
@@ -202,16 +215,16 @@ def curves(
 
 
 def difference_map(comparison: pd.DataFrame, title: str = "") -> Figure:
-    """Draw ours minus the paper's, in points, for every cell (`paper.compare`)."""
+    """Draw ours minus the paper's, in points, for every entry (`paper.compare`)."""
     architectures = list(dict.fromkeys(comparison["architecture"]))
     figure, axes = plt.subplots(
         1, len(architectures), figsize=(5.2 * len(architectures), 3.2), squeeze=False
     )
     limit = max(2.0, float(np.ceil(comparison["difference"].abs().max())))
     for axis, arch in zip(axes[0], architectures, strict=True):
-        cells = paper.wide(comparison[comparison["architecture"] == arch], "difference")
+        entries = paper.wide(comparison[comparison["architecture"] == arch], "difference")
         sns.heatmap(
-            cells,
+            entries,
             annot=True,
             fmt="+.1f",
             cmap="PuOr_r",
@@ -231,7 +244,7 @@ def ratios(table: pd.DataFrame) -> Figure:
     """Draw how many times faster advlab is, for every row of the benchmark that has a target.
 
     Args:
-        table: As from `tools.bench.run`: among others machine, part, what, way, against, ratio and
+        table: As from the benchmark: among others machine, part, what, way, against, ratio and
             target.
     """
     rows = table.dropna(subset=["ratio", "target"]).iloc[::-1]

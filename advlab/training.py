@@ -1,4 +1,4 @@
-"""Training: the recipe and one loop for every model.
+"""Training: one loop for every model.
 
 The loop does no per-image Python work: a batch is cut from tensors in memory, flipped and perturbed
 as a whole. On CPUs with bfloat16 units the forward and backward passes run in bfloat16 (weights,
@@ -8,11 +8,10 @@ optimiser and loss stay in float32); everything that is reported is evaluated in
 import hashlib
 import io
 import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,168 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from advlab import files
-from advlab.attacks import check_eps, eval_mode, fgsm, perturb, pgd
+from advlab.attacks import fgsm, perturb, pgd
 from advlab.data import Split
+from advlab.forward import eval_mode, evaluate
+from advlab.machine import has_fast_bf16, progress_bar
 from advlab.models import fastest_layout
+from advlab.recipes import Recipe
 
 History = list[dict[str, float]]
-
-
-def progress_bar(label: str | None, total: int, unit: str) -> tqdm:
-    """Return a progress bar; none is shown for `label` None.
-
-    It is text on standard output, in notebooks too: a bar made of widgets would leave state behind
-    that some viewers refuse, and standard error would look like a warning.
-    """
-    return tqdm(
-        total=total,
-        desc=label,
-        disable=label is None,
-        unit=unit,
-        unit_scale=total >= 100_000,
-        file=sys.stdout,
-        leave=False,
-        mininterval=1.0,
-        ncols=100,
-    )
-
-
-# "fgsm": one step without a random start, which overfits catastrophically (Wong et al. 2020);
-# "rs-fgsm": one step from a random start (the same); "pgd": many steps (Madry et al. 2018);
-# "trades": many steps away from the model's own answer (Zhang et al. 2019, 1901.08573).
-ADVERSARIES = ("fixed", "fgsm", "rs-fgsm", "pgd", "trades")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained, apart from data and seed.
-
-    Args:
-        name: What tables and checkpoints call it.
-        epochs: Passes over the training set.
-        batch_size: Images per step.
-        lr: Learning rate; the peak of it with `one_cycle`.
-        optimiser: "adam", or "sgd" with Nesterov momentum 0.9.
-        weight_decay: The optimiser's penalty on large weights.
-        flip: Mirror each image left-right with probability 1/2, anew each epoch. For the baseline
-            only: a set of original and attacked images is fixed, as in the paper.
-        one_cycle: Let the learning rate rise from a tenth of `lr` to `lr` over the first 30 % of
-            the steps and fall to `final_lr` times `lr` by the last (Smith and Topin 2018, arXiv
-            1708.07120).
-        augmented_epochs: Passes over an augmented set, which is twice as large; None: `epochs`.
-        adversary: One of `ADVERSARIES`: "fixed" trains on the images as they are (the paper's set
-            holds its attacked images); the others attack every batch anew (see `attack_batch`).
-        eps, alpha, steps: Of that attack, as in `attacks.pgd`.
-        beta: Weight of the attacked images' term in the loss of "trades".
-        warm_up: Share of the steps over which the attack grows from 0 to its full size; with a few
-            thousand images nothing is learned from the worst case at once.
-        average: Decay of the running average of the weights, which then are the result; 0: none. It
-            is (1 + step) / (10 + step) while that is less, to forget the first weights soon.
-        early_stopping: Whether the weights of the best epoch are the result, where `fit` is given
-            validation images; else those of the last.
-
-    Raises:
-        ValueError: if a number is out of range or there is no such adversary.
-    """
-
-    name: str
-    epochs: int
-    batch_size: int = 64
-    lr: float = 1e-3
-    flip: bool = True
-    one_cycle: bool = False
-    final_lr: float = 0.1
-    augmented_epochs: int | None = None
-    optimiser: str = "adam"
-    weight_decay: float = 0.0
-    adversary: str = "fixed"
-    eps: float = 0.0
-    alpha: float = 0.0
-    steps: int = 1
-    beta: float = 0.0
-    warm_up: float = 0.0
-    average: float = 0.0
-    early_stopping: bool = True
-
-    def __post_init__(self) -> None:
-        for field in ("epochs", "batch_size", "lr", "final_lr", "augmented_epochs", "steps"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise ValueError(f"{field} is {value}; it must be positive")
-        if self.optimiser not in ("adam", "sgd"):
-            raise ValueError(f"unknown optimiser {self.optimiser!r}; choose adam or sgd")
-        if self.adversary not in ADVERSARIES:
-            raise ValueError(
-                f"unknown adversary {self.adversary!r}; choose one of {', '.join(ADVERSARIES)}"
-            )
-        if self.on_the_fly and not (check_eps(self.eps) > 0 and check_eps(self.alpha, "alpha") > 0):
-            raise ValueError(
-                f"eps is {self.eps} and alpha {self.alpha}; {self.adversary} needs both above 0"
-            )
-        for field in ("average", "warm_up"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be from 0 to below 1")
-
-    @property
-    def on_the_fly(self) -> bool:
-        """Whether every batch is attacked anew."""
-        return self.adversary != "fixed"
-
-    def at_step(self, step: int, steps: int) -> "Recipe":
-        """Return the recipe at one of a training's `steps`: in the warm-up its attack is weaker."""
-        share = (step + 1) / (self.warm_up * steps) if self.warm_up else 1.0
-        if not self.on_the_fly or share >= 1:
-            return self
-        return replace(self, eps=share * self.eps, alpha=share * self.alpha)
-
-    def for_augmented_set(self) -> "Recipe":
-        """Return the recipe of a model that is trained on originals and attacked images."""
-        epochs = self.augmented_epochs or self.epochs
-        return replace(self, flip=False, epochs=epochs, augmented_epochs=None)
-
-
-# Paper, sections 3 and 6.2; the batch size and the flip from the code behind it (findings.md, 2).
-PAPER = Recipe("paper", epochs=10, batch_size=64, lr=1e-3, flip=True)
-# The same in under half of the images: with one cycle fewer passes reach the same accuracy. Its
-# numbers were chosen by test accuracies of seed 0, so that seed is a little flattered.
-FAST = Recipe("fast", 7, batch_size=128, lr=5e-3, one_cycle=True, augmented_epochs=4)
-# For a few thousand images: the lessons in minutes, on a laptop, in tests.
-QUICK = Recipe("quick", epochs=5, batch_size=64, lr=2e-3, flip=True)
-# One step from a random start, optimised as its authors do (Wong et al. 2020, 2001.03994), at the
-# usual size of attack.
-RS_FGSM = Recipe(
-    "rs-fgsm",
-    epochs=10,
-    batch_size=128,
-    lr=0.1,
-    one_cycle=True,
-    final_lr=0.001,
-    optimiser="sgd",
-    weight_decay=5e-4,
-    adversary="rs-fgsm",
-    eps=8 / 255,
-    alpha=10 / 255,
-)
-# Without that start, four times as large: it overfits catastrophically, and early stopping would
-# hide that. (At 8/255 and 16/255 a network as small as these does not: tried for seven epochs.)
-FGSM = replace(
-    RS_FGSM, name="fgsm", adversary="fgsm", eps=32 / 255, alpha=32 / 255, early_stopping=False
-)
-# The best that we found for these networks in an hour on two cores (lesson 07): two steps, an
-# attack a little larger than the one to withstand, and the average of the last weights.
-ROBUST = replace(
-    RS_FGSM,
-    name="robust",
-    epochs=30,
-    adversary="pgd",
-    eps=9 / 255,
-    alpha=6.75 / 255,
-    steps=2,
-    average=0.999,
-)
 
 
 class TrainingSet(Protocol):
@@ -204,7 +51,7 @@ class AugmentedSet:
 
     Args:
         originals: The training split.
-        directions: (N, 3, 32, 32) int8, from `attacks.fgsm_direction`.
+        directions: (N, C, H, W) int8, from `attacks.fgsm_direction`.
         eps: Training eps, from 0 to 1.
     """
 
@@ -224,6 +71,7 @@ class AugmentedSet:
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images at `index` (those from N on are attacked) and their labels."""
+        index = index.to(self.directions.device)
         original = index % len(self.originals)
         images, labels = self.originals.batch(original)
         attacked = index >= len(self.originals)
@@ -231,23 +79,9 @@ class AugmentedSet:
         return perturb(images, signs, self.eps), labels
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """Return the device to compute on; "auto" takes cuda, then mps, then the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Tell whether bfloat16 is computed in hardware (elsewhere it would be slower than float32)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(
-        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    )
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the weights of `model` are."""
+    return next(model.parameters()).device
 
 
 def _is_half(precision: str, device: torch.device) -> bool:
@@ -257,23 +91,18 @@ def _is_half(precision: str, device: torch.device) -> bool:
 
 
 def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each of `images` (N, 3, H, W) left-right with probability 1/2."""
-    chosen = torch.rand(len(images), generator=generator) < 0.5
+    """Mirror each of `images` (N, C, H, W) left-right with probability 1/2."""
+    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
-@torch.no_grad()
-def measure_on_test(
-    model: nn.Module, test: Split, device: torch.device | str = "cpu"
-) -> dict[str, float]:
+def measure_on_test(model: nn.Module, test: Split) -> dict[str, float]:
     """Return test_loss (mean cross entropy) and test_accuracy of `model` in eval mode."""
-    loss, correct = 0.0, 0
-    with eval_mode(model):
-        for start in range(0, len(test), 100):
-            images, labels = (t.to(device) for t in test.batch(slice(start, start + 100)))
-            logits = model(images)
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(1) == labels).sum())
+    device, correct, loss = device_of(model), 0, 0.0
+    for start in range(0, len(test), 1_000):  # a thousand at a time: all as floats fill 123 MB
+        images, labels = (t.to(device) for t in test.batch(slice(start, start + 1_000)))
+        right, mean = evaluate(model, images, labels)
+        correct, loss = correct + right, loss + mean * len(labels)
     return {"test_loss": loss / len(test), "test_accuracy": correct / len(test)}
 
 
@@ -308,7 +137,7 @@ def attack_batch(
 
     Args:
         model: In training mode.
-        images: (N, 3, 32, 32) float in [0, 1].
+        images: (N, C, H, W) float in [0, 1].
         labels: (N,) int64.
         recipe: Names adversary, eps, alpha, steps.
         generator: Of the random start.
@@ -356,41 +185,6 @@ def _loss(
     return F.cross_entropy(clean, labels) + recipe.beta * gap, logits
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    data: TrainingSet,
-    recipe: Recipe,
-    generator: torch.Generator,
-    device: torch.device,
-    half: bool,
-    on_step: Callable[[], None],
-) -> dict[str, float]:
-    """Train for one epoch; return its exact mean loss and accuracy over the images seen."""
-    batches = torch.randperm(len(data), generator=generator).split(recipe.batch_size)
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device, dtype=torch.int64)
-    model.train()
-    for index in batches:
-        images, labels = data.batch(index)
-        if recipe.flip:
-            images = flip_some(images, generator)
-        images = images.to(device, memory_format=fastest_layout(model))
-        labels = labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            now = recipe.at_step(schedule.last_epoch, recipe.epochs * len(batches))
-            loss, logits = _loss(model, images, labels, now, generator)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        on_step()
-    return {"train_loss": float(loss_sum) / len(data), "train_accuracy": int(correct) / len(data)}
-
-
 def _average(decay: float, averaged: Tensor, now: Tensor, step: Tensor) -> Tensor:
     """Return the running average of a weight or buffer after `step` updates."""
     if not now.is_floating_point():  # batch norm counts its batches
@@ -410,7 +204,7 @@ def _identify(model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int) ->
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy())
     for tensor in data.batch(torch.tensor([0, len(data) // 2, len(data) - 1])):
-        digest.update(tensor.numpy())
+        digest.update(tensor.cpu().numpy())
     return json.dumps([asdict(recipe), seed, len(data), repr(model), digest.hexdigest()])
 
 
@@ -419,14 +213,13 @@ def _load_state(path: Path, identity: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
     except Exception as error:
         raise ValueError(f"{path} is damaged; delete it to train from the start") from error
     return state if found == identity else None
 
 
-@torch.no_grad()
 def measure_on_validation(
     model: nn.Module, validation: Split, eps: float, seed: int = 0
 ) -> dict[str, float]:
@@ -441,21 +234,13 @@ def measure_on_validation(
     Returns:
         val_accuracy, val_fgsm_accuracy and val_pgd_accuracy, fractions.
     """
-    images, labels = (t.to(next(model.parameters()).device) for t in validation.batch(slice(None)))
-    attacked = {
+    images, labels = (t.to(device_of(model)) for t in validation.batch(slice(None)))
+    shown = {
         "val_accuracy": images,
         "val_fgsm_accuracy": fgsm(model, images, labels, eps),
         "val_pgd_accuracy": pgd(model, images, labels, eps, alpha=eps / 4, steps=10, seed=seed),
     }
-    found = {}
-    with eval_mode(model):
-        for name, shown in attacked.items():
-            right = [
-                (model(part).argmax(1) == some).sum()
-                for part, some in zip(shown.split(100), labels.split(100), strict=True)
-            ]
-            found[name] = int(torch.stack(right).sum()) / len(labels)
-    return found
+    return {name: evaluate(model, x, labels)[0] / len(labels) for name, x in shown.items()}
 
 
 def hold_out(train: Split) -> tuple[Split, Split]:
@@ -485,6 +270,90 @@ def overfitted_catastrophically(history: History) -> int | None:
     return None
 
 
+class _Run:
+    """A training on its way: what changes from step to step, and what is kept of each epoch."""
+
+    def __init__(
+        self, model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int, precision: str
+    ) -> None:
+        self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
+        self.device = device_of(model)
+        self.half = _is_half(precision, self.device)
+        model.to(memory_format=fastest_layout(model))
+        self.steps = -(-len(data) // recipe.batch_size)  # of an epoch
+        self.optimiser = _optimiser(model, recipe, fused=self.device.type != "mps")
+        self.schedule = _schedule(self.optimiser, recipe, recipe.epochs * self.steps)
+        self.parts = {"model": model, "optimiser": self.optimiser, "schedule": self.schedule}
+        self.averaged = None
+        if recipe.average:
+            rule = partial(_average, recipe.average)
+            self.averaged = AveragedModel(model, avg_fn=rule, use_buffers=True)
+            self.parts["averaged"] = self.averaged
+        self.history: History = []
+        self.best: dict[str, Any] = {"score": -1.0, "weights": None}
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model whose figures count: the average of the weights, where there is one."""
+        return self.averaged.module if self.averaged else self.model
+
+    def epoch(self, on_step: Callable[[], None]) -> dict[str, float]:
+        """Train for one epoch; return its exact mean loss and accuracy over the images seen."""
+        number, size = len(self.history), len(self.data)
+        generator = torch.Generator().manual_seed(1000 * self.seed + number)
+        batches = torch.randperm(size, generator=generator).split(self.recipe.batch_size)
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        self.model.train()
+        start = time.perf_counter()
+        for index in batches:
+            loss, right = self._step(index, generator)
+            loss_sum += loss * len(index)
+            correct += right
+            on_step()
+        found = {"train_loss": float(loss_sum) / size, "train_accuracy": int(correct) / size}
+        seconds = time.perf_counter() - start
+        rate = {"seconds": seconds, "images_per_second": size / seconds}
+        return {"epoch": number + 1, **found, **rate}
+
+    def _step(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Take one step on the images at `index`; return their mean loss and how many are right."""
+        images, labels = self.data.batch(index)
+        if self.recipe.flip:
+            images = flip_some(images, generator)
+        images = images.to(self.device, memory_format=fastest_layout(self.model))
+        labels = labels.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            now = self.recipe.at_step(self.schedule.last_epoch, self.recipe.epochs * self.steps)
+            loss, logits = _loss(self.model, images, labels, now, generator)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        self.schedule.step()
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def keep_if_best(self, score: float) -> None:
+        """Remember the weights if they have the highest score so far."""
+        if score > self.best["score"]:
+            weights = {name: t.clone() for name, t in self.judged.state_dict().items()}
+            self.best = {"score": score, "weights": weights}
+
+    def save(self, path: Path, identity: str) -> None:
+        """Write all that is needed to go on after this epoch."""
+        whole = {name: part.state_dict() for name, part in self.parts.items()}
+        _save_state(
+            path, whole | {"identity": identity, "history": self.history, "best": self.best}
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where `save` was called."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.history, self.best = state["history"], state["best"]
+
+
 def fit(
     model: nn.Module,
     data: TrainingSet,
@@ -493,20 +362,21 @@ def fit(
     seed: int = 0,
     test: Split | None = None,
     validation: Split | None = None,
-    device: str = "auto",
     precision: str = "auto",
     state_path: Path | None = None,
     progress: str | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> History:
-    """Train `model` in place by `recipe`.
+    """Train `model` in place by `recipe`, on the device where it is.
 
     The order of the images, the flips and the random starts of an epoch depend on `seed` and the
     epoch's number alone, so a training that was killed goes on from its last whole epoch to the
     same weights.
 
+    Ten parameters: the first four and `validation` decide the result, the others watch or keep it.
+
     Args:
-        model: The model; trained in place, left in eval mode on the CPU.
+        model: The model; trained in place, left in eval mode.
         data: What to train on.
         recipe: How.
         seed: Order of images, flips and random starts.
@@ -514,7 +384,6 @@ def fit(
         validation: Images that are not trained on, attacked after each epoch. With
             `recipe.early_stopping` the weights of the epoch that is best under PGD-10 are the
             result (Rice et al. 2020, 2002.11569).
-        device: "auto", "cpu", "cuda" or "mps".
         precision: Of the forward and backward passes: "float32", "bfloat16", or "auto", which is
             bfloat16 where the device computes it in hardware.
         state_path: File for the state after each epoch; removed at the end. None keeps none.
@@ -529,71 +398,28 @@ def fit(
     Raises:
         ValueError: if `state_path` is damaged or there is no such precision.
     """
-    where = pick_device(device)
-    half = _is_half(precision, where)
-    model.to(where, memory_format=fastest_layout(model))
-    optimiser = _optimiser(model, recipe, fused=where.type != "mps")
-    steps = -(-len(data) // recipe.batch_size)
-    parts = {
-        "model": model,
-        "optimiser": optimiser,
-        "schedule": _schedule(optimiser, recipe, recipe.epochs * steps),
-    }
-    averaged = None
-    if recipe.average:
-        rule = partial(_average, recipe.average)
-        averaged = parts["averaged"] = AveragedModel(model, avg_fn=rule, use_buffers=True)
-    judged = averaged.module if averaged else model
     identity = _identify(model, data, recipe, seed) if state_path else ""
-    history: History = []
-    best: dict[str, Any] = {"score": -1.0, "weights": None}
-    state = _load_state(state_path, identity) if state_path else None
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        history, best = state["history"], state["best"]
-    bar = progress_bar(progress, recipe.epochs * steps, "step")
-    bar.update(len(history) * steps)
-
-    def on_step() -> None:
-        bar.update()
-        if averaged:
-            averaged.update_parameters(model)
-
-    with bar:
-        for epoch in range(len(history), recipe.epochs):
-            generator = torch.Generator().manual_seed(1000 * seed + epoch)
-            start = time.perf_counter()
-            figures = _train_epoch(
-                model,
-                optimiser,
-                parts["schedule"],
-                data,
-                recipe,
-                generator,
-                where,
-                half,
-                on_step,
-            )
-            seconds = time.perf_counter() - start
-            figures |= {"seconds": seconds, "images_per_second": len(data) / seconds}
+    run = _Run(model, data, recipe, seed, precision)
+    if state_path and (state := _load_state(state_path, identity)):
+        run.restore(state)
+    with progress_bar(progress, recipe.epochs * run.steps, "step") as bar:
+        bar.update(len(run.history) * run.steps)
+        while len(run.history) < recipe.epochs:
+            figures = run.epoch(bar.update)
             if test is not None:
-                figures |= measure_on_test(judged, test, where)
+                figures |= measure_on_test(run.judged, test)
             if validation is not None:
-                figures |= measure_on_validation(judged, validation, recipe.eps, seed)
-                if recipe.early_stopping and figures["val_pgd_accuracy"] > best["score"]:
-                    weights = {name: t.clone() for name, t in judged.state_dict().items()}
-                    best = {"score": figures["val_pgd_accuracy"], "weights": weights}
-            history.append({"epoch": epoch + 1, **figures})
+                figures |= measure_on_validation(run.judged, validation, recipe.eps, seed)
+                if recipe.early_stopping:
+                    run.keep_if_best(figures["val_pgd_accuracy"])
+            run.history.append(figures)
             bar.set_postfix(accuracy=f"{figures['train_accuracy']:.3f}")
             if on_epoch:
-                on_epoch(history[-1])
+                on_epoch(figures)
             if state_path:
-                whole = {name: part.state_dict() for name, part in parts.items()}
-                whole |= {"identity": identity, "history": history, "best": best}
-                _save_state(state_path, whole)
-    model.load_state_dict(best["weights"] or judged.state_dict())
-    model.to("cpu", memory_format=torch.contiguous_format).eval()
+                run.save(state_path, identity)
+    model.load_state_dict(run.best["weights"] or run.judged.state_dict())
+    model.to(memory_format=torch.contiguous_format).eval()
     if state_path and state_path.exists():
         state_path.unlink()
-    return history
+    return run.history

@@ -14,16 +14,20 @@ import ipywidgets as w
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from advlab import evaluation
 from advlab.attacks import fgsm, pgd
+from advlab.catalogue import ATTACKS
 from advlab.data import ImageData, to_float
+from advlab.datasets import read_picture
+from advlab.forward import predict
+from advlab.plots import as_picture
 
-ATTACKS = ("fgsm", "fgsm towards a class", "rs-fgsm", "pgd", "noise")
+# Two that have a control of their own here, beside those of the catalogue.
+TARGETED, STEPPED = "fgsm towards a class", "pgd"
+CHOICES = ("fgsm", TARGETED, STEPPED, *(name for name in ATTACKS if name != "fgsm"))
 LARGEST_UPLOAD = 10_000_000  # bytes
-SIDE = 32
 LARGEST_EPS = 64  # in steps of 1/255
 # Blue and orange of the Okabe-Ito palette; the numbers beside the bars say the same without colour.
 COLOURS = {"before": "#0072B2", "after": "#E69F00"}
@@ -38,7 +42,7 @@ class Outcome:
     """What an attack did to one image.
 
     Attributes:
-        original, attacked: (3, 32, 32) float in [0, 1].
+        original, attacked: (C, H, W) float in [0, 1].
         before, after: By model, (classes,) probabilities.
         linf, l2: Size of the change, L-infinity in steps of 1/255.
         survives: Whether the first model answers the same after saving in 8 bits.
@@ -83,9 +87,9 @@ def attack_one(
     Args:
         models: By name, what maps images to logits; the first is the one asked about 8 bits.
         source: Name of the model whose gradient is used.
-        image: (3, 32, 32) float in [0, 1].
+        image: (C, H, W) float in [0, 1].
         label: The true class.
-        attack: One of `ATTACKS`.
+        attack: One of `CHOICES`.
         eps: L-infinity size, from 0 to 1.
         steps: Of "pgd", at least 1.
         target: Of "fgsm towards a class".
@@ -95,31 +99,31 @@ def attack_one(
     Raises:
         ValueError: if there is no such attack or source, or eps or steps is out of range.
     """
-    if attack not in ATTACKS:
-        raise ValueError(f"unknown attack {attack!r}; choose one of {', '.join(ATTACKS)}")
+    if attack not in CHOICES:
+        raise ValueError(f"unknown attack {attack!r}; choose one of {', '.join(CHOICES)}")
     if source not in models:
         raise ValueError(f"unknown source {source!r}; choose one of {', '.join(models)}")
-    x, y = image[None], torch.tensor([label])
+    x, y = image[None], torch.tensor([label], device=image.device)
     maker = _Watched(models[source], report)
     if eps == 0:
         made = x
-    elif attack == "fgsm towards a class":
-        made = fgsm(maker, x, y, eps, targeted=torch.tensor([target]))
-    elif attack == "pgd":
+    elif attack == TARGETED:
+        made = fgsm(maker, x, y, eps, targeted=torch.full_like(y, target))
+    elif attack == STEPPED:
         alpha = min(1, max(eps / 8, 2.5 * eps / max(steps, 1)))  # `pgd` refuses steps below 1
         made = pgd(maker, x, y, eps, alpha=alpha, steps=steps, seed=0)
     else:
-        made = evaluation.attacked({"rs-fgsm": "rfgsm"}.get(attack, attack), maker, x, y, eps)
+        made = ATTACKS[attack](maker, x, y, eps)
     saved = (made * 255).round() / 255
     before, after, in_8_bits = (
-        {name: evaluation.predict(model, shown)[0, :classes] for name, model in models.items()}
+        {name: predict(model, shown)[0, :classes].cpu() for name, model in models.items()}
         for shown in (x, made, saved)
     )
     first = next(iter(models))
     change = made - x
     return Outcome(
-        image,
-        made[0],
+        image.cpu(),
+        made[0].cpu(),
         {name: logits.softmax(0) for name, logits in before.items()},
         {name: logits.softmax(0) for name, logits in after.items()},
         255 * float(change.abs().max()),
@@ -128,31 +132,24 @@ def attack_one(
     )
 
 
-def read_upload(content: bytes) -> Tensor:
-    """Return an uploaded PNG or JPEG, cut to its central square, as (3, 32, 32) float in [0, 1].
+def read_upload(content: bytes, shape: tuple[int, int, int]) -> Tensor:
+    """Return an uploaded picture (see `datasets.read_picture`) as an image float in [0, 1].
+
+    Args:
+        content: Of the file.
+        shape: (C, H, W) of the result.
 
     Raises:
-        ValueError: if it is too large, has 16 bits a pixel, or is no picture that Pillow reads.
+        ValueError: if it is too large or cannot be read, or is to have neither 1 nor 3 channels.
     """
     if len(content) > LARGEST_UPLOAD:
         raise ValueError(f"the file has {len(content) / 1e6:.0f} MB; at most 10 are read")
-    try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as opened:
-            deep = opened.mode.startswith("I")  # 16 bits a pixel, which `convert` would cut off
-            picture = ImageOps.exif_transpose(opened).convert("RGB")  # upright
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError("this is not a PNG or JPEG picture that can be read") from error
-    if deep:
-        raise ValueError("the picture has 16 bits a pixel; save it with 8")
-    side = min(picture.size)
-    left, top = ((length - side) // 2 for length in picture.size)
-    picture = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
-    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return to_float(read_picture(content, shape[1], shape[0]))
 
 
 def _png(image: Tensor, scale: int = 6) -> bytes:
-    """Return (3, H, W) in [0, 1] as PNG, each pixel `scale` wide."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    """Return an image in [0, 1] as PNG, each pixel `scale` wide."""
+    pixels = as_picture((image.clamp(0, 1) * 255).round().byte())
     written = io.BytesIO()
     size = (scale * pixels.shape[1], scale * pixels.shape[0])
     Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(written, "PNG")
@@ -218,7 +215,7 @@ class AttackExplorer:
         self.first = w.Dropdown(options=names, description="model", **wide)
         self.second = w.Dropdown(options=names, value=names[-1], description="beside it", **wide)
         self.source = w.Dropdown(options=names, description="gradient of", **wide)
-        self.attack = w.Dropdown(options=ATTACKS, description="attack", **wide)
+        self.attack = w.Dropdown(options=CHOICES, description="attack", **wide)
         self.target = w.Dropdown(
             options=[(name, k) for k, name in enumerate(data.classes)],
             description="towards",
@@ -291,7 +288,7 @@ class AttackExplorer:
         image, label = self.image()
         models = {name: self.models[name] for name in (self.first.value, self.second.value)}
         models |= {self.source.value: self.models[self.source.value]}
-        slow = self.attack.value == "pgd"
+        slow = self.attack.value == STEPPED
         self.progress.max, self.progress.value = (self.steps.value if slow else 1), 0
         self.cancel.disabled, self.message.value = not slow, ""
 
@@ -302,7 +299,7 @@ class AttackExplorer:
 
         try:
             if label is None:  # an own picture has no label: attack the model's own answer
-                logits = evaluation.predict(models[self.first.value], image[None])
+                logits = predict(models[self.first.value], image[None])
                 answer = int(logits[0, : len(self.data.classes)].argmax())
             self.outcome = attack_one(
                 models, self.source.value, image, answer if label is None else label,
@@ -356,7 +353,7 @@ class AttackExplorer:
         content = bytes(self.upload.value[0]["content"])
         self.upload.value = ()  # else the same picture, chosen again, would be no change
         try:
-            self._choose(read_upload(content))
+            self._choose(read_upload(content, self.data.shape).to(self.data.test.images.device))
         except ValueError as error:
             self.message.value = html.escape(str(error))
 
@@ -375,7 +372,7 @@ class AttackExplorer:
             f"attacked, eps {self.eps.value}/255": outcome.attacked,
         }
         for axis, (title, image) in zip(axes, shown.items(), strict=False):
-            axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
+            axis.imshow(as_picture(image.clamp(0, 1)))
             axis.set_title(title, fontsize="small")
             axis.set_axis_off()
         places = np.arange(len(self.data.classes))

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
-from advlab import data, files
-from advlab.checkpoints import Checkpoint, Zoo
+from advlab import datasets, files
+from advlab._torchvision import datasets as torchvision_sets
+from advlab.checkpoints import Checkpoint
 from advlab.data import ImageData, Split
-from advlab.training import Recipe
+from advlab.recipes import Recipe
+from advlab.store import Zoo
 
 mpl.use("Agg")
 # Hypothesis would keep a folder of its own in the current one; this one goes at the end.
@@ -32,7 +34,9 @@ hypothesis.settings.register_profile("advlab", derandomize=True, deadline=None, 
 hypothesis.settings.load_profile("advlab")
 
 # Where the real CIFAR-10 is; the tests themselves run as if it were nowhere.
-_found = data.find_cifar10()
+_found = datasets.find("cifar10")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
+CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 REAL_DATA = str(_found.absolute()) if _found else None
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
 
@@ -123,20 +127,20 @@ def write_lesson(home: Path, name: str, *code: str) -> None:
 
 def write_fake_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> Path:
     """Write files named and built like CIFAR-10's, and let torchvision expect their MD5 sums."""
-    folder = root / data.CIFAR10_FOLDER
+    folder = root / datasets.CIFAR10_FOLDER
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     sums = {}
-    names = [name for name, _ in data.datasets.CIFAR10.train_list + data.datasets.CIFAR10.test_list]
+    cifar = torchvision_sets.CIFAR10
+    names = [name for name, _ in cifar.train_list + cifar.test_list]
     for name in names:
         pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
         labels = [int(label) for label in rng.integers(0, 10, n)]
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
-    meta = {"label_names": list(data.CIFAR10_CLASSES)}
+    meta = {"label_names": list(CIFAR10_CLASSES)}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta))
     for name in [*names, "batches.meta"]:
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    cifar = data.datasets.CIFAR10
     monkeypatch.setattr(cifar, "train_list", [[name, sums[name]] for name in names[:-1]])
     monkeypatch.setattr(cifar, "test_list", [[names[-1], sums[names[-1]]]])
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
@@ -148,7 +152,7 @@ def own_folders(tmp_path, monkeypatch):
     """Let everything be written below tmp_path, and forget the caller's settings."""
     monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ADVLAB_OUTPUT", str(tmp_path / "output"))
-    for name in ("ADVLAB_DATA", "ADVLAB_PROFILE", "ADVLAB_DATASET"):
+    for name in ("ADVLAB_DATA", "ADVLAB_PROFILE", "ADVLAB_DATASET", "ADVLAB_DEVICE"):
         monkeypatch.delenv(name, raising=False)
     yield
     plt.close("all")
@@ -165,13 +169,13 @@ def empty_home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    monkeypatch.setattr(data, "_reachable", lambda host: False)
+    monkeypatch.setattr(datasets, "_reachable", lambda host: False)
 
 
 @pytest.fixture
 def cifar10_root():
     """Folder of the real CIFAR-10; skips without it."""
-    if not REAL_DATA or not (Path(REAL_DATA) / data.CIFAR10_FOLDER).is_dir():
+    if not REAL_DATA or not (Path(REAL_DATA) / datasets.CIFAR10_FOLDER).is_dir():
         pytest.skip("needs CIFAR-10: set ADVLAB_DATA to the folder that holds it")
     return Path(REAL_DATA)
 
@@ -206,13 +210,13 @@ def batch():
 @pytest.fixture(scope="session")
 def shapes() -> ImageData:
     """Return a Shapes-10 of 160 and 130 images; 130 is no multiple of the chunk of 100."""
-    return data.Shapes10(160, 130)
+    return datasets.Shapes10(160, 130)
 
 
 @pytest.fixture
 def tiny_shapes(shapes) -> ImageData:
     """Return a Shapes-10 of 64 and 32 images, for trainings whose result does not matter."""
-    return ImageData(shapes.name, shapes.classes, shapes.train.first(64), shapes.test.first(32))
+    return ImageData(shapes.spec, shapes.train.first(64), shapes.test.first(32))
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
@@ -225,7 +229,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
 def zoo(tmp_path_factory, shapes) -> Zoo:
     """Return a zoo whose models are trained once in the session."""
     folder = shared_folder(tmp_path_factory, "zoo")
-    return Zoo(shapes, TINY, 0, folder, device="cpu", progress=False)
+    return Zoo(shapes, TINY, 0, folder, progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -237,8 +241,8 @@ def trained(zoo) -> tuple[Checkpoint, Checkpoint]:
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory) -> tuple[nn.Module, Split]:
     """Return a CNN that has learned Shapes-10, and the test split: the longest training here."""
-    images = data.Shapes10(6_000, 1_000)
+    images = datasets.Shapes10(6_000, 1_000)
     recipe = Recipe("learning", epochs=5, batch_size=64, lr=4e-3, one_cycle=True)
     folder = shared_folder(tmp_path_factory, "learned")
-    zoo = Zoo(images, recipe, 0, folder, device="cpu", progress=False)
+    zoo = Zoo(images, recipe, 0, folder, progress=False)
     return zoo.get("cnn").model, images.test

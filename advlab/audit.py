@@ -1,0 +1,250 @@
+"""The audit: a checklist that tells robustness from its appearance.
+
+From Athalye et al. 2018 (1802.00420, section 3.1) and Carlini et al. 2019 (1902.06705). A line that
+fails does not prove that the model is weak, but that its figures cannot be trusted before somebody
+has found out why.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from advlab.attacks import check_eps, input_gradient, perturb, pgd
+from advlab.autoattack import auto_attack
+from advlab.catalogue import ATTACKS
+from advlab.data import check_batch
+from advlab.evaluation import wilson
+from advlab.forward import Classifier, holds
+
+TRANSFER_SIZES = (0.05, 0.1)  # beside eps itself
+HUGE = 0.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model on trial; what several lines ask for is measured once.
+
+    Args:
+        model: The model.
+        images: (N, C, H, W) float in [0, 1]; a few hundred are enough.
+        labels: (N,) int64, the true classes.
+        source: Another model, from which attacks are transferred; None leaves that line out.
+        eps: The threat model, L-inf.
+        seed: Of noise and random starts.
+
+    Raises:
+        ValueError, TypeError: if images, labels or `eps` are not as above.
+    """
+
+    model: Classifier
+    images: Tensor
+    labels: Tensor
+    source: Classifier | None = None
+    eps: float = 8 / 255
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        check_batch(self.images, self.labels)
+
+    def share(self, shown: Tensor) -> float:
+        """Return the accuracy of the model on `shown`, versions of the images."""
+        return float(holds(self.model, shown, self.labels).float().mean())
+
+    def under(self, attack: str, eps: float) -> float:
+        """Return the accuracy under an attack of `catalogue.ATTACKS`, white box."""
+        made = ATTACKS[attack](self.model, self.images, self.labels, eps, seed=self.seed)
+        return self.share(made)
+
+    def _one_step(self, maker: Classifier, sizes: Sequence[float]) -> list[float]:
+        """Return accuracies under FGSM made on `maker`: one direction for every size."""
+        signs = ATTACKS["fgsm"].direction(maker, self.images, self.labels)
+        return [self.share(perturb(self.images, signs, eps)) for eps in sizes]
+
+    @cached_property
+    def clean(self) -> float:
+        """Accuracy without an attack."""
+        return self.share(self.images)
+
+    @cached_property
+    def noise(self) -> float:
+        """Accuracy under random signs."""
+        return self.under("noise", self.eps)
+
+    @cached_property
+    def sweep(self) -> list[float]:
+        """Accuracies under FGSM at a quarter, a half, three quarters of eps, and eps."""
+        return self._one_step(self.model, [self.eps * part / 4 for part in (1, 2, 3, 4)])
+
+    @cached_property
+    def iterated(self) -> float:
+        """Accuracy under PGD-20."""
+        return self.under("pgd-20", self.eps)
+
+    @cached_property
+    def converged(self) -> float:
+        """Accuracy under 100 steps from two other random starts."""
+        options = {"alpha": self.eps / 10, "steps": 100, "restarts": 2, "seed": self.seed + 1}
+        return self.share(pgd(self.model, self.images, self.labels, self.eps, **options))
+
+    @cached_property
+    def transfer(self) -> list[float]:
+        """Accuracies under FGSM made on `source`, at eps and at `TRANSFER_SIZES`; none without."""
+        return self._one_step(self.source, (self.eps, *TRANSFER_SIZES)) if self.source else []
+
+    @cached_property
+    def huge(self) -> float:
+        """Accuracy under PGD-20 at eps 0.5, with which any image can be made grey."""
+        return self.under("pgd-20", HUGE)
+
+    @cached_property
+    def square(self) -> float | None:
+        """Accuracy under Square, which asks for no gradient; None without its package."""
+        try:
+            held = auto_attack(
+                self.model,
+                self.images,
+                self.labels,
+                self.eps,
+                attacks=["square"],
+                seed=self.seed,
+                queries=1_000,
+            )
+        except ImportError:
+            return None
+        return float(held.float().mean())
+
+    @cached_property
+    def white(self) -> float:
+        """Accuracy under the strongest of the white-box attacks."""
+        return min(self.sweep[-1], self.iterated, self.converged)
+
+    @property
+    def near(self) -> float:
+        """By how much two accuracies on the same images differ by chance.
+
+        Two standard deviations, if a tenth of the images change sides.
+        """
+        return max(0.01, 2 * math.sqrt(0.1 / len(self.images)))
+
+    def checklist(self) -> pd.DataFrame:
+        """Return a row per line: check, verdict ("pass", "ALARM" or "not run"), measured, n."""
+        rows = []
+        for check, judge in CHECKLIST:
+            passed, measured = judge(self)
+            verdict = "not run" if passed is None else "pass" if passed else "ALARM"
+            n = len(self.images)
+            rows.append({"check": check, "verdict": verdict, "measured": measured, "n": n})
+        return pd.DataFrame(rows)
+
+    def accuracies(self) -> pd.DataFrame:
+        """Return what was measured, a row each: test, eps, accuracy, low, high, correct, n."""
+        eps, n = self.eps, len(self.images)
+        found: list[tuple[str, float, float | None]] = [("clean", 0.0, self.clean)]
+        found += [("noise", eps, self.noise)]
+        found += [("FGSM", eps * k / 4, v) for k, v in enumerate(self.sweep, 1)]
+        found += [("PGD, 20 steps", eps, self.iterated)]
+        found += [("PGD, 100 steps x 2", eps, self.converged), ("PGD, 20 steps", HUGE, self.huge)]
+        sizes = (eps, *TRANSFER_SIZES)
+        found += [("FGSM, transfer", s, v) for s, v in zip(sizes, self.transfer, strict=False)]
+        if self.white > self.near:
+            found += [("Square, 1,000 queries", eps, self.square)]
+        rows = []
+        for test, size, value in found:
+            if value is not None:
+                correct = round(value * n)
+                low, high = wilson(correct, n)
+                rows.append((test, size, correct / n, low, high, correct, n))
+        columns = ["test", "eps", "accuracy", "low", "high", "correct", "n"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def _percent(text: str, *values: float) -> str:
+    return text.format(*(f"{100 * value:.1f} %" for value in values))
+
+
+def _iterated(t: Trial) -> tuple[bool | None, str]:
+    one_step = t.sweep[-1]
+    told = _percent("PGD-20 {}, FGSM {}", t.iterated, one_step)
+    return t.iterated <= one_step + t.near, told
+
+
+def _transfer(t: Trial) -> tuple[bool | None, str]:
+    if not t.transfer:
+        return None, "needs a source"
+    told = _percent("white box {}, transfer {}", t.white, t.transfer[0])
+    return t.white <= t.transfer[0] + t.near, told
+
+
+def _black_box(t: Trial) -> tuple[bool | None, str]:
+    # Square takes long, and where nothing is left it can find nothing.
+    if t.white <= t.near:
+        return True, _percent("white box {}, nothing is left to break", t.white)
+    if t.square is None:
+        return None, "needs the extra audit"
+    told = _percent("Square, 1,000 queries, {}, white box {}", t.square, t.white)
+    return t.square >= t.white - t.near, told
+
+
+def _falls_to_zero(t: Trial) -> tuple[bool | None, str]:
+    return t.huge <= t.near, _percent("PGD-20 at eps 0.5: {}", t.huge)
+
+
+def _converges(t: Trial) -> tuple[bool | None, str]:
+    told = _percent("20 steps {}, 100 steps x 2 {}", t.iterated, t.converged)
+    return t.iterated - t.converged <= 0.02, told
+
+
+def _noise(t: Trial) -> tuple[bool | None, str]:
+    told = _percent("clean {}, noise {}", t.clean, t.noise)
+    return t.clean - t.noise <= (t.clean - t.white) / 4 + t.near, told
+
+
+def _never_above_clean(t: Trial) -> tuple[bool | None, str]:
+    best = max([t.noise, t.iterated, t.converged, *t.transfer, *t.sweep])
+    told = _percent("clean {}, best under attack {}", t.clean, best)
+    return best <= t.clean + t.near, told
+
+
+def _gradients(t: Trial) -> tuple[bool | None, str]:
+    lengths = input_gradient(t.model, t.images, t.labels).flatten(1).norm(dim=1)
+    flat, middle = float((lengths < 1e-12).float().mean()), float(lengths.median())
+    told = f"median length {middle:.2g}, all but 0 for {100 * flat:.1f} %"
+    return flat <= t.near and 1e-6 < middle < 1e6, told
+
+
+def _steadily(t: Trial) -> tuple[bool | None, str]:
+    rise = max(later - earlier for earlier, later in pairwise([t.clean, *t.sweep]))
+    return rise <= t.near, _percent("FGSM at 1/4, 1/2, 3/4, 1 eps: {}, {}, {}, {}", *t.sweep)
+
+
+CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = (
+    ("iterated attack at least as strong as one step", _iterated),
+    ("white box at least as strong as transfer", _transfer),
+    ("black box weaker than white box", _black_box),
+    ("accuracy falls to 0 as eps grows", _falls_to_zero),
+    ("more steps and restarts change little", _converges),
+    ("noise of the same size does little", _noise),
+    ("never more accurate than on clean images", _never_above_clean),
+    ("gradients neither vanish nor explode", _gradients),
+    ("accuracy falls steadily along the attack", _steadily),
+)
+
+
+def audit(model: Classifier, images: Tensor, labels: Tensor, **options: Any) -> pd.DataFrame:
+    """Run the checklist on a model.
+
+    Args:
+        model, images, labels: As in `Trial`.
+        options: source, eps and seed, as there.
+
+    Returns:
+        As `Trial.checklist`.
+    """
+    return Trial(model, images, labels, **options).checklist()

@@ -1,0 +1,232 @@
+"""What there is: attacks and lessons here, and where the rest is declared.
+
+Each has one entry. Tables, keys of kept results, the command line, the explorer and the benchmark
+read it there, so that a new one needs its entry and nothing else:
+
+- an attack: its function in `advlab.attacks`, its entry in `ATTACKS`;
+- a data set: `advlab.datasets.DATASETS`;
+- an architecture: `advlab.models.ARCHITECTURES`;
+- a recipe: `advlab.recipes.RECIPES`;
+- a lesson: its notebook, its entry in `LESSONS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from advlab.attacks import fgsm_direction, mifgsm, perturb, pgd, rfgsm
+from advlab.data import check_batch
+from advlab.datasets import DATASETS
+from advlab.forward import Classifier, holds
+from advlab.models import ARCHITECTURES
+from advlab.recipes import RECIPES, Model, Profile
+
+__all__ = ["ARCHITECTURES", "ATTACKS", "DATASETS", "LESSONS", "RECIPES", "Attack", "Lesson"]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack by name, within `eps` of each pixel.
+
+    Args:
+        name: What tables, files and the command line call it.
+        about: One line for help.
+        function: ``function(model, images, labels, seed)`` returns one direction for every eps,
+            int8 signs, where `one_direction` is set; else ``function(model, images, labels, eps,
+            seed)`` returns attacked images.
+        one_direction: Whether the same direction serves every eps.
+        random: Whether it draws random numbers, and its result depends on the seed.
+        gradient: Whether it asks for the model's gradient; else it is the same for every model.
+        board: Whether boards of models have a column for it.
+    """
+
+    name: str
+    about: str
+    function: Callable[..., Tensor]
+    one_direction: bool = False
+    random: bool = True
+    gradient: bool = True
+    board: bool = False
+
+    def direction(
+        self, model: Classifier, images: Tensor, labels: Tensor, *, seed: int = 0
+    ) -> Tensor:
+        """Return the signs (int8, like `images`) along which the attack moves them.
+
+        Raises:
+            ValueError: if its direction depends on eps.
+        """
+        if not self.one_direction:
+            raise ValueError(f"{self.name} has another direction for every eps; call it with one")
+        check_batch(images, labels)
+        return self.function(model, images, labels, seed)
+
+    def __call__(
+        self, model: Classifier, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0
+    ) -> Tensor:
+        """Return `images` attacked within `eps`.
+
+        Args:
+            model: The model whose gradient is used, if one is.
+            images: (N, C, H, W) float in [0, 1].
+            labels: (N,) int64, the true classes.
+            eps: From 0 to 1.
+            seed: Of noise and random starts.
+        """
+        if eps == 0:
+            return images
+        if self.one_direction:
+            return perturb(images, self.direction(model, images, labels, seed=seed), eps)
+        return self.function(model, images, labels, eps, seed)
+
+
+def _fgsm(model: Classifier, x: Tensor, y: Tensor, seed: int, per_image: bool) -> Tensor:
+    return fgsm_direction(model, x, y, per_image_statistics=per_image)
+
+
+def _noise(model: Classifier, x: Tensor, y: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    return signs.to(x.device)
+
+
+def _rfgsm(model: Classifier, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
+    return rfgsm(model, x, y, eps, alpha=1.25 * eps, seed=seed)
+
+
+def _mifgsm(model: Classifier, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
+    return mifgsm(model, x, y, eps)
+
+
+def _pgd_20(model: Classifier, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
+    return pgd(model, x, y, eps, alpha=eps / 8, steps=20, seed=seed)
+
+
+def _pgd_50x3(model: Classifier, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
+    attack = partial(pgd, eps=eps, alpha=eps / 8, steps=50, restarts=3, seed=seed)
+    made = attack(model, x, y)
+    left = holds(model, made, y)
+    if left.any():
+        made[left] = attack(model, x[left], y[left], loss="margin")
+    return made
+
+
+# Each is stronger than the one before, from noise on.
+_ATTACKS = (
+    Attack(
+        "fgsm-per-image",
+        "FGSM with each image's own statistics, as in the paper's tables",
+        partial(_fgsm, per_image=True),
+        one_direction=True,
+        random=False,
+    ),
+    Attack(
+        "noise",
+        "a random sign per pixel, the control of the same size",
+        _noise,
+        one_direction=True,
+        gradient=False,
+    ),
+    Attack(
+        "fgsm",
+        "one step along the sign of the gradient, taken in eval mode",
+        partial(_fgsm, per_image=False),
+        one_direction=True,
+        random=False,
+        board=True,
+    ),
+    Attack("rfgsm", "one step of 1.25 eps from a random start", _rfgsm),
+    Attack("mi-fgsm", "10 steps with momentum, made to transfer", _mifgsm, random=False),
+    Attack("pgd-20", "20 steps of eps / 8 from a random start", _pgd_20, board=True),
+    Attack(
+        "pgd-50x3",
+        "50 steps from 3 random starts on cross entropy, then on the margin for what holds: on "
+        "robust models either loss breaks images that the other does not",
+        _pgd_50x3,
+        board=True,
+    ),
+)
+ATTACKS = {attack.name: attack for attack in _ATTACKS}
+
+
+def attack_named(name: str) -> Attack:
+    """Return the attack of that name.
+
+    Raises:
+        ValueError: if there is none; names those that there are.
+    """
+    if name not in ATTACKS:
+        raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
+    return ATTACKS[name]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A lesson.
+
+    Args:
+        name: Of its notebook, without ending: a number of two digits, and a word or more.
+        title: What it is about.
+        needs: Returns the models that it asks for, for a profile; they are trained beforehand.
+    """
+
+    name: str
+    title: str
+    needs: Callable[[Profile], list[Model]]
+
+    @property
+    def number(self) -> str:
+        """Its number, of two digits."""
+        return self.name[:2]
+
+
+def _baselines(*archs: str) -> Callable[[Profile], list[Model]]:
+    return lambda profile: [(arch, 0.0) for arch in archs]
+
+
+def _tables(profile: Profile) -> list[Model]:
+    return [model for model in profile.paper_models() if model[0] != "cnn-lstm-positions"]
+
+
+def _readings(profile: Profile) -> list[Model]:
+    return [model for model in profile.paper_models() if model[1] in (0.0, 0.2)]
+
+
+def _everything(profile: Profile) -> list[Model]:
+    return profile.paper_models() + profile.adversarial_models()
+
+
+def _adversarial(profile: Profile) -> list[Model]:
+    return [("cnn", 0.0), ("cnn", 0.2), *profile.adversarial_models()]
+
+
+def _robust_cnn(profile: Profile) -> list[Model]:
+    return [("cnn", profile.adversarial["robust"])]
+
+
+_LESSONS = (
+    Lesson("01_baseline", "Baseline: the network that will be attacked", _baselines("cnn")),
+    Lesson(
+        "02_fgsm",
+        "FGSM: fooling a network with one gradient",
+        _baselines("cnn-lstm", "cnn"),
+    ),
+    Lesson("03_augmentation", "Augmentation: attacked images as training data", _baselines("cnn")),
+    Lesson("04_robust_training", "Robust training: the paper's tables, rebuilt", _tables),
+    Lesson(
+        "05_architecture_comparison",
+        "Architecture comparison: does an LSTM help against adversarial examples?",
+        _readings,
+    ),
+    Lesson(
+        "06_defence_on_trial",
+        "The defence on trial: what one line of change reveals",
+        _everything,
+    ),
+    Lesson("07_adversarial_training", "Adversarial training: a defence that holds", _adversarial),
+    Lesson("08_break_it_yourself", "Break it yourself: an open challenge", _robust_cnn),
+)
+LESSONS = {lesson.name: lesson for lesson in _LESSONS}

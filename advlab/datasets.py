@@ -1,0 +1,452 @@
+"""Where images come from: torchvision's data sets, a folder of pictures, or Shapes-10.
+
+`DATASETS` declares each once. A set of torchvision's is read only after every file agrees with the
+MD5 sum that torchvision knows: some of them are pickles.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import re
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from advlab import files, paper, shapes
+from advlab._torchvision import check_integrity, datasets
+from advlab.data import DataError, DataSpec, ImageData, Split
+
+CIFAR10_FOLDER = datasets.CIFAR10.base_folder
+NETWORK_SECONDS = 5
+PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # what Pillow may open
+SIDE = 32  # pixels to which pictures are resized, unless told otherwise
+FOLDER = re.compile(r"folder:(?P<path>.+?)(@(?P<size>\d+))?")
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """A data set of torchvision's.
+
+    Args:
+        name: How figures and tables call it.
+        kind: torchvision's class.
+        listed: Returns the files below the root, each with its MD5 sum.
+        read: Reads the training (True) or test split: images (N, C, H, W), labels, class names.
+        fetch: Lets torchvision download the set into a folder.
+        papers: As in `DataSpec`.
+    """
+
+    name: str
+    kind: Any
+    listed: Callable[[Any], list[tuple[str, str]]]
+    read: Callable[[Any, Path, bool], tuple[Any, Any, Sequence[str]]]
+    fetch: Callable[[Any, str], Any]
+    papers: bool = False
+
+    def is_in(self, root: Path) -> bool:
+        """Tell whether a file of the set lies below `root`."""
+        return any((root / path).exists() for path, _ in self.listed(self.kind))
+
+    def check(self, root: Path) -> None:
+        """Compare every file with its MD5 sum.
+
+        Raises:
+            DataError: if a file is missing, truncated or altered; names it and the mend.
+        """
+        for path, md5 in self.listed(self.kind):
+            if not check_integrity(root / path, md5):
+                state = "is missing"
+                if (root / path).is_file():
+                    state = "is truncated or altered (wrong MD5)"
+                first = root / Path(path).parts[0]
+                raise DataError(
+                    f"{self.name} file {root / path} {state}; it will not be used. Delete {first} "
+                    "and run again to download it, or copy an intact one there"
+                )
+
+    def load(self, key: str, root: Path) -> ImageData:
+        """Check the files below `root`, then read them.
+
+        Raises:
+            DataError: as `check`, or if a package that reads the files is missing.
+        """
+        self.check(root)
+        splits, classes = [], ()
+        for train in (True, False):
+            try:
+                images, labels, classes = self.read(self.kind, root, train)
+            except ImportError as error:
+                raise DataError(f"{self.name} cannot be read: {error}; pip install scipy") from None
+            pixels = torch.as_tensor(images).contiguous()
+            splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
+        shape = tuple(splits[0].images.shape[1:])
+        return ImageData(DataSpec(key, self.name, shape, tuple(classes), self.papers), *splits)
+
+    def download(self, root: Path) -> None:
+        """Download the set into `root` with torchvision, showing progress.
+
+        It is fetched and unpacked in a folder of its own and moved when whole, so an interrupted
+        download leaves nothing half done.
+
+        Raises:
+            DataError: if there is no network (within seconds) or the download fails.
+        """
+        host = _host(self.kind)
+        if not _reachable(host):
+            raise DataError(f"{host} cannot be reached, so it cannot be downloaded")
+        files.make_folder(root)
+        files.make_folder(files.cache_dir())
+        with (
+            FileLock(files.cache_dir() / "download.lock"),  # two that want it fetch it once
+            tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder,
+        ):
+            if self.is_in(root):
+                return
+            timeout = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would hang
+            try:
+                self.fetch(self.kind, folder)
+            except (OSError, RuntimeError) as error:
+                told = f"the download of {self.name} from {host} failed: {error}"
+                raise DataError(told) from error
+            finally:
+                socket.setdefaulttimeout(timeout)
+            for top in dict.fromkeys(Path(path).parts[0] for path, _ in self.listed(self.kind)):
+                Path(folder, top).replace(root / top)
+
+
+def _cifar_files(kind: Any) -> list[tuple[str, str]]:
+    listed = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
+    return [(f"{kind.base_folder}/{name}", md5) for name, md5 in listed]
+
+
+def _read_cifar(kind: Any, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
+    parsed = kind(root, train=train, download=False)
+    return torch.from_numpy(parsed.data).permute(0, 3, 1, 2), parsed.targets, parsed.classes
+
+
+def _mnist_files(kind: Any) -> list[tuple[str, str]]:
+    # The archives, which torchvision leaves beside what it unpacks: it knows no other MD5 sums.
+    return [(f"{kind.__name__}/raw/{name}", md5) for name, md5 in kind.resources]
+
+
+def _read_mnist(kind: Any, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
+    paths = [path for path, _ in _mnist_files(kind)]
+    images, labels = map(_read_idx, (root / path for path in (paths[:2] if train else paths[2:])))
+    return images[:, None], labels, kind.classes
+
+
+def _read_idx(path: Path) -> Tensor:
+    """Read a gzipped IDX file of bytes: a magic number with the count of axes, sizes, values."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    axes = content[3]
+    sizes = [int.from_bytes(content[4 * k : 4 * k + 4], "big") for k in range(1, axes + 1)]
+    return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * axes).reshape(sizes)
+
+
+def _svhn_files(kind: Any) -> list[tuple[str, str]]:
+    return [tuple(kind.split_list[split][1:3]) for split in ("train", "test")]
+
+
+def _read_svhn(kind: Any, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
+    parsed = kind(root, split="train" if train else "test", download=False)
+    return parsed.data, parsed.labels, [str(digit) for digit in range(10)]
+
+
+def _fetch(kind: Any, folder: str) -> None:
+    kind(folder, download=True)
+
+
+def _fetch_splits(kind: Any, folder: str) -> None:
+    for split in ("train", "test"):
+        kind(folder, split=split, download=True)
+
+
+def _host(kind: Any) -> str:
+    """Return the host from which torchvision downloads a set."""
+    if hasattr(kind, "split_list"):
+        url = kind.split_list["train"][0]
+    else:
+        url = kind.mirrors[0] if hasattr(kind, "mirrors") else kind.url
+    return urlsplit(url).hostname or ""
+
+
+_CIFAR = {"listed": _cifar_files, "read": _read_cifar, "fetch": _fetch}
+_MNIST = {"listed": _mnist_files, "read": _read_mnist, "fetch": _fetch}
+DATASETS: dict[str, TorchvisionSet | None] = {
+    "cifar10": TorchvisionSet(paper.DATA, datasets.CIFAR10, **_CIFAR, papers=True),
+    "shapes10": None,  # drawn, not read
+    "fashion-mnist": TorchvisionSet("Fashion-MNIST", datasets.FashionMNIST, **_MNIST),
+    "mnist": TorchvisionSet("MNIST", datasets.MNIST, **_MNIST),
+    "svhn": TorchvisionSet("SVHN", datasets.SVHN, _svhn_files, _read_svhn, _fetch_splits),
+    "cifar100": TorchvisionSet("CIFAR-100", datasets.CIFAR100, **_CIFAR),
+}
+
+
+def _reachable(host: str) -> bool:
+    """Tell within `NETWORK_SECONDS` whether `host` answers (a name look-up alone can hang)."""
+    answered = threading.Event()
+
+    def connect() -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, 443), timeout=NETWORK_SECONDS),
+        ):
+            answered.set()
+
+    # A daemon, so that a look-up that hangs does not keep the program from ending.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(NETWORK_SECONDS)
+    return answered.is_set()
+
+
+# --- a folder of pictures
+
+
+def read_picture(source: Path | bytes, size: int, channels: int = 3) -> Tensor:
+    """Return a picture as the network sees it.
+
+    It is turned as the camera was held; transparent parts are laid on white, grey becomes colour;
+    its central square is taken and resized.
+
+    Args:
+        source: A file, or its content.
+        size: Pixels a side of the result.
+        channels: 3 for colour, 1 for grey.
+
+    Returns:
+        (channels, size, size) uint8.
+
+    Raises:
+        ValueError: if it is no picture that Pillow reads or has 16 bits a pixel, or for another
+            number of channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"a picture has 1 or 3 channels, not {channels}")
+    try:
+        opened = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(opened, formats=PICTURES) as found:
+            deep = found.mode.startswith("I")  # 16 bits a pixel, which `convert` would cut off
+            turned = ImageOps.exif_transpose(found).convert("RGB" if deep else "RGBA")
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        kinds = f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+        raise ValueError(f"this is no {kinds} picture that can be read") from error
+    if deep:
+        raise ValueError("the picture has 16 bits a pixel; save it with 8")
+    white = Image.new("RGBA", turned.size, "white")
+    flat = Image.alpha_composite(white, turned).convert("L" if channels == 1 else "RGB")
+    pixels = torch.from_numpy(np.array(ImageOps.fit(flat, (size, size))))
+    return pixels.reshape(size, size, channels).permute(2, 0, 1)
+
+
+def _pictures(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each class below `folder`: one folder a class, hidden files left out."""
+    found = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if not place.name.startswith("."):
+            inside = (path for path in place.rglob("*") if path.is_file())
+            found[place.name] = sorted(path for path in inside if not path.name.startswith("."))
+    empty = [name for name, paths in found.items() if not paths]
+    if len(found) < 2 or empty:
+        what = f"nothing in {', '.join(empty)}" if empty else f"{len(found)} folders"
+        raise DataError(
+            f"{folder} has {what}; it must hold one folder of pictures for each of two classes or "
+            "more (or such folders in train/ and in test/)"
+        )
+    return found
+
+
+def _read_all(paths: Sequence[Path], labels: Sequence[int], size: int) -> Split:
+    pictures, unreadable = [], []
+    for path in paths:
+        try:
+            pictures.append(read_picture(path, size))
+        except ValueError as error:
+            unreadable.append(f"{path} ({error})")
+    if unreadable:
+        shown = "; ".join(unreadable[:5]) + ("; ..." if len(unreadable) > 5 else "")
+        raise DataError(
+            f"{len(unreadable)} of {len(paths)} files cannot be used: {shown}. Mend or remove them"
+        )
+    return Split(torch.stack(pictures), torch.tensor(labels))
+
+
+def load_folder(folder: Path, size: int = SIDE, seed: int = 0) -> ImageData:
+    """Load pictures from a folder with one folder a class.
+
+    Args:
+        folder: Holds the classes' folders, or train/ and test/ that hold them. In the first case a
+            fifth of each class, chosen by `seed`, is the test split.
+        size: Pixels a side to which pictures are resized (see `read_picture`).
+        seed: Of the split, and of the order of the images.
+
+    Raises:
+        DataError: if there is no such folder, fewer than two classes, a class with too few
+            pictures, or a file that cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    if not 8 <= size <= 512:
+        raise DataError(f"pictures of {size} pixels a side; choose 8 to 512, as in folder:PATH@64")
+    generator = torch.Generator().manual_seed(seed)
+    apart = [folder / "train", folder / "test"]
+    if all(path.is_dir() for path in apart):
+        parts = [_pictures(path) for path in apart]
+        if parts[0].keys() != parts[1].keys():
+            odd = ", ".join(sorted(parts[0].keys() ^ parts[1].keys()))
+            raise DataError(f"{folder}: train and test must have the same classes; not both: {odd}")
+    else:
+        parts = [{}, {}]
+        for name, paths in _pictures(folder).items():
+            if len(paths) < 2:
+                raise DataError(f"{folder / name} holds one picture; a class needs two or more")
+            held = max(1, len(paths) // 5)
+            mixed = [paths[k] for k in torch.randperm(len(paths), generator=generator)]
+            parts[0][name], parts[1][name] = mixed[held:], mixed[:held]
+    splits = []
+    for part in parts:
+        pairs = [(path, k) for k, paths in enumerate(part.values()) for path in paths]
+        mixed = [pairs[k] for k in torch.randperm(len(pairs), generator=generator)]
+        splits.append(_read_all(*zip(*mixed, strict=True), size))
+    key = folder_key(f"folder:{folder}@{size}")
+    return ImageData(DataSpec(key, folder.name, (3, size, size), tuple(parts[0])), *splits)
+
+
+# --- choosing one
+
+
+def find_cifar10(data_dir: str | Path | None = None) -> Path | None:
+    """Return the folder that holds CIFAR-10 (see `find`)."""
+    return find("cifar10", data_dir)
+
+
+def find(key: str, data_dir: str | Path | None = None) -> Path | None:
+    """Return the first folder that holds a set: `data_dir`, or else ADVLAB_DATA, or else data/.
+
+    Raises:
+        DataError: if `data_dir` is given and holds none.
+    """
+    places = [data_dir] if data_dir else [os.environ.get("ADVLAB_DATA"), files.home() / "data"]
+    source = DATASETS[key]
+    for place in filter(None, places):
+        if source.is_in(Path(place).expanduser()):
+            return Path(place).expanduser()
+    if data_dir:
+        first = source.listed(source.kind)[0][0]
+        raise DataError(f"no {first} in {data_dir}; give the folder that holds it")
+    return None
+
+
+def Shapes10(train_n: int | None = None, test_n: int | None = None) -> ImageData:  # noqa: N802
+    """Draw the first images of Shapes-10 (see `advlab.shapes`); 50,000 and 10,000 by default."""
+    sizes = {"train": train_n, "test": test_n}
+    train, test = (
+        Split(*shapes.draw_shapes(split, shapes.SIZES[split] if n is None else n))
+        for split, n in sizes.items()
+    )
+    return ImageData(DataSpec("shapes10", "Shapes-10", (3, 32, 32), shapes.CLASSES), train, test)
+
+
+def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[str, Path | None]:
+    """Decide which data set to use, downloading it if it is wanted and missing.
+
+    Args:
+        dataset: A key of `DATASETS`; "folder:PATH" or "folder:PATH@SIZE"; or "auto": CIFAR-10 where
+            it is present or can be downloaded, else Shapes-10.
+        data_dir: Folder that holds torchvision's files; None looks in ADVLAB_DATA, then data/.
+
+    Returns:
+        The data set, with the path of a folder made absolute, and the folder of its files; None
+        where it has none.
+
+    Raises:
+        ValueError: if there is no such data set.
+        DataError: if it is asked for by name and cannot be had.
+    """
+    if own := FOLDER.fullmatch(dataset):
+        path, size = Path(own["path"]).expanduser().absolute(), own["size"]
+        if not path.is_dir():
+            raise DataError(f"there is no folder {path}")
+        return f"folder:{path}" + (f"@{size}" if size else ""), None
+    key = "cifar10" if dataset == "auto" else dataset
+    if key not in DATASETS:
+        known = ", ".join(["auto", *DATASETS])
+        raise ValueError(f"unknown data set {dataset!r}; choose {known}, or folder:PATH")
+    source = DATASETS[key]
+    if source is None:
+        return key, None
+    root = find(key, data_dir)
+    if root is None:
+        root = files.home() / "data"
+        try:
+            source.download(root)
+        except DataError as error:
+            if dataset == "auto":
+                return "shapes10", None
+            first = Path(source.listed(source.kind)[0][0]).parts[0]
+            raise DataError(
+                f"{source.name} is not here, and {error}. Set ADVLAB_DATA to the folder that holds "
+                f"{first}, or choose the data set shapes10"
+            ) from error
+    return key, root
+
+
+def are_papers(dataset: str) -> bool:
+    """Tell whether the paper's numbers are of this data set (as `resolve` returns it)."""
+    source = DATASETS.get(dataset)
+    return source is not None and source.papers
+
+
+def folder_key(dataset: str) -> str:
+    """Return what folders of results call a data set; two folders of pictures never share one."""
+    own = FOLDER.fullmatch(dataset)
+    if own is None:
+        return dataset
+    folder, size = Path(own["path"]).resolve(), own["size"] or SIDE
+    digest = hashlib.sha256(f"{folder}@{size}".encode()).hexdigest()
+    return f"folder-{folder.name}-{digest[:6]}"
+
+
+def load(
+    dataset: str = "auto",
+    data_dir: str | Path | None = None,
+    *,
+    train_n: int | None = None,
+    test_n: int | None = None,
+) -> ImageData:
+    """Load a data set, or the first images of it.
+
+    Args:
+        dataset, data_dir: As in `resolve`.
+        train_n, test_n: Images of each split at most; None for all.
+
+    Raises:
+        ValueError: if there is no such data set, or a number is below 1.
+        DataError: as `resolve`, `TorchvisionSet.load` and `load_folder`.
+    """
+    key, root = resolve(dataset, data_dir)
+    if key == "shapes10":
+        return Shapes10(train_n, test_n)
+    if own := FOLDER.fullmatch(key):
+        whole = load_folder(Path(own["path"]), int(own["size"] or SIDE))
+    else:
+        whole = DATASETS[key].load(key, root)
+    train, test = (
+        split.first(n if n is None else min(n, len(split)))
+        for split, n in ((whole.train, train_n), (whole.test, test_n))
+    )
+    return ImageData(whole.spec, train, test)

@@ -1,0 +1,62 @@
+"""What this machine has to compute with, and how a long computation shows where it is."""
+
+import os
+import sys
+
+import torch
+from tqdm import tqdm
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Return the device to compute on; "auto" takes cuda, then mps, then the CPU.
+
+    Raises:
+        ValueError: if there is no such device on this machine.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    kind = device.partition(":")[0]
+    if not there.get(kind, False):
+        found = ", ".join(name for name, here in there.items() if here)
+        raise ValueError(f"device {device!r} is not on this machine; choose auto, or {found}")
+    return torch.device(device)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether bfloat16 is computed in hardware (elsewhere it would be slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    )
+
+
+def progress_bar(label: str | None, total: int, unit: str) -> tqdm:
+    """Return a progress bar; none is shown for `label` None.
+
+    It is text on standard output, in notebooks too: a bar made of widgets would leave state behind
+    that some viewers refuse, and standard error would look like a warning.
+    """
+    return tqdm(
+        total=total,
+        desc=label,
+        disable=label is None,
+        unit=unit,
+        unit_scale=total >= 100_000,
+        file=sys.stdout,
+        leave=False,
+        mininterval=1.0,
+        ncols=100,
+    )

@@ -1,0 +1,79 @@
+"""FGSM as a torchvision transform, for a chain of data augmentations (paper, section 6.1)."""
+
+import torch
+from torch import Tensor
+
+from advlab._torchvision import tv_tensors, v2
+from advlab.attacks import check_eps, fgsm
+from advlab.data import check_batch
+from advlab.forward import Classifier
+
+
+class FGSMTransform(v2.Transform):
+    """FGSM as a torchvision transform of image and label together (paper, section 6.1).
+
+    Works in `v2.Compose` and as the joint ``transforms`` of a torchvision data set, on one sample
+    (image (C, H, W), label an int) or on a batch (images (N, C, H, W), labels (N,)). Images
+    must be float in [0, 1], so put ``v2.ToImage()`` and ``v2.ToDtype(torch.float32, scale=True)``
+    before it, and every flip or crop too: the direction belongs to the pixels it was made from.
+
+    Args:
+        model: The model whose gradient is used.
+        eps: Size of the step, from 0 to 1.
+        p: Probability with which an image is attacked; each image of a batch has its own draw.
+        per_image_statistics: As in `fgsm`; the paper's transform is ``True``.
+
+    Raises:
+        ValueError: if `eps` or `p` is not between 0 and 1.
+    """
+
+    def __init__(
+        self, model: Classifier, eps: float, p: float = 1.0, per_image_statistics: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p is {p}; it is a probability, from 0 to 1")
+        self.eps = check_eps(eps)
+        self.p = p
+        self.per_image_statistics = per_image_statistics
+        # In a list, so that the attacked model is not registered as a part of this module: moving
+        # or switching the transform must not move or switch the model.
+        self._source = [model]
+
+    def forward(self, *inputs: object) -> tuple[Tensor, object]:
+        """Return (attacked image, label) for ``transform(image, label)`` or one pair of them."""
+        pair = inputs[0] if len(inputs) == 1 else inputs
+        if isinstance(pair, Tensor) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                "FGSMTransform needs the label too: call it with (image, label). In a torchvision "
+                "data set it belongs in `transforms`, the joint ones, not in `transform`"
+            )
+        image, label = pair
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"FGSMTransform got {type(image).__name__}; put v2.ToImage() and "
+                "v2.ToDtype(torch.float32, scale=True) before it"
+            )
+        single = image.ndim == 3
+        images = image.as_subclass(Tensor).unsqueeze(0) if single else image.as_subclass(Tensor)
+        labels = torch.as_tensor(label, device=images.device).reshape(-1)
+        check_batch(images, labels)
+        chosen = torch.rand(len(images)) < self.p
+        attacked = images.clone()
+        if chosen.any():
+            attacked[chosen] = fgsm(
+                self._source[0],
+                images[chosen],
+                labels[chosen],
+                self.eps,
+                per_image_statistics=self.per_image_statistics,
+            )
+        result = attacked[0] if single else attacked
+        return (
+            tv_tensors.wrap(result, like=image) if isinstance(image, tv_tensors.Image) else result,
+            label,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings when the transform is printed."""
+        return f"eps={self.eps}, p={self.p}, per_image_statistics={self.per_image_statistics}"
