@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import advlab
 from advlab import datasets, files, lab
-from advlab.attacks import input_gradient
+from advlab.attacks import check_eps, input_gradient
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
 from advlab.checkpoints import weights_hash
@@ -36,12 +36,19 @@ class Settings:
         n: Test images at most, the first ones.
         seed: Of noise and random starts.
         autoattack: Whether to run AutoAttack too (minutes to hours).
+
+    Raises:
+        ValueError: if `eps` is not above 0 and at most 1.
     """
 
     eps: float = 8 / 255
     n: int = 500
     seed: int = 0
     autoattack: bool = False
+
+    def __post_init__(self) -> None:
+        if check_eps(self.eps) == 0:
+            raise ValueError("eps is 0, which attacks nothing; choose a size such as 8/255")
 
 
 def audit_model(
@@ -87,7 +94,7 @@ def audit_model(
     if held is not None:
         correct, n = int(held.sum()), len(held)
         row = ("AutoAttack", settings.eps, correct / n, *wilson(correct, n), correct, n)
-        accuracies.loc[n] = row
+        accuracies.loc[len(accuracies)] = row
     commonest = float(labels.bincount().max()) / len(labels)
     facts = _facts(model, data, settings, outputs, len(labels))
     report = Report(name, _summary(checklist, accuracies, commonest), checklist, accuracies, facts)

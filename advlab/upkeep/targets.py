@@ -30,14 +30,12 @@ def parse_eps(text: str) -> float:
     """Return the size that "8/255" or "0.03" stands for.
 
     Raises:
-        ValueError: if it is no number, or not above 0 and at most 1.
+        ValueError: if it is no number from 0 to 1.
     """
     try:
         eps = float(Fraction(text.replace(" ", "")))
     except (ValueError, ArithmeticError):
         raise ValueError(f"eps {text!r} is no number; write 8/255 or 0.03") from None
-    if eps == 0:
-        raise ValueError("eps is 0, which attacks nothing; write 8/255 or 0.03")
     return check_eps(eps)
 
 
