@@ -126,7 +126,8 @@ class Report:
             "## Checklist",
             _table(self.checklist.map(_emphasised), "left left left right"),
             "An alarm does not prove that the model is weak, but that its figures cannot be "
-            "trusted before somebody has found out why. No alarm proves no robustness.",
+            "trusted before somebody has found out why. A list without alarms does not prove that "
+            "the model is robust.",
             *(["## What the alarms mean, and what to try next", *meant] if meant else []),
             "## Accuracies",
             _table(_readable(self.accuracies), "left right right right right right"),

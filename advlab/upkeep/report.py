@@ -117,7 +117,7 @@ def _summary(checklist: pd.DataFrame, accuracies: pd.DataFrame, commonest: float
     clean = accuracies.iloc[0]
     verdicts = list(checklist["verdict"])
     text = f"Of {len(verdicts)} lines, {verdicts.count('pass')} pass, {verdicts.count('ALARM')} "
-    text += f"raise an alarm, {verdicts.count('not run')} could not be run."
+    text += f"raise an alarm, {verdicts.count('not run')} were not run."
     if clean.low > commonest:
         return text
     return (
