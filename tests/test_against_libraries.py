@@ -6,7 +6,7 @@ from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
 from advlab import checkpoints, data, evaluation, files, models
 from advlab.attacks import fgsm, pgd
-from advlab.tools import rivals
+from advlab.bench import rivals
 
 MODULES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art"}
 STEPS = 10
@@ -33,8 +33,7 @@ def set_up(request):
     pytest.importorskip(MODULES[request.param], reason=reason)
 
     def make(model, alpha):
-        found = {library.name: library for library in rivals.libraries(model, alpha, STEPS)}
-        return found[request.param]
+        return rivals.libraries(model, alpha, STEPS)[request.param]
 
     return make
 

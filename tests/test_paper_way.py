@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from advlab import models
 from advlab.attacks import fgsm, fgsm_direction
+from advlab.bench.paper_way import Attacked, Pictures, count_correct, fgsm_one, train_steps
 from advlab.data import Split
 from advlab.evaluation import evaluate, predict
-from advlab.tools.paper_way import Attacked, Pictures, count_correct, fgsm_one, train_steps
 from advlab.training import AugmentedSet, Recipe, fit
 
 EPS = 0.03

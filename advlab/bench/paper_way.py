@@ -30,6 +30,11 @@ class Pictures(datasets.CIFAR10):
         self.transform, self.target_transform = ToTensor(), None
 
 
+def shuffled(split: Split) -> DataLoader:
+    """Return the paper's batches of `split`: 64 pictures, in random order."""
+    return DataLoader(Pictures(split), batch_size=64, shuffle=True)
+
+
 def fgsm_one(model: nn.Module, image: Tensor, label: int, eps: float) -> Tensor:
     """Attack one image (3, 32, 32): the model in training mode, on a batch of one.
 
