@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
-from advlab import checkpoints, data, evaluation, files, models
+from advlab import checkpoints, datasets, evaluation, files, models
 from advlab.attacks import fgsm, pgd
 from advlab.bench import rivals
 
@@ -65,7 +65,7 @@ def test_pgd_breaks_every_image_that_a_library_breaks(case, set_up, monkeypatch)
 def test_pgd_on_the_shipped_robust_models_is_as_strong_as_a_library(arch, set_up, cifar10_root):
     path = files.shipped_checkpoints() / f"{arch}-robust-seed0.safetensors"
     model, alpha = checkpoints.load(path).model, rivals.EPS / 4
-    images, labels = data.load("cifar10", cifar10_root).test.first(50).batch(slice(None))
+    images, labels = datasets.load("cifar10", cifar10_root).test.first(50).batch(slice(None))
     theirs = set_up(model, alpha).pgd(images, labels)
     ours = pgd(model, images, labels, rivals.EPS, alpha=alpha, steps=STEPS, random_start=False)
     left = [int(evaluation.holds(model, made, labels).sum()) for made in (ours, theirs)]

@@ -12,20 +12,20 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from advlab.upkeep import runs
+from advlab.upkeep.processes import KEEP_MEMORY
 from conftest import balance, write_lesson
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from advlab import checkpoints, evaluation, models, paper
+from advlab import catalogue, checkpoints, models, paper
 from advlab.attacks import fgsm, fgsm_direction, pgd
 from advlab.bench import footprint, measure, paper_way, parts, rivals, run
 from advlab.bench.measure import PAPERS, Row, once
 from advlab.bench.whole_paper import whole_part
 from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import Split
-from advlab.tools import batch
-from advlab.tools.train import KEEP_MEMORY
 from advlab.training import AugmentedSet
 
 EPS = 0.002  # breaks about half of the images of `easy`
@@ -208,7 +208,7 @@ def test_evaluation_that_counts_otherwise_is_not_timed(easy, checkpoint, instant
 def test_every_attack_of_the_catalogue_is_timed(easy, small_cnn, instant):
     instant["fgsm"] = 0.5
     rows = by_way(parts.attacks_part(easy, small_cnn, rounds=1, n=20), "baseline cnn, 20 images")
-    assert list(rows) == list(evaluation.ATTACKS)
+    assert list(rows) == list(catalogue.ATTACKS)
     assert (rows["fgsm"].value, rows["pgd-20"].value, rows["fgsm"].unit) == (40, 20, "images/s")
 
 
@@ -393,7 +393,7 @@ def test_run_prints_the_parts_and_writes_table_and_figure(measuring, empty_home,
     assert written["value"].tolist() == table["value"].tolist()
     assert written["ratio"].isna().tolist() == [False, True, True]
     assert set(written["data"]) == {"shapes10"}
-    assert set(written["machine"]) == {batch.machine()}
+    assert set(written["machine"]) == {runs.machine()}
     assert (output / "bench.png").read_bytes().startswith(b"\x89PNG")
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert lines.index("training") < lines.index("memory")

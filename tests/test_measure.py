@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from advlab.upkeep.processes import PeakMemory
 from torch import nn
 
 from advlab import models
 from advlab.bench import ceiling, measure
 from advlab.bench.measure import Row, Way, once
-from advlab.tools.memory import PeakMemory
 
 # --- timing and rows
 
@@ -162,9 +162,11 @@ def test_ceiling_adds_up_the_passes_that_are_needed(monkeypatch, precision):
     # In training the first one passes nothing to the images.
     assert found == {"predict": 3, "craft": 3 * (1 + 2), "train": 3 * (1 + 4) + 2 * 2}
     monkeypatch.setattr(ceiling, "convolution_seconds", lambda *_: found)
-    rate = ceiling.highest_rate(nn.Sequential(*models.convolutions()[:9]), "predict")
+    rate = ceiling.highest_rate(nn.Sequential(*models.convolutions()[:9]), (3, 32, 32), "predict")
     assert rate == pytest.approx(1 / 3)
-    assert ceiling.highest_rate(models.build("cnn"), "predict") < rate / 1.5  # more work
+    assert (
+        ceiling.highest_rate(models.build("cnn"), (3, 32, 32), "predict") < rate / 1.5
+    )  # more work
 
 
 # --- memory

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from advlab.recipes import Recipe
 from conftest import assert_same_state, balance, make_small_cnn, randomise_batch_norm
 from torch.utils.data import DataLoader
 
@@ -12,7 +13,7 @@ from advlab.attacks import fgsm, fgsm_direction
 from advlab.bench.paper_way import Attacked, Pictures, count_correct, fgsm_one, train_steps
 from advlab.data import Split
 from advlab.evaluation import evaluate, predict
-from advlab.training import AugmentedSet, Recipe, fit
+from advlab.training import AugmentedSet, fit
 
 EPS = 0.03
 
@@ -46,7 +47,7 @@ def test_training_step_by_step_gives_the_same_model(arch, shapes):
     split, lr, seed = shapes.train.first(64), 1e-4, 3
     ours = models.build(arch, 1)
     recipe = Recipe("one epoch", epochs=1, batch_size=16, lr=lr, flip=False)
-    fit(ours, split, recipe, seed=seed, device="cpu", precision="float32")
+    fit(ours, split, recipe, seed=seed, precision="float32")
 
     def step_by_step(lr):
         model = models.build(arch, 1)

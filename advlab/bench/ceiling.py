@@ -10,15 +10,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from advlab.bench.measure import Way, side_by_side
-from advlab.models import convolutions
-from advlab.training import has_fast_bf16
+from advlab.machine import has_fast_bf16
+from advlab.models import CIFAR_SHAPE, Shape, convolutions
 
 PRECISIONS = ("float32", "bfloat16") if has_fast_bf16(torch.device("cpu")) else ("float32",)
-SHAPE = (3, 32, 32)
 ROUNDS = 5
 
 
-def multiply_adds(model: nn.Module, shape: tuple[int, int, int] = SHAPE) -> int:
+def multiply_adds(model: nn.Module, shape: Shape = CIFAR_SHAPE) -> int:
     """Count the multiply-adds of one image's forward pass, with torch's own counter.
 
     Args:
@@ -59,7 +58,7 @@ def convolution_seconds(batch: int, precision: str) -> dict[str, float]:
     """
     seconds = dict.fromkeys(("predict", "train", "craft"), 0.0)
     options = {"dtype": getattr(torch, precision), "memory_format": torch.channels_last}
-    x = torch.randn(batch, *SHAPE).to(**options)
+    x = torch.randn(batch, *CIFAR_SHAPE).to(**options)
     layers = [layer for layer in convolutions() if isinstance(layer, nn.Conv2d)]
     for layer in layers:
         weight = layer.weight.detach().to(**options)
@@ -87,15 +86,20 @@ def convolution_seconds(batch: int, precision: str) -> dict[str, float]:
 
 
 def highest_rate(
-    model: nn.Module, passes: str, batch: int = 64, precision: str = "float32"
+    model: nn.Module,
+    shape: Shape,
+    passes: str,
+    batch: int = 64,
+    precision: str = "float32",
 ) -> float:
     """Return images per second of `model` if all its multiply-adds ran like the convolutions.
 
     Args:
         model: Its other layers count by their multiply-adds.
+        shape: (C, H, W) of an image.
         passes: "predict", "train" or "craft", as in `convolution_seconds`.
         batch: Images at a time.
         precision: "float32" or "bfloat16".
     """
-    share = multiply_adds(nn.Sequential(*convolutions())) / multiply_adds(model)
+    share = multiply_adds(nn.Sequential(*convolutions())) / multiply_adds(model, shape)
     return share / convolution_seconds(batch, precision)[passes]

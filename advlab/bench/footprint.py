@@ -13,40 +13,42 @@ import torch
 from nbclient import NotebookClient
 from torch import nn
 
-from advlab import evaluation, models, session
+from advlab import evaluation, lab
 from advlab.attacks import fgsm_direction
 from advlab.bench import paper_way
 from advlab.bench.measure import PAPERS, Row, Way, compare, once, peak_megabytes, to_rows
+from advlab.bench.parts import new_model
 from advlab.data import ImageData
-from advlab.session import Session
-from advlab.tools import batch
-from advlab.training import AugmentedSet, Recipe, fit
+from advlab.lab import Lab
+from advlab.recipes import Recipe
+from advlab.training import AugmentedSet, fit
+from advlab.upkeep import runs
 from advlab.widgets import AttackExplorer
 
 
-def open_lesson(dataset: str, root: Path | None) -> Session:
+def open_lesson(dataset: str, root: Path | None) -> Lab:
     """Open the data and the shipped models as a lesson does, on the CPU."""
-    return session.start("lesson", dataset, data_dir=str(root or "auto"), progress=False)
+    return lab.start("lesson", dataset, data_dir=str(root or "auto"), device="cpu", progress=False)
 
 
-def _train_papers_way(lesson: Session) -> None:
+def _train_papers_way(lesson: Lab) -> None:
     batches = islice(paper_way.shuffled(lesson.data.train), 50)
-    paper_way.train_steps(models.build("cnn"), batches, lr=1e-3)
+    paper_way.train_steps(new_model("cnn", lesson.data), batches, lr=1e-3)
 
 
-def _train(lesson: Session) -> None:
+def _train(lesson: Lab) -> None:
     images = lesson.data.train
     signs = torch.randint(-1, 2, images.images.shape, dtype=torch.int8)
     some = AugmentedSet(images.first(1_600), signs[:1_600], 0.2)
-    fit(models.build("cnn"), some, Recipe("bench", 1, flip=False), device="cpu")
+    fit(new_model("cnn", lesson.data), some, Recipe("bench", 1, flip=False))
 
 
-def _craft(lesson: Session) -> None:
+def _craft(lesson: Lab) -> None:
     some = lesson.data.train.batch(slice(0, 5_000))
-    fgsm_direction(models.build("cnn"), *some, per_image_statistics=True)
+    fgsm_direction(new_model("cnn", lesson.data), *some, per_image_statistics=True)
 
 
-def _evaluate(lesson: Session) -> None:
+def _evaluate(lesson: Lab) -> None:
     evaluation.accuracy_table([lesson.zoo.get("cnn")], lesson.data, (0.0, 0.02))
 
 
@@ -72,10 +74,10 @@ def memory_part(dataset: str, root: Path | None) -> list[Row]:
 
 def seconds_to_first_figure(lesson: str) -> float:
     """Return the seconds from starting a kernel to the first figure of `lesson`."""
-    notebook = nbformat.read(batch.choose_lessons([lesson])[lesson], as_version=4)
+    notebook = nbformat.read(runs.choose_lessons([lesson])[lesson], as_version=4)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="advlab-") as folder:
-        client = NotebookClient(notebook, config=batch.kernel_config(folder))
+        client = NotebookClient(notebook, config=runs.kernel_config(folder))
         with client.setup_kernel():
             for number, cell in enumerate(notebook.cells):
                 client.execute_cell(cell, number)
@@ -87,7 +89,7 @@ def seconds_to_first_figure(lesson: str) -> float:
 def start_part(rounds: int) -> list[Row]:
     """Measure how long imports take, and a reader's wait for the first figure of lesson 02."""
     codes = {"python alone": "pass"}
-    codes |= {code: code for code in ("import advlab", "import torch", "import advlab.session")}
+    codes |= {code: code for code in ("import advlab", "import torch", "import advlab.lab")}
     ways = {
         name: Way(partial(subprocess.run, [sys.executable, "-c", code], check=True))
         for name, code in codes.items()

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from advlab.tools.memory import PeakMemory
+from advlab.upkeep.processes import PeakMemory
 
 PAPERS = "paper's way"
 

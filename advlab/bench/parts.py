@@ -20,16 +20,19 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
 
-from advlab import attacks, evaluation, models, paper
+from advlab import attacks, models, paper
 from advlab.attacks import fgsm, fgsm_direction, perturb
 from advlab.bench import paper_way
 from advlab.bench.ceiling import PRECISIONS, highest_rate, multiply_adds
 from advlab.bench.measure import PAPERS, Row, Way, check_equal, compare, once, side_by_side, to_rows
+from advlab.catalogue import ATTACKS
 from advlab.checkpoints import Checkpoint
 from advlab.data import ImageData, Split
 from advlab.evaluation import accuracy_table
-from advlab.tools.train import KEEP_MEMORY, cores, environment
-from advlab.training import Recipe, fit
+from advlab.machine import cores
+from advlab.recipes import Recipe
+from advlab.training import fit
+from advlab.upkeep.processes import KEEP_MEMORY, environment
 
 EPS = 8 / 255
 TABLE = "table of 2 models x 6 eps"
@@ -44,6 +47,11 @@ OPERATORS = {
 EPOCHS = 10  # of the paper, each of which crafted anew
 
 
+def new_model(arch: str, images: ImageData) -> nn.Module:
+    """Return a new model of architecture `arch` for these images."""
+    return models.build(arch, 0, images.shape, len(images.classes))
+
+
 def machine_part(rounds: int) -> list[Row]:
     """Measure what the machine can do: matrix products and the models' convolutions."""
     rows, unit = [], "billion multiply-adds/s"
@@ -54,7 +62,7 @@ def machine_part(rounds: int) -> list[Row]:
         way = {f"2,048 x 2,048, {precision}": Way(partial(torch.mm, a, a), 2048**3 / 1e9)}
         rows += compare("ceiling", "matrix product", way, rounds, unit)
         for size in (64, 128):
-            rate = highest_rate(stack, "train", size, precision)
+            rate = highest_rate(stack, models.CIFAR_SHAPE, "train", size, precision)
             note = f"forward and both gradients: {rate:,.0f} images/s at most"
             way = f"batch {size}, {precision}"
             rows.append(once("ceiling", "convolutions", way, work * rate, unit, note=note))
@@ -66,7 +74,7 @@ def machine_part(rounds: int) -> list[Row]:
 
 def _train(model: nn.Module, split: Split, batch: int, precision: str) -> None:
     recipe = Recipe("bench", 1, batch, flip=False)
-    fit(deepcopy(model), split, recipe, device="cpu", precision=precision)
+    fit(deepcopy(model), split, recipe, precision=precision)
 
 
 def _train_papers_way(model: nn.Module, split: Split) -> None:
@@ -91,11 +99,11 @@ def training_part(images: ImageData, rounds: int, n: int = 1_920) -> list[Row]:
     papers = "torchvision data set, DataLoader, float32, batch 64"
     fastest = f"batch 64, {best}"
     for arch in ("cnn", "cnn-lstm"):
-        model = models.build(arch)
+        model = new_model(arch, images)
         ways = {PAPERS: Way(partial(_train_papers_way, model, split), n, note=papers)}
         for precision in PRECISIONS:
             for size in (64, 128):
-                limit = highest_rate(model, "train", size, precision)
+                limit = highest_rate(model, images.shape, "train", size, precision)
                 call = partial(_train, model, split, size, precision)
                 ways[f"batch {size}, {precision}"] = Way(call, n, limit)
         if arch == "cnn":
@@ -126,7 +134,7 @@ def training_part(images: ImageData, rounds: int, n: int = 1_920) -> list[Row]:
 
 def profile_part(images: ImageData, n: int = 1_920) -> list[Row]:
     """Measure on what a training step of the CNN spends its time, operator by operator."""
-    model, split = models.build("cnn"), images.train.first(n)
+    model, split = new_model("cnn", images), images.train.first(n)
     with profile(activities=[ProfilerActivity.CPU]) as watched:
         _train(model, split, 64, PRECISIONS[-1])
     spent = dict.fromkeys(OPERATORS, 0.0)
@@ -171,7 +179,7 @@ def crafting_part(images: ImageData, source: Checkpoint, rounds: int, n: int = 1
     papers = partial(_craft_papers_way, model, few)
     ours = fgsm(model, *few.batch(slice(None)), EPS, per_image_statistics=True)
     check_equal("crafting", torch.stack(papers()), ours)
-    limit = highest_rate(model, "craft")
+    limit = highest_rate(model, images.shape, "craft")
     craft = partial(fgsm_direction, model, *many.batch(slice(None)))
     goals = (6.0, 9.0) if arch == "cnn" else (math.nan, math.nan)
     ways = {
@@ -246,7 +254,7 @@ def evaluation_part(
     if max(abs(a - b) for a, b in zip(theirs, mine, strict=True)) > 1:
         raise RuntimeError(f"the paper's way counts {theirs} correct, advlab {mine}; not timed")
     size = len(targets) * len(paper.TEST_EPS)
-    limit = highest_rate(source.model, "predict", 128)
+    limit = highest_rate(source.model, images.shape, "predict", 128)
     note = f"{n} images; crafting included"
     ways = {
         PAPERS: Way(papers_way, len(few) * size, note=f"{len(few)} images"),
@@ -259,7 +267,7 @@ def attacks_part(images: ImageData, model: nn.Module, rounds: int, n: int = 100)
     """Measure every attack of the catalogue on the first `n` test images, at eps = 8/255."""
     batch = images.test.first(n).batch(slice(None))
     ways = {
-        name: Way(partial(evaluation.attacked, name, model, *batch, EPS), n)
-        for name in evaluation.ATTACKS
+        name: Way(partial(attack, model, *batch, EPS), n, note=attack.about)
+        for name, attack in ATTACKS.items()
     }
     return compare("attacks", f"baseline cnn, {n} images", ways, rounds)

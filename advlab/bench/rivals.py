@@ -94,7 +94,7 @@ def fgsm_part(images: ImageData, model: nn.Module, rounds: int) -> list[Row]:
     Raises:
         RuntimeError: if a library makes other images than advlab does.
     """
-    rows, limit = [], highest_rate(model, "craft")
+    rows, limit = [], highest_rate(model, images.shape, "craft")
     attacks: dict[str, Attack] = {"advlab": partial(fgsm, model, eps=EPS)}
     attacks |= {name: library.fgsm for name, library in libraries(model, EPS / 4, 20).items()}
     for n in (size for size in (1, 10, 100, 1_000) if size <= len(images.test)):
@@ -138,7 +138,7 @@ def pgd_part(
         if stronger:
             raise RuntimeError(f"{stronger[0]}'s PGD is stronger than advlab's: {left}")
         # As if all steps were taken for every image.
-        limit = highest_rate(model, "craft") / options["steps"]
+        limit = highest_rate(model, images.shape, "craft") / options["steps"]
         clean, _ = evaluation.evaluate(model, *compared.batch(slice(None)))
         ways = {
             way: Way(

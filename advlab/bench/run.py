@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from advlab import files, plots, session
+from advlab import datasets, files, lab, plots
 from advlab.bench import footprint, parts, rivals
 from advlab.bench.measure import Row, cells, to_table
 from advlab.bench.whole_paper import whole_part
-from advlab.tools import batch, readme
-from advlab.tools.train import KEEP_MEMORY, environment
+from advlab.upkeep import readme, runs
+from advlab.upkeep.processes import KEEP_MEMORY, environment
 
 
 def measure_apart(dataset: str, root: Path | None, rounds: int) -> list[Row]:
@@ -34,7 +34,7 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
     """Measure everything, part by part."""
     lesson = footprint.open_lesson(dataset, root)
     images, zoo = lesson.data, lesson.zoo
-    robust = lesson.settings.robust["robust"]
+    robust = lesson.settings.adversarial["robust"]
     baselines = {arch: zoo.get(arch) for arch in ("cnn", "cnn-lstm")}
     plain = {arch: checkpoint.model for arch, checkpoint in baselines.items()}
     networks = {"standard CNN": (plain["cnn"], 4.0)}
@@ -56,7 +56,7 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
         "start": partial(footprint.start_part, rounds),
         "explorer": partial(footprint.explorer_part, plain, images),
     }
-    if images.name == "CIFAR-10":
+    if images.papers:
         jobs["whole paper"] = partial(whole_part, rows, files.home())
     console = Console()
     for number, (name, job) in enumerate(jobs.items(), 1):
@@ -94,26 +94,26 @@ def run(
     """Measure everything; print it, and write bench.csv and bench.png.
 
     Args:
-        dataset, data_dir: As in `session.start`.
+        dataset, data_dir: As in `lab.start`.
         output_dir: Where to write; "auto": outputs/bench in the repository.
         rounds: Measurements of each way.
         publish: Write into the repository's figures/ and refresh the README.
         console: Where to print.
 
     Raises:
-        ValueError: if `rounds` is below 1, or Shapes-10 is to be published.
+        ValueError: if `rounds` is below 1, or other data than CIFAR-10 are to be published.
         RuntimeError: if another way gives other results than ours: then no time is printed.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; measure at least once")
     console = console or Console()
-    name, root = session.resolve_data(dataset, data_dir)
-    if publish and name != "cifar10":
+    name, root = lab.resolve_data(dataset, data_dir)
+    if publish and not datasets.are_papers(name):
         raise ValueError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
-    chosen = session.setting(output_dir, "", "") or files.home() / "outputs" / "bench"
+    chosen = lab.setting(output_dir, "", "") or files.home() / "outputs" / "bench"
     output = files.home() / "figures" if publish else Path(chosen).expanduser().absolute()
     table = to_table(measure_apart(name, root, rounds))
-    table = table.assign(machine=batch.machine(), torch=torch.__version__, data=name)
+    table = table.assign(machine=runs.machine(), torch=torch.__version__, data=name)
     show(table, console)
     with files.atomic_write(output / "bench.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5g")

@@ -7,7 +7,8 @@ from pathlib import Path
 from advlab import paper
 from advlab.bench.measure import PAPERS, Row, once
 from advlab.bench.parts import EPOCHS, TABLE
-from advlab.checkpoints import model_name, read_metadata
+from advlab.checkpoints import read_metadata
+from advlab.recipes import file_stem
 
 PART, MODELS = "whole paper", "ten models, two tables"
 
@@ -49,7 +50,7 @@ def whole_part(rows: Sequence[Row], home: Path) -> list[Row]:
             note="training from the models' logs, crafting and tables as measured above",
         )  # fmt: skip
 
-    names = [model_name(arch, eps, 0) for arch in paper.TABLES for eps in paper.TABLE_TRAIN_EPS]
+    names = [file_stem(arch, eps, 0) for arch in paper.TABLES for eps in paper.TABLE_TRAIN_EPS]
     shipped = [home / "data" / "checkpoints" / f"{name}.safetensors" for name in names]
     processes = json.loads((home / "figures" / "times.json").read_text())["processes"]
     trained = sum(read_metadata(path)["seconds"] for path in shipped) / processes
