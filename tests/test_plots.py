@@ -7,8 +7,8 @@ import torch
 from matplotlib.figure import Figure
 
 from advlab import paper, plots
+from advlab.bench.measure import Row, to_table
 from advlab.evaluation import confusion, wilson
-from advlab.tools.measure import Row, to_table
 
 LIMIT = 150_000  # bytes
 

@@ -138,7 +138,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure advlab beside the paper's way and other libraries (minutes, on a quiet machine)."""
-    from advlab.tools import bench as benchmark
+    from advlab.bench import run as benchmark
 
     try:
         benchmark.run(dataset, data_dir, output_dir, rounds, publish, console)
