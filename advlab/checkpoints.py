@@ -169,11 +169,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return _without_prefix(dict(found))
 
 
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
     for prefix in PREFIXES * 2:  # a compiled model in DataParallel has two
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+        if named and all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): value for name, value in named.items()}
+    return named
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -184,6 +184,9 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn
             finite number.
     """
     wanted = model.state_dict()
+    # A model may begin all of its own names so: `self.model = resnet18()`.
+    own = _without_prefix({name: name for name in wanted})
+    tensors = {own.get(name, name): tensor for name, tensor in tensors.items()}
     differ = {
         "missing": [name for name in wanted if name not in tensors],
         "not of this model": [name for name in tensors if name not in wanted],
