@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from advlab import models
 from advlab.attacks import pgd
+from advlab.classroom import challenge
+from advlab.classroom.challenge import EPS, SubmissionError, check_attack, read_attack, score
 from advlab.evaluation import holds
-from advlab.tools import challenge
-from advlab.tools.challenge import EPS, SubmissionError, check_attack, read_attack, score
 from advlab.tools.cli import app
 from advlab.training import Recipe
 

@@ -17,11 +17,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import files
-from advlab.tools import course
+from advlab.classroom import course, grading, submissions
 from advlab.tools.cli import app
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
-from advlab.tools import run_submission
+from advlab.classroom import merging, run_submission
 
 NAMES = list(course.sources())
 SANDBOX = bool(shutil.which("bwrap"))
@@ -354,8 +354,8 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path):
     assert "rely on: an assertion cannot fail" in reasons["strips"]
     assert "rely on: all was replaced" in reasons["shadows"]
     scores = json.loads((tmp_path / "out" / "graded" / "loops" / "a2" / "scores.json").read_text())
-    assert scores["reason"] == f"took longer than {course.CELL_SECONDS} s a cell, or 300 s in all"
-    assert scores["seconds"] > course.CELL_SECONDS
+    assert scores["reason"] == f"took longer than {grading.CELL_SECONDS} s a cell, or 300 s in all"
+    assert scores["seconds"] > grading.CELL_SECONDS
     # A line for each assignment: how many, and how long they took.
     lines = done.output.split("longest_s\n")[1].splitlines()[: len(NAMES)]
     counts = {name: int(count) for name, count, *_ in (line.split() for line in lines)}
@@ -433,7 +433,7 @@ time.sleep(60)"""
 
 @pytest.mark.parametrize(("processes", "size"), [(8, 400_000_000), (250, 1)])
 def test_a_submission_is_stopped_that_starts_too_much(processes, size, tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "MEGABYTES", 2_000)
+    monkeypatch.setattr(grading, "MEGABYTES", 2_000)
     notebook = source("a1")
     notebook.cells.append(nbformat.v4.new_code_cell(BREEDS.format(processes=processes, size=size)))
     put(tmp_path / "in", "many", "a1", notebook)
@@ -511,7 +511,7 @@ def test_a_notebook_that_jupyter_opens_is_graded(what, tmp_path):
     spoil(document, what)
     encoding = "utf-8-sig" if what == "a byte order mark" else "utf-8"
     (tmp_path / "it.ipynb").write_text(json.dumps(document), encoding)
-    merged = run_submission.merge(source("a2"), run_submission.read(tmp_path / "it.ipynb"))
+    merged = merging.merge(source("a2"), merging.read(tmp_path / "it.ipynb"))
     nbformat.validate(merged)
     assert [c.source for c in solutions(merged)] == [c.source for c in solutions(source("a2"))]
 
@@ -519,13 +519,13 @@ def test_a_notebook_that_jupyter_opens_is_graded(what, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"cells": 5}', '{"cells": [5], "nbformat": 4}'])
 def test_what_is_no_notebook_is_refused(text, tmp_path):
     (tmp_path / "it.ipynb").write_text(text)
-    with pytest.raises(run_submission.RefusedError, match=r"not a notebook: .+: ."):
-        run_submission.read(tmp_path / "it.ipynb")
+    with pytest.raises(merging.RefusedError, match=r"not a notebook: .+: ."):
+        merging.read(tmp_path / "it.ipynb")
 
 
 def test_another_assignments_notebook_is_told(tmp_path):
-    with pytest.raises(run_submission.RefusedError, match="is it another's notebook"):
-        run_submission.merge(source("a1"), nbformat.v4.new_notebook())
+    with pytest.raises(merging.RefusedError, match="is it another's notebook"):
+        merging.merge(source("a1"), nbformat.v4.new_notebook())
 
 
 def test_given_functions_may_stand_beside_magics():
@@ -579,14 +579,14 @@ def test_answers_graded_by_hand_wait_for_a_mark(tmp_path, monkeypatch):
 )
 def test_marks_without_a_place_are_refused(rows, message, tmp_path):
     (tmp_path / "marks.csv").write_text(rows)
-    graded = {course.Submission("one", "a1", tmp_path): {"cells": {"x": {"points": 4}}}}
+    graded = {submissions.Submission("one", "a1", tmp_path): {"cells": {"x": {"points": 4}}}}
     with pytest.raises(course.CourseError, match=message):
-        course._mark(graded, course.read_marks(tmp_path / "marks.csv"))
+        submissions.give_marks(graded, submissions.read_marks(tmp_path / "marks.csv"))
 
 
 def test_a_student_called_none_has_marks(tmp_path):
     (tmp_path / "marks.csv").write_text("student,assignment,cell,score\nNone,a1,x,1\n")
-    assert list(course.read_marks(tmp_path / "marks.csv")["student"]) == ["None"]
+    assert list(submissions.read_marks(tmp_path / "marks.csv")["student"]) == ["None"]
 
 
 def test_missing_answer_is_named(tmp_path):
@@ -601,7 +601,7 @@ def test_missing_answer_is_named(tmp_path):
 def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
     before, _ = grades(tmp_path / "in", tmp_path / "out")
-    monkeypatch.setattr(course, "_run_limited", lambda *args: pytest.fail("ran again"))
+    monkeypatch.setattr(grading, "_run_limited", lambda *args: pytest.fail("ran again"))
     after, _ = grades(tmp_path / "in", tmp_path / "out")
     assert after == before
     assert len(pd.read_csv(tmp_path / "out" / "grades.csv")) == 5
@@ -609,13 +609,13 @@ def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
 
 def test_a_file_that_could_not_be_read_is_graded_later(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
-    (one,), _ = course.collect(tmp_path / "in")
+    (one,), _ = submissions.collect(tmp_path / "in", NAMES)
     kept = tmp_path / "out" / "graded" / "one" / "a1"
     kept.mkdir(parents=True)
-    identity = course._identity(one, course.sources()["a1"], sandbox=SANDBOX)
+    identity = grading._identity(one, course.sources()["a1"], sandbox=SANDBOX)
     (kept / "identity").write_text(identity)  # as if graded before
     with monkeypatch.context() as patch:
-        patch.setattr(course, "_identity", lambda *a, **k: (tmp_path / "not there").read_text())
+        patch.setattr(grading, "_identity", lambda *a, **k: (tmp_path / "not there").read_text())
         totals, table = grades(tmp_path / "in", tmp_path / "out")
     assert totals == {("one", "a1"): 0}
     assert "No such file" in table["reason"][0]
@@ -625,7 +625,7 @@ def test_a_file_that_could_not_be_read_is_graded_later(tmp_path, monkeypatch):
 def test_what_could_not_be_run_is_run_again(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
     with monkeypatch.context() as patch:
-        patch.setattr(course, "_run_limited", lambda *args: "the disk is full")
+        patch.setattr(grading, "_run_limited", lambda *args: "the disk is full")
         totals, table = grades(tmp_path / "in", tmp_path / "out")
     assert set(table["reason"]) == {"the disk is full"}
     assert totals == {("one", "a1"): 0}
@@ -653,15 +653,15 @@ def test_an_interrupted_run_does_not_wait(tmp_path, monkeypatch):
     ended = []
 
     def sleep(one, source, kept, hide):
-        ended.append(course._run_limited(["sleep", "30"], kept / "log.txt", 60))
+        ended.append(grading._run_limited(["sleep", "30"], kept / "log.txt", 60))
         return ended[0]
 
     def interrupt(tasks):
-        while not course._running:
+        while not grading._running:
             time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(course, "_run", sleep)
+    monkeypatch.setattr(grading, "_run", sleep)
     monkeypatch.setattr(course, "as_completed", interrupt)
     with pytest.raises(KeyboardInterrupt):
         grades(tmp_path / "in", tmp_path / "out")
@@ -670,7 +670,7 @@ def test_an_interrupted_run_does_not_wait(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["=1+1", "a\r\nb\x00", "\ud800"])
 def test_reasons_are_fit_for_a_table(text):
-    cleaned = run_submission.clean(text)
+    cleaned = merging.clean(text)
     assert cleaned.encode()
     assert cleaned.isprintable()
     assert not cleaned.startswith("=")
@@ -682,7 +682,7 @@ def test_reasons_are_fit_for_a_table(text):
 def test_a_sandbox_that_does_not_work_stops_the_run(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
     refuse = ["sh", "-c", "echo no namespaces here >&2; exit 1", "sh"]
-    monkeypatch.setattr(course, "sandboxed", lambda work, hidden: refuse)
+    monkeypatch.setattr(grading, "sandboxed", lambda work, hidden: refuse)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     with pytest.raises(course.CourseError, match="no namespaces here"):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
@@ -709,7 +709,7 @@ def test_both_layouts_are_found_and_other_files_named(tmp_path):
     (tmp_path / "_9_assignsubmission_file_a2.ipynb").touch()  # of nobody
     (tmp_path / "=1+1_a1.ipynb").touch()  # a formula, in a table
     (tmp_path / f"{'x' * 246}_a1.ipynb").touch()  # its page would have no name
-    found, others = course.collect(tmp_path)
+    found, others = submissions.collect(tmp_path, NAMES)
     assert [(one.student, one.assignment) for one in found] == [
         ("Ada Lovelace", "a1"), ("Ada Lovelace", "a2"), ("Ada Lovelace", "a3"), ("BEN", "a2"),
         ("Jörg", "a1"), ("flat", "a1"), ("nested", "a2"),
@@ -726,7 +726,7 @@ def test_a_submission_that_is_there_twice_is_named(tmp_path):
     nbformat.write(source("a1"), tmp_path / "anna" / "a1" / "a1.ipynb")
     both = "a1 of anna is there twice: .*a1.ipynb and .*a1.ipynb; remove one, or give it another"
     with pytest.raises(course.CourseError, match=both):
-        course.collect(tmp_path)
+        submissions.collect(tmp_path, NAMES)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -740,16 +740,16 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    found, others = course.collect(tmp_path)
+    found, others = submissions.collect(tmp_path, NAMES)
     assert [one.student for one in found] == ["anna"]
     assert others == [tmp_path / "lea"]
 
 
 def test_a_folder_that_holds_nothing_is_refused(tmp_path):
     with pytest.raises(course.CourseError, match="holds no submission"):
-        course.collect(tmp_path)
+        submissions.collect(tmp_path, NAMES)
     with pytest.raises(course.CourseError, match="there is no folder"):
-        course.collect(tmp_path / "none")
+        submissions.collect(tmp_path / "none", NAMES)
 
 
 def test_without_bubblewrap_it_says_so(tmp_path, monkeypatch):
