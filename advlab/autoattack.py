@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from advlab.attacks import check_size
 from advlab.checkpoints import weights_hash
 from advlab.data import check_batch
-from advlab.forward import CHUNK, Classifier, check_device, eval_mode, holds, predict
+from advlab.forward import CHUNK, Classifier, check_device, gradient_mode, holds, predict
 from advlab.machine import progress_bar
 from advlab.models import fastest_layout
 from advlab.store import Store, key
@@ -61,6 +61,7 @@ def auto_attack(
     check_batch(images, labels)
     check_size(eps, norm, images.shape[1:])
     check_device(model, images)
+    device = images.device
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
@@ -77,8 +78,9 @@ def auto_attack(
     chosen = {"attacks": list(attacks), "version": "custom"} if attacks else {}
 
     def attack(x: Tensor, y: Tensor) -> list[bool]:
-        where = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "device": str(x.device)}
-        with torch.random.fork_rng(devices=[]):
+        where = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "device": str(device)}
+        gpus = [device] if device.type == "cuda" else []  # their code seeds those as well
+        with torch.random.fork_rng(gpus, device_type="cuda"):
             attacker = AutoAttack(logits, eps=eps, seed=seed, **where, **chosen)
             attacker.square.n_queries = queries
             if outputs < 10:  # the standard aims at nine other classes
@@ -87,16 +89,16 @@ def auto_attack(
             made, _ = attacker.run_standard_evaluation(x.float(), y, batch_size=CHUNK)
         return holds(model, made.clamp(0, 1), y).tolist()
 
-    asked = [eps, norm, list(attacks or ()), seed, queries]
+    asked = [eps, norm, list(attacks or ()), seed, queries, device.type]
     kept = store if store and isinstance(model, nn.Module) else Store(None)
     held: list[bool] = []
-    with progress_bar(progress, len(images), "image") as bar, eval_mode(model):
+    with progress_bar(progress, len(images), "image") as bar, gradient_mode(model, device):
         for x, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
             name = _part_key(model, x, y, asked) if kept.folder else ""
             held += kept.remember(name, lambda x=x, y=y: attack(x, y))
             bar.update(len(y))
             bar.set_postfix(held=f"{sum(held) / len(held):.3f}")
-    return torch.tensor(held, device=images.device)
+    return torch.tensor(held, device=device)
 
 
 def _part_key(model: nn.Module, images: Tensor, labels: Tensor, asked: list[Any]) -> str:

@@ -10,7 +10,7 @@ import io
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from advlab import files
 from advlab.attacks import fgsm, perturb, pgd
 from advlab.data import Split
-from advlab.forward import eval_mode, evaluate
+from advlab.forward import eval_mode, evaluate, recurrent_gradients
 from advlab.machine import has_fast_bf16, progress_bar
 from advlab.models import fastest_layout
 from advlab.recipes import Recipe
@@ -151,7 +151,10 @@ def attack_batch(
         noise = torch.rand(images.shape, generator=generator).to(images.device)
         x = torch.add(images, noise.mul_(2).sub_(1), alpha=eps).clamp_(0, 1)
     trades = recipe.adversary == "trades"
-    with eval_mode(model) if trades else nullcontext():
+    with ExitStack() as stack:
+        if trades:
+            stack.enter_context(eval_mode(model))
+            stack.enter_context(recurrent_gradients(model, images.device))
         with torch.no_grad():
             answer = model(images).float().softmax(1) if trades else None
         for _ in range(recipe.steps):
