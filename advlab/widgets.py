@@ -144,7 +144,7 @@ def read_upload(content: bytes, shape: tuple[int, int, int]) -> Tensor:
     """
     if len(content) > LARGEST_UPLOAD:
         raise ValueError(f"the file has {len(content) / 1e6:.0f} MB; at most 10 are read")
-    return to_float(read_picture(content, shape[1], shape[0]))
+    return to_float(read_picture(content, shape))
 
 
 def _png(image: Tensor, scale: int = 6) -> bytes:

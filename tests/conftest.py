@@ -169,7 +169,7 @@ def empty_home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    monkeypatch.setattr(datasets, "_reachable", lambda host: False)
+    monkeypatch.setattr(datasets, "_reachable", lambda host, port: False)
 
 
 @pytest.fixture
