@@ -89,10 +89,12 @@ def randomise_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_batch(n: int, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_batch(
+    n: int, classes: int = 10, seed: int = 0, shape: tuple[int, int, int] = (3, 32, 32)
+) -> tuple[Tensor, Tensor]:
     """Return `n` random images and labels."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(n, 3, 32, 32, generator=generator)
+    images = torch.rand(n, *shape, generator=generator)
     return images, torch.randint(0, classes, (n,), generator=generator)
 
 
