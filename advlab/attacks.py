@@ -95,13 +95,13 @@ def check_targets(targeted: Tensor, labels: Tensor) -> Tensor:
             f"targeted has shape {tuple(targeted.shape)}; it must be {tuple(labels.shape)}, a "
             "class for each image"
         )
-    if int(targeted.min()) < 0:
-        raise ValueError(f"target {int(targeted.min())} is negative; classes count from 0")
     if targeted.device != labels.device:
         raise ValueError(
             f"targeted is on {targeted.device}, labels on {labels.device}; move one: "
             "targeted.to(...)"
         )
+    if int(targeted.min()) < 0:
+        raise ValueError(f"target {int(targeted.min())} is negative; classes count from 0")
     same = int((targeted == labels).sum())
     if same:
         raise ValueError(
@@ -295,7 +295,7 @@ class _Ball:
             noise *= (radius * self.eps / noise.flatten(1).norm(dim=1))[:, None, None, None]
         return noise.to(self.originals.device).add_(self.originals).clamp_(0, 1)
 
-    def step(self, x: Tensor, gradient: Tensor, part: Tensor) -> Tensor:
+    def step(self, x: Tensor, gradient: Tensor, part: Tensor | slice) -> Tensor:
         """Go `alpha` along the gradient, then back into the ball; `part` numbers the images."""
         originals = self.originals[part]
         if self.norm == "linf":
@@ -474,11 +474,12 @@ def mifgsm(
         raise ValueError(f"steps is {steps}; MI-FGSM needs at least 1")
     if not 0 <= decay < math.inf:
         raise ValueError(f"decay is {decay}; it must be a number from 0 on, and is usually 1")
-    # In float32: the roundings of many small steps in 16 bits would leave the ball.
-    x, momentum = images.detach().float(), 0.0
+    ball = _Ball(images.detach().float(), eps, eps / steps, "linf")
+    x, momentum = ball.originals, 0.0
     for _ in range(steps):
         gradient = input_gradient(model, x, labels)
-        length = gradient.abs().flatten(1).sum(1).clamp_min(1e-12)
-        momentum = decay * momentum + gradient / length[:, None, None, None]
-        x = perturb(x, momentum.sign(), eps / steps)
+        momentum = decay * momentum + gradient / gradient.abs().sum((1, 2, 3), True).clamp_min(
+            1e-12
+        )
+        x = ball.step(x, momentum, slice(None))
     return x.to(images.dtype)

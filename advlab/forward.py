@@ -149,7 +149,7 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
     layout, parts = fastest_layout(model), []
     with eval_mode(model), torch.autocast(images.device.type, enabled=False):
         for part in images.split(CHUNK):
-            logits = model(part.contiguous(memory_format=layout))
+            logits = model(part.float().contiguous(memory_format=layout))
             parts.append(_check_shape(logits, len(part)).float())
     return torch.cat(parts)
 
