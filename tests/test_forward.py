@@ -9,10 +9,11 @@ from conftest import OTHER_KINDS, assert_same_state, make_batch, make_small_cnn
 from torch import nn
 
 from advlab import forward
-from advlab.attacks import fgsm, input_gradient, pgd
+from advlab.attacks import fgsm, input_gradient, mifgsm, pgd
 from advlab.forward import eval_mode, evaluate, holds, per_image_statistics_mode, predict
 
-measures = pytest.mark.parametrize("measure", [evaluate, holds])
+CALLS = [evaluate, holds, input_gradient]
+CALLS += [lambda *a: fgsm(*a, 0.1), lambda *a: pgd(*a, 0.1, alpha=0.1, steps=1)]
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((3, 32, 32), 10), *OTHER_KINDS])
@@ -63,23 +64,21 @@ def test_modes_end_with_their_block_even_if_it_fails(mode, small_cnn):
     ids=["rank", "length", "type", "classes"],
 )
 def test_model_that_is_no_classifier_is_refused(model, message, batch):
-    calls = [evaluate, holds, input_gradient]
-    calls += [lambda *a: fgsm(*a, 0.1), lambda *a: pgd(*a, 0.1, alpha=0.1, steps=1)]
-    for call in calls:
+    for call in CALLS:
         with pytest.raises(ValueError, match=message):
             call(model, *batch)
 
 
-@measures
-def test_bad_images_are_refused_before_the_model_sees_them(measure, batch):
-    with pytest.raises(ValueError, match="Divide 8-bit images by 255"):
-        measure(None, 255 * batch[0], batch[1])
+def test_bad_images_are_refused_before_the_model_sees_them(batch):
+    for call in (*CALLS, lambda *a: mifgsm(*a, 0.1)):
+        with pytest.raises(ValueError, match="Divide 8-bit images by 255"):
+            call(None, 255 * batch[0], batch[1])
 
 
 def test_model_on_another_device_is_named_with_the_mend(small_cnn, batch):
     small_cnn.to("meta")
     told = r"the model is on meta, the images on cpu; move one: model.to\(...\) or images.to"
-    for call in (evaluate, holds, input_gradient, lambda m, x, y: predict(m, x)):
+    for call in (*CALLS, lambda m, x, y: predict(m, x)):
         with pytest.raises(ValueError, match=told):
             call(small_cnn, *batch)
 
