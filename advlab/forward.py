@@ -99,6 +99,11 @@ def _normalise_per_image(module: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tenso
     # One group per channel is instance normalisation. `F.instance_norm` itself is not used: for a
     # single image in channels_last memory format it gives wrong gradients (torch 2.13).
     (x,) = inputs
+    if x[0, 0].numel() == 1:
+        raise ValueError(
+            f"per_image_statistics=True: a BatchNorm2d layer is given {tuple(x.shape)}, and one "
+            "pixel has no spread. Take larger images, or leave it False"
+        )
     return F.group_norm(x, x.shape[1], module.weight, module.bias, module.eps)
 
 
@@ -125,18 +130,24 @@ def per_image_statistics_mode(model: Classifier) -> Iterator[None]:
         yield
 
 
+def _check_shape(logits: Tensor, n: int) -> Tensor:
+    """Return `logits` if they are (n, classes)."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model returned {shape} for {n} images; it must return logits of shape "
+            f"({n}, classes)"
+        )
+    return logits
+
+
 def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return `logits` if they are (N, classes) and have a column for each label.
 
     Raises:
         ValueError: otherwise.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"the model returned {shape} for {len(labels)} images; it must return logits of shape "
-            f"({len(labels)}, classes)"
-        )
+    _check_shape(logits, len(labels))
     if int(labels.max()) >= logits.shape[1]:
         raise ValueError(
             f"label {int(labels.max())} has no logit: the model returned {logits.shape[1]} of them"
@@ -165,13 +176,16 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
 
     Returns:
         (N, outputs) float32, on the device of the images.
+
+    Raises:
+        ValueError: if the model lies elsewhere, or returns anything else.
     """
     check_device(model, images)
+    layout, parts = fastest_layout(model), []
     with eval_mode(model), float32_mode(images.device):
-        parts = [
-            model(part.contiguous(memory_format=fastest_layout(model))).float()
-            for part in images.split(CHUNK)
-        ]
+        for part in images.split(CHUNK):
+            logits = model(part.float().contiguous(memory_format=layout))
+            parts.append(_check_shape(logits, len(part)).float())
     return torch.cat(parts)
 
 

@@ -1,11 +1,11 @@
-"""FGSM and PGD of other libraries agree with ours on the same model and images."""
+"""FGSM, MI-FGSM and PGD of other libraries agree with ours on the same model and images."""
 
 import pytest
 import torch
 from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
 from advlab import checkpoints, datasets, evaluation, files, models
-from advlab.attacks import fgsm, pgd
+from advlab.attacks import fgsm, mifgsm, pgd
 from advlab.bench import rivals
 
 MODULES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art"}
@@ -123,3 +123,17 @@ def test_pgd_in_l2_breaks_every_image_that_a_library_breaks(case, module, make):
         assert float((made - images).flatten(1).norm(dim=1).max()) <= L2_EPS + 1e-5
     assert 2 < int(broken_by_them.sum()) < 14
     assert bool(broken_by_us[broken_by_them].all())
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_mifgsm_agrees(case, decay):
+    reason = "torchattacks is not installed; it is in the extra [bench]"
+    torchattacks = pytest.importorskip("torchattacks", reason=reason)
+    model, images, labels = case
+    eps, steps = 8 / 255, 5
+    made = torchattacks.MIFGSM(model, eps=eps, alpha=eps / steps, steps=steps, decay=decay)
+    theirs = made(images, labels)
+    ours = mifgsm(model, images, labels, eps, steps=steps, decay=decay)
+    assert float((ours - images).abs().max()) <= eps + 1e-6
+    # A sign that rounding turns sends the pixel, and a little those around it, another way.
+    assert float(((theirs - ours).abs() > 1e-6).float().mean()) <= 1e-3
