@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,12 +66,17 @@ class Checkpoint:
         return self.metadata["history"]
 
 
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """Return the content of a tensor of any dtype (NumPy knows no bfloat16), for a hash."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+
+
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of every weight and buffer of `model`: the same weights, the same hash."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
