@@ -22,14 +22,16 @@ def pick_device(device: str = "auto") -> torch.device:
     Raises:
         ValueError: if there is no such device on this machine.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there += ["cpu"]
     if device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
-    kind = device.partition(":")[0]
-    if not there.get(kind, False):
-        found = ", ".join(name for name, here in there.items() if here)
-        raise ValueError(f"device {device!r} is not on this machine; choose auto, or {found}")
+        return torch.device(there[0])
+    kind, colon, number = device.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in there or (colon and not (number.isdecimal() and int(number) < count)):
+        raise ValueError(
+            f"device {device!r} is not on this machine; choose auto, {' or '.join(there)}"
+        )
     return torch.device(device)
 
 
