@@ -195,12 +195,6 @@ def _average(decay: float, averaged: Tensor, now: Tensor, step: Tensor) -> Tenso
     return averaged.lerp(now, 1 - min(decay, float((1 + step) / (10 + step))))
 
 
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    content = io.BytesIO()
-    torch.save(state, content)
-    files.write_bytes(path, content.getvalue())
-
-
 def _identify(model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int) -> str:
     """Return a text that differs for every other training: model, start, data, recipe, seed."""
     digest = hashlib.md5(usedforsecurity=False)
@@ -277,7 +271,13 @@ class _Run:
     """A training on its way: what changes from step to step, and what is kept of each epoch."""
 
     def __init__(
-        self, model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int, precision: str
+        self,
+        model: nn.Module,
+        data: TrainingSet,
+        recipe: Recipe,
+        seed: int,
+        precision: str,
+        state_path: Path | None,
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.device = device_of(model)
@@ -294,6 +294,10 @@ class _Run:
             self.parts["averaged"] = self.averaged
         self.history: History = []
         self.best: dict[str, Any] = {"score": -1.0, "weights": None}
+        self.state_path = state_path
+        if state_path:
+            self.identity = _identify(model, data, recipe, seed)
+            self._restore()
 
     @property
     def judged(self) -> nn.Module:
@@ -343,18 +347,30 @@ class _Run:
             weights = {name: t.clone() for name, t in self.judged.state_dict().items()}
             self.best = {"score": score, "weights": weights}
 
-    def save(self, path: Path, identity: str) -> None:
-        """Write all that is needed to go on after this epoch."""
-        whole = {name: part.state_dict() for name, part in self.parts.items()}
-        _save_state(
-            path, whole | {"identity": identity, "history": self.history, "best": self.best}
-        )
+    def save(self) -> None:
+        """Write all that is needed to go on after this epoch, where a state is kept."""
+        if self.state_path:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"identity": self.identity, "history": self.history, "best": self.best}
+            content = io.BytesIO()
+            torch.save(state, content)
+            files.write_bytes(self.state_path, content.getvalue())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to where `save` was called."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.history, self.best = state["history"], state["best"]
+    def _restore(self) -> None:
+        """Go back to where `save` was called, if it was for this training."""
+        state = _load_state(self.state_path, self.identity)
+        if state:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.history, self.best = state["history"], state["best"]
+
+    def finish(self) -> History:
+        """Give the model its final weights, in eval mode, and return the history."""
+        self.model.load_state_dict(self.best["weights"] or self.judged.state_dict())
+        self.model.to(memory_format=torch.contiguous_format).eval()
+        if self.state_path:
+            self.state_path.unlink(missing_ok=True)
+        return self.history
 
 
 def fit(
@@ -394,17 +410,13 @@ def fit(
         on_epoch: Called with each epoch's figures.
 
     Returns:
-        One dict per epoch: epoch, train_loss, train_accuracy, seconds, images_per_second; test_loss
-        and test_accuracy where `test` is given, and what `measure_on_validation` returns where
-        `validation` is. Seconds count training alone.
+        One dict per epoch: epoch, train_loss, train_accuracy, seconds (of training alone) and
+        images_per_second; what `measure_on_test` and `measure_on_validation` return, if asked for.
 
     Raises:
         ValueError: if `state_path` is damaged or there is no such precision.
     """
-    identity = _identify(model, data, recipe, seed) if state_path else ""
-    run = _Run(model, data, recipe, seed, precision)
-    if state_path and (state := _load_state(state_path, identity)):
-        run.restore(state)
+    run = _Run(model, data, recipe, seed, precision, state_path)
     with progress_bar(progress, recipe.epochs * run.steps, "step") as bar:
         bar.update(len(run.history) * run.steps)
         while len(run.history) < recipe.epochs:
@@ -419,10 +431,5 @@ def fit(
             bar.set_postfix(accuracy=f"{figures['train_accuracy']:.3f}")
             if on_epoch:
                 on_epoch(figures)
-            if state_path:
-                run.save(state_path, identity)
-    model.load_state_dict(run.best["weights"] or run.judged.state_dict())
-    model.to(memory_format=torch.contiguous_format).eval()
-    if state_path and state_path.exists():
-        state_path.unlink()
-    return run.history
+            run.save()
+    return run.finish()
