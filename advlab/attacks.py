@@ -95,6 +95,11 @@ def check_targets(targeted: Tensor, labels: Tensor) -> Tensor:
             f"targeted has shape {tuple(targeted.shape)}; it must be {tuple(labels.shape)}, a "
             "class for each image"
         )
+    if targeted.device != labels.device:
+        raise ValueError(
+            f"targeted is on {targeted.device}, labels on {labels.device}; move one: "
+            "targeted.to(...)"
+        )
     if int(targeted.min()) < 0:
         raise ValueError(f"target {int(targeted.min())} is negative; classes count from 0")
     same = int((targeted == labels).sum())
@@ -239,10 +244,12 @@ def attack_loss(
         (N,) of the logits' dtype.
 
     Raises:
-        ValueError: if there is no such loss.
+        ValueError: if there is no such loss, or too few classes for it.
     """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
+    if loss == "dlr" and logits.shape[1] < 4:
+        raise ValueError(f'"dlr" needs 4 logits or more, there are {logits.shape[1]}; use "margin"')
     if loss == "ce":
         if targeted is None:
             return F.cross_entropy(logits, labels, reduction="none")
@@ -288,7 +295,7 @@ class _Ball:
             noise *= (radius * self.eps / noise.flatten(1).norm(dim=1))[:, None, None, None]
         return noise.to(self.originals.device).add_(self.originals).clamp_(0, 1)
 
-    def step(self, x: Tensor, gradient: Tensor, part: Tensor) -> Tensor:
+    def step(self, x: Tensor, gradient: Tensor, part: Tensor | slice) -> Tensor:
         """Go `alpha` along the gradient, then back into the ball; `part` numbers the images."""
         originals = self.originals[part]
         if self.norm == "linf":
@@ -315,6 +322,7 @@ class _Goal:
         if self.targeted is None:
             return attack_loss(logits, own, self.loss), found != own
         aim = self.targeted[part]
+        check_logits(logits, aim)
         return attack_loss(logits, own, self.loss, aim), found == aim
 
 
@@ -458,16 +466,20 @@ def mifgsm(
     in `fgsm`.
 
     Raises:
-        ValueError: also if `steps` is below 1, or `decay` not from 0 to 1.
+        ValueError: also if `steps` is below 1, or `decay` is negative or not finite.
     """
+    check_batch(images, labels)
     check_eps(eps)
-    check_eps(decay, "decay")
     if steps < 1:
         raise ValueError(f"steps is {steps}; MI-FGSM needs at least 1")
-    x, momentum = images, torch.zeros_like(images, dtype=torch.float32)
+    if not 0 <= decay < math.inf:
+        raise ValueError(f"decay is {decay}; it must be a number from 0 on, and is usually 1")
+    ball = _Ball(images.detach().float(), eps, eps / steps, "linf")
+    x, momentum = ball.originals, 0.0
     for _ in range(steps):
         gradient = input_gradient(model, x, labels)
-        length = gradient.abs().flatten(1).sum(1).clamp_min(1e-12)
-        momentum = decay * momentum + gradient / length[:, None, None, None]
-        x = perturb(x, momentum.sign().to(x.dtype), eps / steps)
-    return x
+        momentum = decay * momentum + gradient / gradient.abs().sum((1, 2, 3), True).clamp_min(
+            1e-12
+        )
+        x = ball.step(x, momentum, slice(None))
+    return x.to(images.dtype)

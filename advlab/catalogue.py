@@ -76,6 +76,8 @@ class Attack:
             eps: From 0 to 1.
             seed: Of noise and random starts.
         """
+        check_batch(images, labels)
+        images = images.detach()
         if eps == 0:
             return images
         if self.one_direction:
@@ -94,7 +96,7 @@ def _noise(model: Classifier, x: Tensor, y: Tensor, seed: int) -> Tensor:
 
 
 def _rfgsm(model: Classifier, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
-    return rfgsm(model, x, y, eps, alpha=1.25 * eps, seed=seed)
+    return rfgsm(model, x, y, eps, alpha=min(1, 1.25 * eps), seed=seed)
 
 
 def _mifgsm(model: Classifier, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:

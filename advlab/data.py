@@ -39,7 +39,8 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         raise TypeError(f"images are {kind}; give a float tensor in [0, 1] (advlab.data.to_float)")
     shape = tuple(images.shape)
     if images.ndim != 4:
-        mend = "; add the axis of the channels: images[:, None]" if images.ndim == 3 else ""
+        mend = "; images[None] for one image, images[:, None] for grey ones"
+        mend = mend if images.ndim == 3 else ""
         raise ValueError(f"images have shape {shape}; it must be (N, C, H, W){mend}")
     if shape[1] > 4 >= shape[3]:
         raise ValueError(
@@ -149,8 +150,9 @@ class ImageData:
             if split.images.shape[1:] != self.spec.shape:
                 found = tuple(split.images.shape[1:])
                 raise DataError(f"{self.name}: images are {found}, not {self.spec.shape}")
-            if len(split) and not 0 <= int(split.labels.max()) < len(self.classes):
-                raise DataError(f"{self.name}: label {int(split.labels.max())} has no class name")
+            for label in map(int, split.labels.aminmax()) if len(split) else ():
+                if not 0 <= label < len(self.classes):
+                    raise DataError(f"{self.name}: label {label} has no class name")
 
     @property
     def name(self) -> str:

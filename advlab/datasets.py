@@ -13,7 +13,7 @@ import re
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,32 +33,47 @@ CIFAR10_FOLDER = datasets.CIFAR10.base_folder
 NETWORK_SECONDS = 5
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # what Pillow may open
 SIDE = 32  # pixels to which pictures are resized, unless told otherwise
+SIDES = (16, 512)  # what may be told: the paper's networks halve a picture three times
 FOLDER = re.compile(r"folder:(?P<path>.+?)(@(?P<size>\d+))?")
 
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """A data set of torchvision's.
+    """A data set of torchvision's; a subclass for each way in which it lays out its files.
 
     Args:
         name: How figures and tables call it.
         kind: torchvision's class.
-        listed: Returns the files below the root, each with its MD5 sum.
-        read: Reads the training (True) or test split: images (N, C, H, W), labels, class names.
-        fetch: Lets torchvision download the set into a folder.
         papers: As in `DataSpec`.
     """
 
     name: str
     kind: Any
-    listed: Callable[[Any], list[tuple[str, str]]]
-    read: Callable[[Any, Path, bool], tuple[Any, Any, Sequence[str]]]
-    fetch: Callable[[Any, str], Any]
     papers: bool = False
 
+    def listed(self) -> list[tuple[str, str]]:
+        """Return the files below the root, each with its MD5 sum."""
+        raise NotImplementedError
+
+    def read(self, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
+        """Return images (N, C, H, W) uint8, labels and class names of a split."""
+        raise NotImplementedError
+
+    def url(self) -> str:
+        """Return where torchvision downloads from."""
+        return self.kind.url
+
+    def fetch(self, folder: str) -> None:
+        """Let torchvision download the set into `folder`."""
+        self.kind(folder, download=True)
+
+    def tops(self) -> list[str]:
+        """Return the files and folders of the set right below the root."""
+        return list(dict.fromkeys(Path(path).parts[0] for path, _ in self.listed()))
+
     def is_in(self, root: Path) -> bool:
-        """Tell whether a file of the set lies below `root`."""
-        return any((root / path).exists() for path, _ in self.listed(self.kind))
+        """Tell whether the set, or a part of it, lies below `root`."""
+        return any((root / top).exists() for top in self.tops())
 
     def check(self, root: Path) -> None:
         """Compare every file with its MD5 sum.
@@ -66,14 +81,14 @@ class TorchvisionSet:
         Raises:
             DataError: if a file is missing, truncated or altered; names it and the mend.
         """
-        for path, md5 in self.listed(self.kind):
+        for path, md5 in self.listed():
             if not check_integrity(root / path, md5):
                 state = "is missing"
                 if (root / path).is_file():
                     state = "is truncated or altered (wrong MD5)"
-                first = root / Path(path).parts[0]
+                tops = " and ".join(str(root / top) for top in self.tops())
                 raise DataError(
-                    f"{self.name} file {root / path} {state}; it will not be used. Delete {first} "
+                    f"{self.name} file {root / path} {state}; it will not be used. Delete {tops} "
                     "and run again to download it, or copy an intact one there"
                 )
 
@@ -87,7 +102,7 @@ class TorchvisionSet:
         splits, classes = [], ()
         for train in (True, False):
             try:
-                images, labels, classes = self.read(self.kind, root, train)
+                images, labels, classes = self.read(root, train)
             except ImportError as error:
                 raise DataError(f"{self.name} cannot be read: {error}; pip install scipy") from None
             pixels = torch.as_tensor(images).contiguous()
@@ -104,8 +119,8 @@ class TorchvisionSet:
         Raises:
             DataError: if there is no network (within seconds) or the download fails.
         """
-        host = _host(self.kind)
-        if not _reachable(host):
+        host = urlsplit(self.url()).hostname or ""
+        if not _reachable(host, 443 if self.url().startswith("https:") else 80):
             raise DataError(f"{host} cannot be reached, so it cannot be downloaded")
         files.make_folder(root)
         files.make_folder(files.cache_dir())
@@ -118,35 +133,39 @@ class TorchvisionSet:
             timeout = socket.getdefaulttimeout()
             socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would hang
             try:
-                self.fetch(self.kind, folder)
+                self.fetch(folder)
             except (OSError, RuntimeError) as error:
                 told = f"the download of {self.name} from {host} failed: {error}"
                 raise DataError(told) from error
             finally:
                 socket.setdefaulttimeout(timeout)
-            for top in dict.fromkeys(Path(path).parts[0] for path, _ in self.listed(self.kind)):
+            for top in self.tops():
                 Path(folder, top).replace(root / top)
 
 
-def _cifar_files(kind: Any) -> list[tuple[str, str]]:
-    listed = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
-    return [(f"{kind.base_folder}/{name}", md5) for name, md5 in listed]
+class _Cifar(TorchvisionSet):
+    def listed(self) -> list[tuple[str, str]]:
+        kind = self.kind
+        listed = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
+        return [(f"{kind.base_folder}/{name}", md5) for name, md5 in listed]
+
+    def read(self, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
+        parsed = self.kind(root, train=train, download=False)
+        return torch.from_numpy(parsed.data).permute(0, 3, 1, 2), parsed.targets, parsed.classes
 
 
-def _read_cifar(kind: Any, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
-    parsed = kind(root, train=train, download=False)
-    return torch.from_numpy(parsed.data).permute(0, 3, 1, 2), parsed.targets, parsed.classes
+class _Mnist(TorchvisionSet):
+    def listed(self) -> list[tuple[str, str]]:
+        # The archives, which torchvision leaves beside what it unpacks: it knows no other sums.
+        return [(f"{self.kind.__name__}/raw/{name}", md5) for name, md5 in self.kind.resources]
 
+    def read(self, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
+        paths = [root / path for path, _ in self.listed()]
+        images, labels = map(_read_idx, paths[:2] if train else paths[2:])
+        return images[:, None], labels, self.kind.classes
 
-def _mnist_files(kind: Any) -> list[tuple[str, str]]:
-    # The archives, which torchvision leaves beside what it unpacks: it knows no other MD5 sums.
-    return [(f"{kind.__name__}/raw/{name}", md5) for name, md5 in kind.resources]
-
-
-def _read_mnist(kind: Any, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
-    paths = [path for path, _ in _mnist_files(kind)]
-    images, labels = map(_read_idx, (root / path for path in (paths[:2] if train else paths[2:])))
-    return images[:, None], labels, kind.classes
+    def url(self) -> str:
+        return self.kind.mirrors[0]
 
 
 def _read_idx(path: Path) -> Tensor:
@@ -157,53 +176,40 @@ def _read_idx(path: Path) -> Tensor:
     return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * axes).reshape(sizes)
 
 
-def _svhn_files(kind: Any) -> list[tuple[str, str]]:
-    return [tuple(kind.split_list[split][1:3]) for split in ("train", "test")]
+class _Svhn(TorchvisionSet):
+    def listed(self) -> list[tuple[str, str]]:
+        return [tuple(self.kind.split_list[split][1:3]) for split in ("train", "test")]
+
+    def read(self, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
+        parsed = self.kind(root, split="train" if train else "test", download=False)
+        return parsed.data, parsed.labels, [str(digit) for digit in range(10)]
+
+    def url(self) -> str:
+        return self.kind.split_list["train"][0]
+
+    def fetch(self, folder: str) -> None:
+        for split in ("train", "test"):
+            self.kind(folder, split=split, download=True)
 
 
-def _read_svhn(kind: Any, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
-    parsed = kind(root, split="train" if train else "test", download=False)
-    return parsed.data, parsed.labels, [str(digit) for digit in range(10)]
-
-
-def _fetch(kind: Any, folder: str) -> None:
-    kind(folder, download=True)
-
-
-def _fetch_splits(kind: Any, folder: str) -> None:
-    for split in ("train", "test"):
-        kind(folder, split=split, download=True)
-
-
-def _host(kind: Any) -> str:
-    """Return the host from which torchvision downloads a set."""
-    if hasattr(kind, "split_list"):
-        url = kind.split_list["train"][0]
-    else:
-        url = kind.mirrors[0] if hasattr(kind, "mirrors") else kind.url
-    return urlsplit(url).hostname or ""
-
-
-_CIFAR = {"listed": _cifar_files, "read": _read_cifar, "fetch": _fetch}
-_MNIST = {"listed": _mnist_files, "read": _read_mnist, "fetch": _fetch}
 DATASETS: dict[str, TorchvisionSet | None] = {
-    "cifar10": TorchvisionSet(paper.DATA, datasets.CIFAR10, **_CIFAR, papers=True),
+    "cifar10": _Cifar(paper.DATA, datasets.CIFAR10, papers=True),
     "shapes10": None,  # drawn, not read
-    "fashion-mnist": TorchvisionSet("Fashion-MNIST", datasets.FashionMNIST, **_MNIST),
-    "mnist": TorchvisionSet("MNIST", datasets.MNIST, **_MNIST),
-    "svhn": TorchvisionSet("SVHN", datasets.SVHN, _svhn_files, _read_svhn, _fetch_splits),
-    "cifar100": TorchvisionSet("CIFAR-100", datasets.CIFAR100, **_CIFAR),
+    "fashion-mnist": _Mnist("Fashion-MNIST", datasets.FashionMNIST),
+    "mnist": _Mnist("MNIST", datasets.MNIST),
+    "svhn": _Svhn("SVHN", datasets.SVHN),
+    "cifar100": _Cifar("CIFAR-100", datasets.CIFAR100),
 }
 
 
-def _reachable(host: str) -> bool:
+def _reachable(host: str, port: int) -> bool:
     """Tell within `NETWORK_SECONDS` whether `host` answers (a name look-up alone can hang)."""
     answered = threading.Event()
 
     def connect() -> None:
         with (
             contextlib.suppress(OSError),
-            socket.create_connection((host, 443), timeout=NETWORK_SECONDS),
+            socket.create_connection((host, port), timeout=NETWORK_SECONDS),
         ):
             answered.set()
 
@@ -217,24 +223,24 @@ def _reachable(host: str) -> bool:
 # --- a folder of pictures
 
 
-def read_picture(source: Path | bytes, size: int, channels: int = 3) -> Tensor:
+def read_picture(source: Path | bytes, shape: tuple[int, int, int]) -> Tensor:
     """Return a picture as the network sees it.
 
-    It is turned as the camera was held; transparent parts are laid on white, grey becomes colour;
-    its central square is taken and resized.
+    It is turned as the camera was held; transparent parts are laid on white, grey becomes colour or
+    the reverse; its central part is taken and resized.
 
     Args:
         source: A file, or its content.
-        size: Pixels a side of the result.
-        channels: 3 for colour, 1 for grey.
+        shape: (C, H, W) of the result.
 
     Returns:
-        (channels, size, size) uint8.
+        (C, H, W) uint8.
 
     Raises:
-        ValueError: if it is no picture that Pillow reads or has 16 bits a pixel, or for another
-            number of channels.
+        ValueError: if it is no picture that Pillow reads or has 16 bits a pixel, or is to have
+            neither 1 nor 3 channels.
     """
+    channels, height, width = shape
     if channels not in (1, 3):
         raise ValueError(f"a picture has 1 or 3 channels, not {channels}")
     try:
@@ -249,20 +255,21 @@ def read_picture(source: Path | bytes, size: int, channels: int = 3) -> Tensor:
         raise ValueError("the picture has 16 bits a pixel; save it with 8")
     white = Image.new("RGBA", turned.size, "white")
     flat = Image.alpha_composite(white, turned).convert("L" if channels == 1 else "RGB")
-    pixels = torch.from_numpy(np.array(ImageOps.fit(flat, (size, size))))
-    return pixels.reshape(size, size, channels).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(ImageOps.fit(flat, (width, height))))
+    return pixels.reshape(height, width, channels).permute(2, 0, 1)
 
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of each class below `folder`: one folder a class, hidden files left out."""
-    found = {}
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if not place.name.startswith("."):
-            inside = (path for path in place.rglob("*") if path.is_file())
-            found[place.name] = sorted(path for path in inside if not path.name.startswith("."))
+    """Return the files of each class below `folder`: one folder a class, hidden ones left out."""
+    found = {place.name: [] for place in sorted(folder.glob("[!.]*")) if place.is_dir()}
+    for name, paths in found.items():
+        for path in sorted((folder / name).rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if path.is_file() and not hidden:
+                paths.append(path)
     empty = [name for name, paths in found.items() if not paths]
     if len(found) < 2 or empty:
-        what = f"nothing in {', '.join(empty)}" if empty else f"{len(found)} folders"
+        what = f"nothing in {', '.join(empty)}" if empty else f"{len(found)} folder(s)"
         raise DataError(
             f"{folder} has {what}; it must hold one folder of pictures for each of two classes or "
             "more (or such folders in train/ and in test/)"
@@ -274,7 +281,7 @@ def _read_all(paths: Sequence[Path], labels: Sequence[int], size: int) -> Split:
     pictures, unreadable = [], []
     for path in paths:
         try:
-            pictures.append(read_picture(path, size))
+            pictures.append(read_picture(path, (3, size, size)))
         except ValueError as error:
             unreadable.append(f"{path} ({error})")
     if unreadable:
@@ -290,7 +297,8 @@ def load_folder(folder: Path, size: int = SIDE, seed: int = 0) -> ImageData:
 
     Args:
         folder: Holds the classes' folders, or train/ and test/ that hold them. In the first case a
-            fifth of each class, chosen by `seed`, is the test split.
+            fifth of each class, chosen by `seed`, is the test split. Hidden files, and files beside
+            the classes' folders, are passed over.
         size: Pixels a side to which pictures are resized (see `read_picture`).
         seed: Of the split, and of the order of the images.
 
@@ -298,10 +306,14 @@ def load_folder(folder: Path, size: int = SIDE, seed: int = 0) -> ImageData:
         DataError: if there is no such folder, fewer than two classes, a class with too few
             pictures, or a file that cannot be read.
     """
+    folder = folder.resolve()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    if not 8 <= size <= 512:
-        raise DataError(f"pictures of {size} pixels a side; choose 8 to 512, as in folder:PATH@64")
+    if not SIDES[0] <= size <= SIDES[1]:
+        raise DataError(
+            f"pictures of {size} pixels a side; choose {SIDES[0]} to {SIDES[1]}, as in "
+            "folder:PATH@64"
+        )
     generator = torch.Generator().manual_seed(seed)
     apart = [folder / "train", folder / "test"]
     if all(path.is_dir() for path in apart):
@@ -346,8 +358,8 @@ def find(key: str, data_dir: str | Path | None = None) -> Path | None:
         if source.is_in(Path(place).expanduser()):
             return Path(place).expanduser()
     if data_dir:
-        first = source.listed(source.kind)[0][0]
-        raise DataError(f"no {first} in {data_dir}; give the folder that holds it")
+        tops = " and ".join(source.tops())
+        raise DataError(f"no {tops} in {data_dir}; give the folder that holds it")
     return None
 
 
@@ -380,7 +392,8 @@ def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[
     if own := FOLDER.fullmatch(dataset):
         path, size = Path(own["path"]).expanduser().absolute(), own["size"]
         if not path.is_dir():
-            raise DataError(f"there is no folder {path}")
+            told = f"; for a folder {path}@{size}, add a size: @{size}@{SIDE}" if size else ""
+            raise DataError(f"there is no folder {path}{told}")
         return f"folder:{path}" + (f"@{size}" if size else ""), None
     key = "cifar10" if dataset == "auto" else dataset
     if key not in DATASETS:
@@ -397,10 +410,9 @@ def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[
         except DataError as error:
             if dataset == "auto":
                 return "shapes10", None
-            first = Path(source.listed(source.kind)[0][0]).parts[0]
             raise DataError(
                 f"{source.name} is not here, and {error}. Set ADVLAB_DATA to the folder that holds "
-                f"{first}, or choose the data set shapes10"
+                f"{' and '.join(source.tops())}, or choose the data set shapes10"
             ) from error
     return key, root
 

@@ -5,7 +5,7 @@ as it was found.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +40,49 @@ def eval_mode(model: Classifier) -> Iterator[None]:
 
 
 @contextmanager
+def float32_mode(device: torch.device) -> Iterator[None]:
+    """Compute in float32 proper: without autocast, and on CUDA without TF32 in cuDNN's layers.
+
+    TF32 has 10 bits where float32 has 23. Convolutions there use it unless told otherwise; matrix
+    products only if the caller says so.
+    """
+    cudnn = torch.backends.cudnn
+    layers = (cudnn.conv, cudnn.rnn) if device.type == "cuda" else ()
+    before = [layer.fp32_precision for layer in layers]
+    try:
+        for layer in layers:
+            layer.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for layer, precision in zip(layers, before, strict=True):
+            layer.fp32_precision = precision
+
+
+@contextmanager
+def recurrent_gradients(model: Classifier, device: torch.device) -> Iterator[None]:
+    """Let gradients of recurrent layers be taken in eval mode.
+
+    cuDNN's refuse them, PyTorch's own allow them; other models keep cuDNN, which is faster.
+    """
+    # Not `cudnn.flags`: it also sets, and may refuse to read, what the caller chose for TF32.
+    before = torch.backends.cudnn.enabled
+    try:
+        if device.type == "cuda" and _may_recur(model):
+            torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@contextmanager
 def gradient_mode(model: Classifier, device: torch.device) -> Iterator[None]:
     """Let gradients be taken in float32 and eval mode, whatever the caller has switched off."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        # cuDNN's recurrent layers refuse gradients in eval mode; PyTorch's own allow them.
-        torch.backends.cudnn.flags(enabled=False) if _may_recur(model) else nullcontext(),
+        float32_mode(device),
+        recurrent_gradients(model, device),
         eval_mode(model),
     ):
         yield
@@ -64,6 +99,11 @@ def _normalise_per_image(module: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tenso
     # One group per channel is instance normalisation. `F.instance_norm` itself is not used: for a
     # single image in channels_last memory format it gives wrong gradients (torch 2.13).
     (x,) = inputs
+    if x[0, 0].numel() == 1:
+        raise ValueError(
+            f"per_image_statistics=True: a BatchNorm2d layer is given {tuple(x.shape)}, and one "
+            "pixel has no spread. Take larger images, or leave it False"
+        )
     return F.group_norm(x, x.shape[1], module.weight, module.bias, module.eps)
 
 
@@ -90,18 +130,24 @@ def per_image_statistics_mode(model: Classifier) -> Iterator[None]:
         yield
 
 
+def _check_shape(logits: Tensor, n: int) -> Tensor:
+    """Return `logits` if they are (n, classes)."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model returned {shape} for {n} images; it must return logits of shape "
+            f"({n}, classes)"
+        )
+    return logits
+
+
 def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return `logits` if they are (N, classes) and have a column for each label.
 
     Raises:
         ValueError: otherwise.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"the model returned {shape} for {len(labels)} images; it must return logits of shape "
-            f"({len(labels)}, classes)"
-        )
+    _check_shape(logits, len(labels))
     if int(labels.max()) >= logits.shape[1]:
         raise ValueError(
             f"label {int(labels.max())} has no logit: the model returned {logits.shape[1]} of them"
@@ -117,7 +163,7 @@ def check_device(model: Classifier, images: Tensor) -> None:
     """
     if isinstance(model, nn.Module):
         weights = next(model.parameters(), None)
-        if weights is not None and weights.device.type != images.device.type:
+        if weights is not None and weights.device != images.device:
             raise ValueError(
                 f"the model is on {weights.device}, the images on {images.device}; move one: "
                 "model.to(...) or images.to(...)"
@@ -130,13 +176,16 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
 
     Returns:
         (N, outputs) float32, on the device of the images.
+
+    Raises:
+        ValueError: if the model lies elsewhere, or returns anything else.
     """
     check_device(model, images)
-    with eval_mode(model), torch.autocast(images.device.type, enabled=False):
-        parts = [
-            model(part.contiguous(memory_format=fastest_layout(model))).float()
-            for part in images.split(CHUNK)
-        ]
+    layout, parts = fastest_layout(model), []
+    with eval_mode(model), float32_mode(images.device):
+        for part in images.split(CHUNK):
+            logits = model(part.float().contiguous(memory_format=layout))
+            parts.append(_check_shape(logits, len(part)).float())
     return torch.cat(parts)
 
 

@@ -7,7 +7,6 @@ for the next one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -133,22 +132,18 @@ class Architecture:
     make: Callable[[int, Shape], nn.Module]
 
 
-def _cnn(classes: int, shape: Shape) -> nn.Module:
-    return CNN(max(64, classes), shape)  # the paper's 64 outputs, while they are enough
-
-
-def _hybrid(classes: int, shape: Shape, sequence: str) -> nn.Module:
-    return CNNLSTM(classes, sequence, shape)
-
-
 ARCHITECTURES = {
-    "cnn": Architecture("the paper's CNN", _cnn),
+    "cnn": Architecture(
+        "the paper's CNN",  # its 64 outputs, while they are enough
+        lambda classes, shape: CNN(max(64, classes), shape),
+    ),
     "cnn-lstm": Architecture(
         "the paper's hybrid; a time step is a group of channels",
-        partial(_hybrid, sequence="channel_groups"),
+        lambda classes, shape: CNNLSTM(classes, "channel_groups", shape),
     ),
     "cnn-lstm-positions": Architecture(
-        "the same hybrid; a time step is a position", partial(_hybrid, sequence="positions")
+        "the same hybrid; a time step is a position",
+        lambda classes, shape: CNNLSTM(classes, "positions", shape),
     ),
 }
 
@@ -172,7 +167,7 @@ def build(arch: str, seed: int = 0, shape: Shape = CIFAR_SHAPE, classes: int = 1
     if classes < 2:
         raise ValueError(f"classes is {classes}; a classifier needs at least 2")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`: it seeds GPUs as well
         return ARCHITECTURES[arch].make(classes, tuple(shape))
 
 

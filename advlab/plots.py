@@ -113,18 +113,12 @@ def learning_curves(histories: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     colours = sns.color_palette("colorblind", len(histories))
     for (name, history), colour in zip(histories.items(), colours, strict=True):
-        for axis, kind in zip(axes, ("loss", "accuracy"), strict=True):
-            scale = 100 if kind == "accuracy" else 1
-            for split, dash, marker in (("train", "--", "o"), ("test", "-", "s")):
+        for axis, kind, scale in zip(axes, ("loss", "accuracy"), (1, 100), strict=True):
+            for split, style in (("train", "--o"), ("test", "-s")):
                 if f"{split}_{kind}" in history:
+                    values, label = scale * history[f"{split}_{kind}"], f"{name}, {split}"
                     axis.plot(
-                        history["epoch"],
-                        scale * history[f"{split}_{kind}"],
-                        dash,
-                        color=colour,
-                        marker=marker,
-                        markersize=4,
-                        label=f"{name}, {split}",
+                        history["epoch"], values, style, color=colour, markersize=4, label=label
                     )
     for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -134,23 +128,23 @@ def learning_curves(histories: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def confusion_matrix(counts: pd.DataFrame, title: str = "") -> Figure:
-    """Draw counts (true class down, predicted class across) as percent of each true class."""
-    percent = 100 * counts.div(counts.sum(axis=1), axis=0)
-    figure, axis = plt.subplots(figsize=(6.6, 5.2))
-    sns.heatmap(
-        percent,
-        annot=True,
-        fmt=".0f",
-        cmap="viridis",
-        vmin=0,
-        vmax=100,
-        annot_kws={"size": 8},
-        cbar_kws={"label": "% of the true class"},
-        ax=axis,
-    )
+def _heat_map(axis: Axes, table: pd.DataFrame, label: str, title: str, **options: Any) -> None:
+    """Draw a table in colours, those of percentages unless told otherwise, with its numbers."""
+    percentages = {"annot": True, "cmap": "viridis", "vmin": 0, "vmax": 100}
+    sns.heatmap(table, cbar_kws={"label": label}, ax=axis, **percentages | options)
     axis.set_title(title)
     axis.tick_params(axis="y", rotation=0)
+
+
+def confusion_matrix(counts: pd.DataFrame, title: str = "") -> Figure:
+    """Draw counts (true class down, predicted class across) as percent of each true class.
+
+    The numbers are left out where they would be too small to read: above 20 classes.
+    """
+    percent = 100 * counts.div(counts.sum(axis=1), axis=0)
+    figure, axis = plt.subplots(figsize=(6.6, 5.2))
+    numbers = {"annot": len(counts) <= 20, "fmt": ".0f", "annot_kws": {"size": 8}}
+    _heat_map(axis, percent, "% of the true class", title, **numbers)
     return figure
 
 
@@ -174,26 +168,19 @@ def curves(
         log_x: Spread small eps: a symmetric logarithmic axis.
     """
     scale = 100 if value == "accuracy" else 1
-    groups = list(table.groupby(hue, sort=hue == "train_eps"))
     sequential = hue == "train_eps"
+    groups = list(table.groupby(hue, sort=sequential))
     name = "plasma" if sequential else "colorblind"
     palette = sns.color_palette(name, len(groups) + (1 if sequential else 0))
     figure, axis = plt.subplots(figsize=(7.2, 4.0))
     for i, (key, rows) in enumerate(groups):
         colour = "black" if sequential and key == 0 else palette[i]
         label = paper.eps_label(key) if sequential else str(key)
-        axis.plot(
-            rows["test_eps"],
-            scale * rows[value],
-            color=colour,
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=5,
-            label=label,
-        )
+        x, marker = rows["test_eps"], MARKERS[i % len(MARKERS)]
+        axis.plot(x, scale * rows[value], color=colour, marker=marker, markersize=5, label=label)
         if value == "accuracy":
-            axis.fill_between(
-                rows["test_eps"], scale * rows["low"], scale * rows["high"], color=colour, alpha=0.2
-            )
+            low, high = scale * rows["low"], scale * rows["high"]
+            axis.fill_between(x, low, high, color=colour, alpha=0.2)
         if beside is not None:
             theirs = beside[beside[hue] == key].dropna(subset=[value])
             axis.plot(theirs["test_eps"], scale * theirs[value], ":", color=colour, linewidth=2)
@@ -223,19 +210,8 @@ def difference_map(comparison: pd.DataFrame, title: str = "") -> Figure:
     limit = max(2.0, float(np.ceil(comparison["difference"].abs().max())))
     for axis, arch in zip(axes[0], architectures, strict=True):
         entries = paper.wide(comparison[comparison["architecture"] == arch], "difference")
-        sns.heatmap(
-            entries,
-            annot=True,
-            fmt="+.1f",
-            cmap="PuOr_r",
-            center=0,
-            vmin=-limit,
-            vmax=limit,
-            cbar_kws={"label": "ours - paper (points)"},
-            ax=axis,
-        )
-        axis.set(title=arch)
-        axis.tick_params(axis="y", rotation=0)
+        scale = {"cmap": "PuOr_r", "center": 0, "vmin": -limit, "vmax": limit}
+        _heat_map(axis, entries, "ours - paper (points)", arch, fmt="+.1f", **scale)
     figure.suptitle(title)
     return figure
 
@@ -244,7 +220,7 @@ def ratios(table: pd.DataFrame) -> Figure:
     """Draw how many times faster advlab is, for every row of the benchmark that has a target.
 
     Args:
-        table: As from the benchmark: among others machine, part, what, way, against, ratio and
+        table: As from `bench.run.run`: among others machine, part, what, way, against, ratio and
             target.
     """
     rows = table.dropna(subset=["ratio", "target"]).iloc[::-1]
@@ -271,17 +247,6 @@ def ratios(table: pd.DataFrame) -> Figure:
 def matrix(percent: pd.DataFrame, *, label: str, title: str = "") -> Figure:
     """Draw a small table of percentages as a heat map with its numbers (a transfer matrix)."""
     figure, axis = plt.subplots(figsize=(1.6 + 1.15 * percent.shape[1], 1.3 + 0.5 * len(percent)))
-    sns.heatmap(
-        percent,
-        annot=True,
-        fmt=".1f",
-        cmap="viridis",
-        vmin=0,
-        vmax=100,
-        cbar_kws={"label": label},
-        ax=axis,
-    )
-    axis.set_title(title)
-    axis.tick_params(axis="y", rotation=0)
+    _heat_map(axis, percent, label, title, fmt=".1f")
     axis.tick_params(axis="x", rotation=25)
     return figure

@@ -3,6 +3,7 @@
 The computation is apart from the panel (`attack_one`), so it can be tested and used without one.
 """
 
+import base64
 import html
 import io
 import threading
@@ -22,11 +23,13 @@ from advlab.catalogue import ATTACKS
 from advlab.data import ImageData, to_float
 from advlab.datasets import read_picture
 from advlab.forward import predict
-from advlab.plots import as_picture
+from advlab.plots import as_picture, show_image
 
 # Two that have a control of their own here, beside those of the catalogue.
 TARGETED, STEPPED = "fgsm towards a class", "pgd"
 CHOICES = ("fgsm", TARGETED, STEPPED, *(name for name in ATTACKS if name != "fgsm"))
+# Of one pass or none; the others run beside, and can be cancelled.
+QUICK = (TARGETED, *(attack.name for attack in ATTACKS.values() if attack.one_direction))
 LARGEST_UPLOAD = 10_000_000  # bytes
 LARGEST_EPS = 64  # in steps of 1/255
 # Blue and orange of the Okabe-Ito palette; the numbers beside the bars say the same without colour.
@@ -79,7 +82,7 @@ def attack_one(
     *,
     steps: int = 20,
     target: int = 0,
-    classes: int = 10,
+    classes: int | None = None,
     report: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Attack one image with the gradient of `source`, and ask every model before and after.
@@ -93,7 +96,7 @@ def attack_one(
         eps: L-infinity size, from 0 to 1.
         steps: Of "pgd", at least 1.
         target: Of "fgsm towards a class".
-        classes: Logits that have a name; others are left out of the probabilities.
+        classes: How many logits have a name; others are left out of the probabilities.
         report: Called at every forward pass of the attack; may raise to stop it.
 
     Raises:
@@ -132,35 +135,31 @@ def attack_one(
     )
 
 
-def read_upload(content: bytes, shape: tuple[int, int, int]) -> Tensor:
-    """Return an uploaded picture (see `datasets.read_picture`) as an image float in [0, 1].
-
-    Args:
-        content: Of the file.
-        shape: (C, H, W) of the result.
-
-    Raises:
-        ValueError: if it is too large or cannot be read, or is to have neither 1 nor 3 channels.
-    """
-    if len(content) > LARGEST_UPLOAD:
-        raise ValueError(f"the file has {len(content) / 1e6:.0f} MB; at most 10 are read")
-    return to_float(read_picture(content, shape[1], shape[0]))
-
-
-def _png(image: Tensor, scale: int = 6) -> bytes:
-    """Return an image in [0, 1] as PNG, each pixel `scale` wide."""
-    pixels = as_picture((image.clamp(0, 1) * 255).round().byte())
-    written = io.BytesIO()
-    size = (scale * pixels.shape[1], scale * pixels.shape[0])
-    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(written, "PNG")
-    return written.getvalue()
-
-
 def amplified(outcome: Outcome) -> tuple[Tensor, int]:
     """Return the signed change as a picture, grey for none, and how often it was multiplied."""
     change = outcome.attacked - outcome.original
     factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
     return 0.5 + factor * change, factor
+
+
+def likeliest(outcome: Outcome, label: int | None, most: int = 10) -> list[int]:
+    """Return the numbers of up to `most` classes: the true one, and those of high probability."""
+    shares = torch.stack([*outcome.before.values(), *outcome.after.values()]).amax(0)
+    if label is not None:
+        shares[label] = 2
+    return sorted(shares.topk(min(most, len(shares))).indices.tolist())
+
+
+def _picture(image: Tensor, caption: str) -> str:
+    """Return an image in [0, 1] with its caption, as HTML."""
+    written = io.BytesIO()
+    Image.fromarray(as_picture((image.clamp(0, 1) * 255).round().byte())).save(written, "PNG")
+    source = "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+    return (
+        '<figure style="display:inline-block;margin:4px">'
+        f'<img src="{source}" alt="{caption}" width=192 style="image-rendering:pixelated">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def _bars(
@@ -170,14 +169,16 @@ def _bars(
     rows = ["<tr><th></th>"]
     rows += [f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in models]
     rows.append("</tr>")
-    for k, name in enumerate(classes):
-        shown = f"<b>{html.escape(name)} (true)</b>" if k == label else html.escape(name)
-        rows.append(f'<tr><td style="white-space:nowrap">{shown}</td>')
+    for k in likeliest(outcome, label):
+        name = html.escape(classes[k])
+        name = f"<b>{name} (true)</b>" if k == label else name
+        rows.append(f'<tr><td style="white-space:nowrap">{name}</td>')
         for model in models:
-            for found, colour in zip(
-                (outcome.before, outcome.after), COLOURS.values(), strict=True
+            for answers, colour in (
+                (outcome.before[model], COLOURS["before"]),
+                (outcome.after[model], COLOURS["after"]),
             ):
-                share = 100 * float(found[model][k])
+                share = 100 * float(answers[k])
                 bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
                 rows.append(f'<td style="min-width:150px"><span style="{bar}"></span> ')
                 rows.append(f"{share:.0f} %</td>")
@@ -197,8 +198,8 @@ class AttackExplorer:
         eps: The first size, in steps of 1/255.
 
     Raises:
-        ValueError: without a model; if `eps` is no whole number from 0 to 64; or for an `index`
-            outside the split.
+        ValueError: without a model; if `eps` is no whole number from 0 to 64; for an `index`
+            outside the split, or for images that have neither 1 nor 3 channels.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class AttackExplorer:
         for name, value, most in (("eps", eps, LARGEST_EPS), ("index", index, len(data.test) - 1)):
             if value not in range(most + 1):  # the controls would cut it off, and say nothing
                 raise ValueError(f"{name} is {value}; it must be a whole number from 0 to {most}")
+        as_picture(data.test.images[index])  # refuses what cannot be drawn
         self.models, self.data = dict(models), data
         names = list(self.models)
         wide = {"style": {"description_width": "110px"}, "layout": w.Layout(width="360px")}
@@ -230,12 +232,12 @@ class AttackExplorer:
             **wide,
         )
         self.random = w.Button(description="Random image")
-        self.upload = w.FileUpload(accept=".png,.jpg,.jpeg", description="Own picture")
+        self.upload = w.FileUpload(
+            accept=".png,.jpg,.jpeg,.bmp,.gif,.webp", description="Own picture"
+        )
         self.cancel = w.Button(description="Cancel", disabled=True)
         self.progress = w.IntProgress(0, 0, 1, description="attack")
-        self.message, self.bars, self.numbers = w.HTML(), w.HTML(), w.HTML()
-        self.pictures = [w.Image(format="png", width=192, height=192) for _ in range(3)]
-        self.captions = [w.HTML(text) for text in ("original", "change", "attacked")]
+        self.shown, self.message = w.HTML(), w.HTML()
         self.own: Tensor | None = None
         self.outcome: Outcome | None = None
         self._stop = threading.Event()
@@ -256,11 +258,7 @@ class AttackExplorer:
         controls = [self.first, self.second, self.source, self.attack, self.target, self.eps]
         controls += [self.steps, self.kind, self.index]
         controls += [w.HBox([self.random, self.upload]), w.HBox([self.cancel, self.progress])]
-        shown = [
-            w.VBox([image, text]) for image, text in zip(self.pictures, self.captions, strict=True)
-        ]
-        right = w.VBox([w.HBox(shown), self.numbers, self.message, self.bars])
-        return w.HBox([w.VBox(controls), right])
+        return w.HBox([w.VBox(controls), w.VBox([self.message, self.shown])])
 
     def image(self) -> tuple[Tensor, int | None]:
         """Return the chosen image, and its class; None for an own picture."""
@@ -275,22 +273,21 @@ class AttackExplorer:
         if self._worker is not None:
             self._worker.join()
         self._stop = threading.Event()
-        self.target.disabled = self.attack.value != "fgsm towards a class"
-        self.steps.disabled = self.attack.value != "pgd"
-        if self.attack.value == "pgd":
-            self._worker = threading.Thread(target=self._run, args=(self._stop,), daemon=True)
-            self._worker.start()
-        else:
+        self.target.disabled = self.attack.value != TARGETED
+        self.steps.disabled = self.attack.value != STEPPED
+        if self.attack.value in QUICK:
             self._worker = None
             self._run(self._stop)
+        else:
+            self._worker = threading.Thread(target=self._run, args=(self._stop,), daemon=True)
+            self._worker.start()
 
     def _run(self, stop: threading.Event) -> None:
         image, label = self.image()
         models = {name: self.models[name] for name in (self.first.value, self.second.value)}
         models |= {self.source.value: self.models[self.source.value]}
-        slow = self.attack.value == STEPPED
-        self.progress.max, self.progress.value = (self.steps.value if slow else 1), 0
-        self.cancel.disabled, self.message.value = not slow, ""
+        self.progress.max, self.progress.value = self.steps.value, 0
+        self.cancel.disabled, self.message.value = self.attack.value in QUICK, ""
 
         def report() -> None:
             if stop.is_set():
@@ -316,17 +313,16 @@ class AttackExplorer:
     def _show(self, label: int | None) -> None:
         outcome = self.outcome
         picture, factor = amplified(outcome)
-        shown = (outcome.original, picture, outcome.attacked)
-        for place, image in zip(self.pictures, shown, strict=True):
-            place.value = _png(image)
-        self.captions[1].value = f"change x {factor} (grey: none)"
-        self.numbers.value = (
-            f"L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of {self.first.value} "
-            f"{'is the same' if outcome.survives else 'is another'} after saving in 8 bits"
+        pictures = _picture(outcome.original, "original")
+        pictures += _picture(picture, f"change x {factor} (grey: none)")
+        pictures += _picture(outcome.attacked, "attacked")
+        self.shown.value = (
+            f"{pictures}<p>L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of "
+            f"{html.escape(self.first.value)} {'is the same' if outcome.survives else 'is another'}"
+            f" after saving in 8 bits</p>{_bars(outcome, self._names(), self.data.classes, label)}"
         )
-        self.bars.value = _bars(outcome, self._shown(), self.data.classes, label)
 
-    def _shown(self) -> list[str]:
+    def _names(self) -> list[str]:
         """Return the names of the models that are shown side by side: two, or one twice chosen."""
         return list(dict.fromkeys([self.first.value, self.second.value]))
 
@@ -342,7 +338,7 @@ class AttackExplorer:
         if not len(found):
             self.message.value = "there is no test image of this class"
             return
-        chosen = int(found[torch.randint(len(found), (1,))])
+        chosen = int(found[int(torch.randint(len(found), (1,)))])
         if chosen == self.index.value:
             self._choose(None)
         self.index.value = chosen
@@ -352,8 +348,12 @@ class AttackExplorer:
             return
         content = bytes(self.upload.value[0]["content"])
         self.upload.value = ()  # else the same picture, chosen again, would be no change
+        if len(content) > LARGEST_UPLOAD:
+            self.message.value = f"the file has {len(content) / 1e6:.0f} MB; at most 10 are read"
+            return
         try:
-            self._choose(read_upload(content, self.data.shape).to(self.data.test.images.device))
+            picture = to_float(read_picture(content, self.data.shape))
+            self._choose(picture.to(self.data.test.images.device))
         except ValueError as error:
             self.message.value = html.escape(str(error))
 
@@ -362,7 +362,7 @@ class AttackExplorer:
         if self._worker is not None:
             self._worker.join()
         outcome, (_, label) = self.outcome, self.image()
-        names = self._shown()
+        names = self._names()
         figure = Figure(figsize=(6 + 2.4 * len(names), 3))
         axes = figure.subplots(1, 3 + len(names), width_ratios=[1] * 3 + [1.4] * len(names))
         picture, factor = amplified(outcome)
@@ -372,17 +372,16 @@ class AttackExplorer:
             f"attacked, eps {self.eps.value}/255": outcome.attacked,
         }
         for axis, (title, image) in zip(axes, shown.items(), strict=False):
-            axis.imshow(as_picture(image.clamp(0, 1)))
-            axis.set_title(title, fontsize="small")
-            axis.set_axis_off()
-        places = np.arange(len(self.data.classes))
-        classes = [f"{c} (true)" if k == label else c for k, c in enumerate(self.data.classes)]
+            show_image(axis, image.clamp(0, 1), title)
+        chosen = likeliest(outcome, label)
+        places = np.arange(len(chosen))
+        classes = [self.data.classes[k] + (" (true)" if k == label else "") for k in chosen]
         for axis, name in zip(axes[3:], names, strict=True):
-            for found, shift, text in (
-                (outcome.before, -0.2, "before"),
-                (outcome.after, 0.2, "after"),
+            for answers, shift, text in (
+                (outcome.before[name], -0.2, "before"),
+                (outcome.after[name], 0.2, "after"),
             ):
-                shares = 100 * found[name].numpy()
+                shares = 100 * answers[chosen].numpy()
                 axis.barh(places + shift, shares, 0.4, color=COLOURS[text], label=text)
             axis.set_yticks(places, classes, fontsize="x-small")
             axis.set(xlabel="probability (%)", xlim=(0, 100))

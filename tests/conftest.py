@@ -16,8 +16,6 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from matplotlib import pyplot as plt
 from nbformat.v4 import new_code_cell, new_notebook
 from torch import Tensor, nn
-from torch.utils.benchmark import Measurement
-from torch.utils.benchmark.utils.common import TaskSpec
 
 from advlab import datasets, files
 from advlab._torchvision import datasets as torchvision_sets
@@ -38,6 +36,8 @@ _found = datasets.find("cifar10")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
 CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 REAL_DATA = str(_found.absolute()) if _found else None
+# Images and numbers of classes that are not CIFAR-10's.
+OTHER_KINDS = [(s, k) for s in ((1, 28, 28), (3, 64, 48), (4, 8, 8)) for k in (2, 101)]
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
 
 
@@ -60,19 +60,22 @@ def assert_same_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, state[name]), name
 
 
-def make_small_cnn(seed: int = 0) -> nn.Module:
+def make_small_cnn(
+    seed: int = 0, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10
+) -> nn.Module:
     """Return a small model with the paper's order of layers and BN statistics far from (0, 1)."""
+    channels, height, width = shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.Conv2d(channels, 8, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.BatchNorm2d(8),
             nn.Conv2d(8, 12, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.BatchNorm2d(12),
             nn.Flatten(),
-            nn.Linear(12 * 8 * 8, 10),
+            nn.Linear(12 * -(-height // 4) * -(-width // 4), classes),
         )
         randomise_batch_norm(model)
     return model.eval()
@@ -89,10 +92,12 @@ def randomise_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_batch(n: int, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_batch(
+    n: int, classes: int = 10, seed: int = 0, shape: tuple[int, int, int] = (3, 32, 32)
+) -> tuple[Tensor, Tensor]:
     """Return `n` random images and labels."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(n, 3, 32, 32, generator=generator)
+    images = torch.rand(n, *shape, generator=generator)
     return images, torch.randint(0, classes, (n,), generator=generator)
 
 
@@ -106,11 +111,6 @@ def balance(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         last.bias -= model(images).mean(0)
         return model(images).argmax(1)
-
-
-def make_measurement(*seconds: float) -> Measurement:
-    """Return what a timer would, had it measured `seconds`."""
-    return Measurement(1, list(seconds), TaskSpec("way()", "pass"))
 
 
 def write_lesson(home: Path, name: str, *code: str) -> None:
@@ -169,7 +169,7 @@ def empty_home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    monkeypatch.setattr(datasets, "_reachable", lambda host: False)
+    monkeypatch.setattr(datasets, "_reachable", lambda host, port: False)
 
 
 @pytest.fixture

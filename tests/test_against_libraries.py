@@ -1,12 +1,12 @@
-"""FGSM and PGD of other libraries agree with ours on the same model and images."""
+"""FGSM, MI-FGSM and PGD of other libraries agree with ours on the same model and images."""
 
 import pytest
 import torch
 from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
-from advlab import checkpoints, data, evaluation, files, models
-from advlab.attacks import fgsm, pgd
-from advlab.tools import rivals
+from advlab import checkpoints, datasets, evaluation, files, models
+from advlab.attacks import fgsm, mifgsm, pgd
+from advlab.bench import rivals
 
 MODULES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art"}
 STEPS = 10
@@ -33,8 +33,7 @@ def set_up(request):
     pytest.importorskip(MODULES[request.param], reason=reason)
 
     def make(model, alpha):
-        found = {library.name: library for library in rivals.libraries(model, alpha, STEPS)}
-        return found[request.param]
+        return rivals.libraries(model, alpha, STEPS)[request.param]
 
     return make
 
@@ -66,7 +65,7 @@ def test_pgd_breaks_every_image_that_a_library_breaks(case, set_up, monkeypatch)
 def test_pgd_on_the_shipped_robust_models_is_as_strong_as_a_library(arch, set_up, cifar10_root):
     path = files.shipped_checkpoints() / f"{arch}-robust-seed0.safetensors"
     model, alpha = checkpoints.load(path).model, rivals.EPS / 4
-    images, labels = data.load("cifar10", cifar10_root).test.first(50).batch(slice(None))
+    images, labels = datasets.load("cifar10", cifar10_root).test.first(50).batch(slice(None))
     theirs = set_up(model, alpha).pgd(images, labels)
     ours = pgd(model, images, labels, rivals.EPS, alpha=alpha, steps=STEPS, random_start=False)
     left = [int(evaluation.holds(model, made, labels).sum()) for made in (ours, theirs)]
@@ -124,3 +123,17 @@ def test_pgd_in_l2_breaks_every_image_that_a_library_breaks(case, module, make):
         assert float((made - images).flatten(1).norm(dim=1).max()) <= L2_EPS + 1e-5
     assert 2 < int(broken_by_them.sum()) < 14
     assert bool(broken_by_us[broken_by_them].all())
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_mifgsm_agrees(case, decay):
+    reason = "torchattacks is not installed; it is in the extra [bench]"
+    torchattacks = pytest.importorskip("torchattacks", reason=reason)
+    model, images, labels = case
+    eps, steps = 8 / 255, 5
+    made = torchattacks.MIFGSM(model, eps=eps, alpha=eps / steps, steps=steps, decay=decay)
+    theirs = made(images, labels)
+    ours = mifgsm(model, images, labels, eps, steps=steps, decay=decay)
+    assert float((ours - images).abs().max()) <= eps + 1e-6
+    # A sign that rounding turns sends the pixel, and a little those around it, another way.
+    assert float(((theirs - ours).abs() > 1e-6).float().mean()) <= 1e-3

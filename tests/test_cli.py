@@ -114,7 +114,7 @@ def test_reproduce_passes_its_options_on(monkeypatch):
 
 
 def test_bench_passes_its_options_on(monkeypatch):
-    from advlab.tools import bench
+    from advlab.bench import run as bench
 
     asked = []
     signature = inspect.signature(bench.run)

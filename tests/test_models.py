@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_state
+from conftest import assert_same_state, make_batch
 from torch import nn
 
 from advlab import models
@@ -77,10 +77,48 @@ def test_batch_norm_comes_after_relu(arch):
     assert kinds == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d] * 6
 
 
-@pytest.mark.parametrize(("arch", "outputs"), [("cnn", 64), ("cnn-lstm", 10)])
-def test_logits_have_the_papers_width(arch, outputs, batch):
+# The positions of the last feature map: that is the paper's for 28x28 pixels too.
+POSITIONS = {(3, 32, 32): 16, (1, 28, 28): 16, (3, 64, 48): 48, (3, 64, 64): 64, (4, 8, 8): 1}
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+@pytest.mark.parametrize("shape", POSITIONS)
+@pytest.mark.parametrize(("classes", "of_cnn"), [(2, 64), (10, 64), (64, 64), (101, 101)])
+def test_any_image_and_any_number_of_classes(arch, shape, classes, of_cnn):
+    model = models.build(arch, 0, shape, classes).eval()
+    images, _ = make_batch(3, shape=shape)
     with torch.no_grad():
-        assert models.build(arch).eval()(batch[0]).shape == (12, outputs)
+        features = (model.network[:18] if arch == "cnn" else model.cnn)(images)
+        logits = model(images)
+    assert features.shape[1] == 128
+    assert features[0, 0].numel() == models.positions(shape) == POSITIONS[shape]
+    assert logits.shape == (3, of_cnn if arch == "cnn" else classes)
+    if arch != "cnn":
+        assert steps_of(model, images)[1].shape == (3, POSITIONS[shape], 128)
+
+
+def test_greyscale_images_of_28_pixels_have_the_papers_last_map():
+    model = models.build("cnn", 0, (1, 28, 28)).eval()
+    with torch.no_grad():
+        assert model.network[:18](make_batch(2, shape=(1, 28, 28))[0]).shape == (2, 128, 4, 4)
+    grey, colour = model.state_dict(), models.build("cnn").state_dict()
+    assert [name for name in grey if grey[name].shape != colour[name].shape] == ["network.0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "message"),
+    [
+        ((28, 28), 10, r"shape is \(28, 28\); it must be \(channels, height, width\)"),
+        ((3, 0, 32), 10, r"shape is \(3, 0, 32\); it must be"),
+        ((0, 32, 32), 10, r"shape is \(0, 32, 32\); it must be"),
+        ((3, 32, 32), 1, "classes is 1; a classifier needs at least 2"),
+        ((3, 32, 32), -5, "classes is -5; a classifier needs at least 2"),
+    ],
+)
+@pytest.mark.parametrize("arch", models.ARCHITECTURES)
+def test_impossible_shapes_and_classes_are_refused(arch, shape, classes, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(arch, 0, shape, classes)
 
 
 def steps_of(model: models.CNNLSTM, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

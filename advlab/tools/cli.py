@@ -138,7 +138,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure advlab beside the paper's way and other libraries (minutes, on a quiet machine)."""
-    from advlab.tools import bench as benchmark
+    from advlab.bench import run as benchmark
 
     try:
         benchmark.run(dataset, data_dir, output_dir, rounds, publish, console)
@@ -196,7 +196,7 @@ def score(
     data_dir: DataDir = "auto",
 ) -> None:
     """Check a submission, score it, and append it to outputs/challenge/leaderboard.csv."""
-    from advlab.tools import challenge as arena
+    from advlab.classroom import challenge as arena
 
     try:
         row = arena.score(submission, dataset=dataset, data_dir=data_dir)
@@ -223,7 +223,7 @@ def build(
 ) -> None:
     """Make the student version of each assignment, and a zip of each."""
     from advlab import files
-    from advlab.tools import course as classroom
+    from advlab.classroom import course as classroom
 
     try:
         zips = classroom.build(output or files.home() / "outputs" / "course")
@@ -245,7 +245,7 @@ def grade(
 ) -> None:
     """Grade a folder of submissions: grades.csv, and a page of feedback for each student."""
     from advlab import files
-    from advlab.tools import course as classroom
+    from advlab.classroom import course as classroom
 
     try:
         table = classroom.grade(

@@ -9,8 +9,8 @@ import nbformat
 import pandas as pd
 
 from advlab import evaluation, files, paper
+from advlab.bench.measure import cells
 from advlab.checkpoints import is_adversarial, read_metadata
-from advlab.tools.measure import cells
 
 TABLES = {"cnn": "table1_cnn.csv", "cnn-lstm": "table2_cnn_lstm.csv"}
 _TIME = re.compile(r"\*\*Time on two cores:\*\*[^.]*?\(profile lesson\), [^.]*?(?:\.\d+[^.]*?)*\.")

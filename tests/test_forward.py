@@ -1,0 +1,98 @@
+"""Where a model is called: its answers, its modes and devices, what is no classifier."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import OTHER_KINDS, assert_same_state, make_batch, make_small_cnn
+from torch import nn
+
+from advlab import forward
+from advlab.attacks import fgsm, input_gradient, mifgsm, pgd
+from advlab.forward import eval_mode, evaluate, holds, per_image_statistics_mode, predict
+
+CALLS = [evaluate, holds, input_gradient]
+CALLS += [lambda *a: fgsm(*a, 0.1), lambda *a: pgd(*a, 0.1, alpha=0.1, steps=1)]
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((3, 32, 32), 10), *OTHER_KINDS])
+def test_answers_are_counted_whatever_the_images(shape, classes):
+    model = make_small_cnn(0, shape, classes)
+    images, labels = make_batch(130, classes, shape=shape)  # more than one chunk of 100
+    with torch.no_grad():
+        logits = model(images)
+    torch.testing.assert_close(predict(model, images), logits)
+    right = logits.argmax(1) == labels
+    correct, loss = evaluate(model, images, labels)
+    assert correct == int(right.sum())
+    assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    assert torch.equal(holds(model, images, labels), right)
+    assert holds(model, images, logits.argmax(1)).all()
+
+
+def test_model_is_asked_in_float32_and_eval_mode_and_left_as_it_was(small_cnn, batch):
+    expected = predict(small_cnn, batch[0])
+    model = nn.Sequential(small_cnn, nn.Dropout(0.9)).train()
+    small_cnn[2].eval()  # a batch norm frozen by its owner
+    modes, state = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predict(model, batch[0].requires_grad_())
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+    assert [m.training for m in model.modules()] == modes
+    assert_same_state(model, state)
+
+
+@pytest.mark.parametrize("mode", [eval_mode, per_image_statistics_mode])
+def test_modes_end_with_their_block_even_if_it_fails(mode, small_cnn):
+    small_cnn.train()
+    with pytest.raises(RuntimeError, match="on purpose"), mode(small_cnn):
+        raise RuntimeError("on purpose")
+    assert all(module.training for module in small_cnn.modules())
+    assert not any(module._forward_hooks for module in small_cnn.modules())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda x: x.flatten(1).sum(1), r"returned \(12,\) for 12 images; it must return logits"),
+        (lambda x: x.flatten(1)[:6], r"returned \(6, 3072\) for 12 images; .*\(12, classes\)"),
+        (lambda x: [x], "returned list for 12 images"),
+        (lambda x: x.flatten(1)[:, :4], r"label \d has no logit: the model returned 4"),
+    ],
+    ids=["rank", "length", "type", "classes"],
+)
+def test_model_that_is_no_classifier_is_refused(model, message, batch):
+    for call in CALLS:
+        with pytest.raises(ValueError, match=message):
+            call(model, *batch)
+
+
+def test_bad_images_are_refused_before_the_model_sees_them(batch):
+    for call in (*CALLS, lambda *a: mifgsm(*a, 0.1)):
+        with pytest.raises(ValueError, match="Divide 8-bit images by 255"):
+            call(None, 255 * batch[0], batch[1])
+
+
+def test_model_on_another_device_is_named_with_the_mend(small_cnn, batch):
+    small_cnn.to("meta")
+    told = r"the model is on meta, the images on cpu; move one: model.to\(...\) or images.to"
+    for call in (*CALLS, lambda m, x, y: predict(m, x)):
+        with pytest.raises(ValueError, match=told):
+            call(small_cnn, *batch)
+
+
+def test_recurrent_layers_are_kept_from_cudnn(monkeypatch):
+    def uses_cudnn(model):
+        with forward.gradient_mode(model, torch.device("cpu")):
+            return torch.backends.cudnn.enabled
+
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    recurrent = nn.Sequential(nn.LSTM(4, 4))
+    assert [uses_cudnn(m) for m in (nn.Linear(4, 4), recurrent, lambda x: x)] == [
+        True,
+        False,
+        False,
+    ]
+    assert torch.backends.cudnn.enabled
