@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from advlab import models
 from advlab.attacks import pgd
+from advlab.cli import app
 from advlab.evaluation import holds
 from advlab.tools import challenge
 from advlab.tools.challenge import EPS, SubmissionError, check_attack, read_attack, score
-from advlab.tools.cli import app
 from advlab.training import Recipe
 
 TINY_RS = Recipe("robust", 1, 32, adversary="rs-fgsm", eps=EPS, alpha=EPS)

@@ -5,11 +5,9 @@ import functools
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -422,35 +420,6 @@ def test_two_processes_at_once_train_once(tmp_path):
     assert [process.returncode for process in started] == [0, 0]
     assert sorted(len(lines) for lines in outputs) == [1, 4]  # three epochs in one of them
     assert outputs[0][-1] == outputs[1][-1]
-
-
-def test_train_models_trains_what_is_missing(tmp_path, tiny_shapes, capfd):
-    from advlab.tools.train import train_models
-
-    make_zoo = functools.partial(tiny_zoo, tiny_shapes, tmp_path)
-    assert train_models(make_zoo, [("cnn", 0.0), ("cnn", 0.1)], jobs=1) == 2
-    printed = capfd.readouterr().out
-    assert "2/2 models" in printed
-    assert re.search(r"cnn-baseline-seed0 +accuracy 0\.\d{4}, [\d,]+ images/s", printed)
-    assert "cnn-eps0.1-seed0 " in printed
-    zoo = make_zoo()
-    assert zoo.find("cnn") is not None
-    assert zoo.find("cnn", 0.1) is not None
-    assert train_models(make_zoo, [("cnn", 0.0)], jobs=1) == 0
-    assert capfd.readouterr().out == ""
-
-
-def test_train_models_takes_a_robust_model_without_its_baseline(tmp_path, tiny_shapes, monkeypatch):
-    from advlab.tools import train
-
-    def threads(jobs, context, start, setup):  # in place of processes, which take seconds to start
-        return ThreadPoolExecutor(jobs, initializer=start, initargs=setup)
-
-    monkeypatch.setattr(train, "ProcessPoolExecutor", threads)
-    monkeypatch.setattr(train, "cores", lambda: 1)
-    make_zoo = functools.partial(tiny_zoo, tiny_shapes, tmp_path)
-    assert train.train_models(make_zoo, [("cnn", 0.1)]) == 1
-    assert make_zoo().find("cnn", 0.1) is not None
 
 
 def test_learning_curve_is_of_baselines_alone(tiny_shapes, tmp_path):

@@ -17,8 +17,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import files
+from advlab.cli import app
 from advlab.tools import course
-from advlab.tools.cli import app
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
 from advlab.tools import run_submission

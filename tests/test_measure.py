@@ -16,7 +16,7 @@ from torch import nn
 from advlab import models
 from advlab.tools import measure
 from advlab.tools.measure import Ceilings, ConvolutionCeiling, Row
-from advlab.tools.memory import PeakMemory
+from advlab.upkeep.processes import PeakMemory
 
 # --- timing
 

@@ -35,7 +35,8 @@ from advlab import attacks, data, evaluation, files, models, paper, plots, sessi
 from advlab.attacks import fgsm, fgsm_direction, perturb
 from advlab.checkpoints import Checkpoint, load_weights, model_name, read_metadata
 from advlab.data import ImageData, Split
-from advlab.tools import batch, paper_way, readme, rivals
+from advlab.machine import cores
+from advlab.tools import paper_way, rivals
 from advlab.tools.measure import (
     PRECISIONS,
     Ceilings,
@@ -48,8 +49,9 @@ from advlab.tools.measure import (
     side_by_side,
     to_table,
 )
-from advlab.tools.train import KEEP_MEMORY, cores, environment
 from advlab.training import AugmentedSet, Recipe, fit
+from advlab.upkeep import readme, runs
+from advlab.upkeep.processes import KEEP_MEMORY, environment
 from advlab.widgets import AttackExplorer
 
 PAPERS = "paper's way"
@@ -399,10 +401,10 @@ def _start(code: str) -> None:
 
 def seconds_to_first_figure(lesson: str) -> float:
     """Return the seconds from starting a kernel to the first figure of `lesson`."""
-    notebook = nbformat.read(batch.choose_lessons([lesson])[lesson], as_version=4)
+    notebook = nbformat.read(runs.choose_lessons([lesson])[lesson], as_version=4)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="advlab-") as folder:
-        client = NotebookClient(notebook, config=batch.kernel_config(folder))
+        client = NotebookClient(notebook, config=runs.kernel_config(folder))
         with client.setup_kernel():
             for number, cell in enumerate(notebook.cells):
                 client.execute_cell(cell, number)
@@ -618,7 +620,7 @@ def run(
         chosen = files.home() / "figures"
     output = Path(chosen).expanduser().absolute()
     rows = measure_apart(name, root, rounds)
-    table = to_table(rows).assign(machine=batch.machine(), torch=torch.__version__, data=name)
+    table = to_table(rows).assign(machine=runs.machine(), torch=torch.__version__, data=name)
     show(table, console)
     with files.atomic_write(output / "bench.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5g")

@@ -35,8 +35,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from advlab import files
+from advlab.machine import cores
 from advlab.tools.sandbox import sandboxed
-from advlab.tools.train import cores, environment
+from advlab.upkeep.processes import environment
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
 FLAT = re.compile(r"(.+)_(a\d+)\.ipynb", re.IGNORECASE)
@@ -44,7 +45,8 @@ ALONE = re.compile(r"(?:.+_)?(a\d+)\.ipynb", re.IGNORECASE)
 MOODLE = re.compile(r"_\d+_assignsubmission_file(_.*)?$")  # what Moodle adds to a student's name
 LONGEST = 200  # bytes of a student's name; of a file's, systems take 255
 MARKS = ["student", "assignment", "cell", "score"]
-GRADER = ("course", "run_submission", "sandbox", "memory")  # modules that a score depends on
+# Modules that a score depends on.
+GRADER = ("tools/course", "tools/run_submission", "tools/sandbox", "upkeep/processes")
 HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
 _running: set[int] = set()  # process groups of submissions
 
@@ -395,7 +397,7 @@ def _grade_one(
 
 def _identity(one: Submission, source: Path, *, sandbox: bool) -> str:
     """Return a hash of what a score depends on: the notebook, its source, the code that grades."""
-    code = [Path(__file__).with_name(f"{name}.py") for name in GRADER]
+    code = [Path(__file__).parents[1] / f"{name}.py" for name in GRADER]
     digest = sha256(bytes([sandbox]))
     for path in (one.path, source, *code):
         with path.open("rb") as opened:

@@ -15,8 +15,8 @@ from torch.utils.benchmark import Measurement, TaskSpec
 
 from advlab.attacks import eval_mode
 from advlab.models import CONVOLUTIONS, convolutions
-from advlab.tools.memory import PeakMemory
 from advlab.training import has_fast_bf16
+from advlab.upkeep.processes import PeakMemory
 
 PRECISIONS = ("float32", "bfloat16") if has_fast_bf16(torch.device("cpu")) else ("float32",)
 

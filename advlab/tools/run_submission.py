@@ -31,8 +31,8 @@ from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_locked, is_solution
 
 from advlab import files
-from advlab.tools.memory import share_of_memory
 from advlab.tools.sandbox import sandboxed
+from advlab.upkeep.processes import share_of_memory
 
 LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
 PROCESSES = 200  # that it may start

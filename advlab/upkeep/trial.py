@@ -6,6 +6,7 @@ the cache, so a run that was interrupted goes on from there, and a second one is
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,9 @@ from rich.table import Table
 from advlab import evaluation, files, session
 from advlab.checkpoints import Checkpoint, load
 from advlab.data import ImageData
-from advlab.tools import batch
+from advlab.session import Session
+from advlab.upkeep.processes import environment
+from advlab.upkeep.runs import machine
 
 EPS = 8 / 255
 # The paper's best CNN is attacked at smaller sizes too: lesson 06 draws the curve.
@@ -49,6 +52,7 @@ def run(
     *,
     dataset: str = "auto",
     data_dir: str = "auto",
+    device: str = "auto",
     auto_n: int = 1_000,
     test_n: int | None = None,
     publish: bool = False,
@@ -58,7 +62,7 @@ def run(
 
     Args:
         names: File names of checkpoints, or beginnings of them ("cnn-eps"); all for none.
-        dataset, data_dir: As in `session.start`.
+        dataset, data_dir, device: As in `session.start`.
         auto_n: Images for AutoAttack and for PGD with restarts, the first of the test split (twice
             as many for the model `BEST`); 0 leaves both out.
         test_n: Images for FGSM and PGD-20; None for all.
@@ -71,42 +75,17 @@ def run(
         ImportError: without the extra "audit", unless `auto_n` is 0.
     """
     console = console or Console()
-    opened = session.start("lesson", dataset, data_dir=data_dir, progress=False)
-    data = opened.data
-    if publish and (data.name != "CIFAR-10" or names or test_n or not auto_n):
+    with environment(ADVLAB_DEVICE=session.setting(device, "ADVLAB_DEVICE", "auto")):
+        opened = session.start("lesson", dataset, data_dir=data_dir, progress=False)
+    if publish and (opened.data.name != "CIFAR-10" or names or test_n or not auto_n):
         raise ValueError(
             "--publish writes what the lessons show: all models, all images, on CIFAR-10"
         )
-    paths = sorted(files.shipped_checkpoints().glob("*.safetensors"))
-    chosen = [p for p in paths if not names or any(p.name.startswith(name) for name in names)]
-    if not chosen:
-        known = ", ".join(path.stem for path in paths)
-        raise ValueError(f"no model is called {', '.join(names)}; there are {known or 'none'}")
-    parts = []
+    chosen, parts = choose_models(names), []
     for number, path in enumerate(chosen, 1):
-        checkpoint = load(path)
-        called = evaluation.name_of(checkpoint)
-        name = f"[{number}/{len(chosen)}] {called}"
-        n = min(2 * auto_n if called == BEST else auto_n, len(data.test))
-        # PGD with restarts is to be compared with AutoAttack: on the same images.
-        attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
-        for attack, count in attacks.items():
-            parts.append(
-                evaluation.accuracy_table(
-                    [checkpoint],
-                    replace(data, test=data.test.first(count)),
-                    (0.0, EPS) if attack == "fgsm" else (EPS,),
-                    attack=attack,
-                    cells=opened.cells,
-                    progress=f"{name}, {attack}",
-                )
-            )
-        if auto_n:
-            sizes = (*SWEEP, EPS) if called == SWEPT else (EPS,)
-            rows = auto_attack_rows(checkpoint, data, sizes, n, f"{name}, AutoAttack")
-            parts.append(pd.DataFrame(rows))
+        label = f"[{number}/{len(chosen)}] "
+        parts.append(measure(load(path), opened, auto_n, test_n, label))
     table = pd.concat(parts, ignore_index=True)
-    table.loc[table["test_eps"] == 0, "attack"] = "clean"
     folder = files.home() / ("figures" if publish else "outputs/audit")
     with files.atomic_write(folder / "audit.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
@@ -115,10 +94,52 @@ def run(
     return table
 
 
+def choose_models(names: Sequence[str]) -> list[Path]:
+    """Return the shipped checkpoints whose file names begin with one of `names`; all for none.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    paths = sorted(files.shipped_checkpoints().glob("*.safetensors"))
+    chosen = [path for path in paths if not names or path.name.startswith(tuple(names))]
+    if not chosen:
+        known = ", ".join(path.stem for path in paths)
+        raise ValueError(f"no model is called {', '.join(names)}; there are {known or 'none'}")
+    return chosen
+
+
+def measure(
+    checkpoint: Checkpoint, opened: Session, auto_n: int, test_n: int | None, label: str
+) -> pd.DataFrame:
+    """Return one model's rows: clean, FGSM, PGD and, unless `auto_n` is 0, AutoAttack."""
+    name, data, parts = evaluation.name_of(checkpoint), opened.data, []
+    n = min(2 * auto_n if name == BEST else auto_n, len(data.test))
+    # PGD with restarts is to be compared with AutoAttack: on the same images.
+    attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
+    for attack, count in attacks.items():
+        parts.append(
+            evaluation.accuracy_table(
+                [checkpoint],
+                replace(data, test=data.test.first(count)),
+                (0.0, EPS) if attack == "fgsm" else (EPS,),
+                attack=attack,
+                cells=opened.cells,
+                progress=f"{label}{name}, {attack}",
+            )
+        )
+    if auto_n:
+        sizes = (*SWEEP, EPS) if name == SWEPT else (EPS,)
+        rows = auto_attack_rows(checkpoint, data, sizes, n, f"{label}{name}, AutoAttack")
+        parts.append(pd.DataFrame(rows))
+    table = pd.concat(parts, ignore_index=True)
+    table.loc[table["test_eps"] == 0, "attack"] = "clean"
+    return table
+
+
 def show(table: pd.DataFrame, console: Console) -> None:
     """Print accuracies at eps = 8/255, a row per model, the best under AutoAttack first."""
     wide = evaluation.board(table, EPS)
-    title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {batch.machine()}"
+    title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
     shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     shown.add_column("model")
     for column in wide:
