@@ -1,4 +1,7 @@
-"""The commands of `advlab`. What they choose from is what the package declares."""
+"""The commands of `advlab`: what they choose from is what the package declares.
+
+Each option is a parameter of its command, however many that makes.
+"""
 
 from collections.abc import Iterable
 from enum import StrEnum

@@ -4,6 +4,7 @@ import json
 import re
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import write_lesson
 from nbformat.v4 import new_markdown_cell
@@ -59,7 +60,7 @@ def test_new_lesson_is_listed_before_it_was_timed(empty_home):
 
 
 def test_tables_show_numbers_as_they_are_given():
-    lines = readme.markdown([["1.50", "2,000"], ["a", ""]], ["x", "y"]).splitlines()
+    lines = readme.markdown(pd.DataFrame({"x": ["1.50", "a"], "y": ["2,000", ""]})).splitlines()
     assert lines[2].split() == ["|", "1.50", "|", "2,000", "|"]
     assert lines[3].split() == ["|", "a", "|", "|"]
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,42 @@ NOT_TIMED = "not timed yet"
 _TIME = re.compile(r"\*\*Time on two cores:\*\*[^.]*?\(profile lesson\), [^.]*?(?:\.\d+[^.]*?)*\.")
 
 
+def lesson_paths(home: Path) -> list[Path]:
+    """Return the notebooks of the lessons in order."""
+    return sorted((home / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
 def _read_times(figures: Path) -> dict[str, Any]:
     return json.loads((figures / "times.json").read_text())
 
 
-def markdown(rows: Iterable[Sequence[str]], columns: Sequence[str]) -> str:
-    """Return a Markdown table of texts, which are printed as they are."""
-    table = pd.DataFrame(rows, columns=columns)
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table of texts as Markdown, without its index."""
     return table.to_markdown(index=False, disable_numparse=True)
 
 
-def paper_table(rows: pd.DataFrame, arch: str) -> str:
-    """Return our accuracies as a Markdown table, the paper's in brackets."""
-    lines = []
-    for train_eps, part in rows.groupby("train_eps"):
-        ours = 100 * part.sort_values("test_eps")["accuracy"]
-        pairs = zip(ours, paper.TABLES[arch][train_eps], strict=True)
-        lines.append([paper.eps_label(train_eps), *(f"{a:.1f} ({b:.1f})" for a, b in pairs)])
-    return markdown(lines, ["trained with", *(f"eps {eps:g}" for eps in paper.TEST_EPS)])
+def paper_table(rows: pd.DataFrame, arch: str, beside: bool = True) -> pd.DataFrame:
+    """Return our accuracies in %, and the paper's in brackets if they are to be `beside`.
+
+    Returns:
+        Texts, a row per training eps and a column per test eps.
+    """
+    ours = 100 * rows.pivot(index="train_eps", columns="test_eps", values="accuracy")
+    texts = ours.map("{:.1f}".format)
+    if beside:
+        published = pd.DataFrame(paper.TABLES[arch], index=ours.columns).T
+        texts += published.map(" ({:.1f})".format)
+    return texts.rename(columns="eps {:g}".format)
+
+
+def board_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies of `evaluation.board` in %: texts, with the number of images."""
+    board, counts = evaluation.board(rows), rows.groupby("attack")["n"].agg(["min", "max"])
+    heads = {}
+    for attack in board:
+        low, high = counts.loc[attack]
+        heads[attack] = f"{attack} (n = {low:,}{f' to {high:,}' if high > low else ''})"
+    return (100 * board).map("{:.1f}".format).rename(columns=heads)
 
 
 def results_block(home: Path) -> str:
@@ -44,12 +61,12 @@ def results_block(home: Path) -> str:
     for number, (arch, name) in enumerate(TABLES.items(), 1):
         rows = pd.read_csv(home / "figures" / name)
         every.append(rows)
-        first = rows.iloc[0]
+        first, table = rows.iloc[0], paper_table(rows, arch).rename(index=paper.eps_label)
         parts.append(
             f"**Table {number}, {arch}**: accuracy in %, ours and in brackets the paper's. "
             f"{first['n']:,} {first['data']} test images, FGSM crafted on the {first['source']} "
             f"with per-image statistics (the paper's attack), recipe `{first['recipe']}`, seed "
-            f"{first['seed']}.\n\n{paper_table(rows, arch)}"
+            f"{first['seed']}.\n\n{markdown(table.reset_index(names='trained with'))}"
         )
     gap = paper.compare(pd.concat(every))["difference"].abs()
     parts.append(
@@ -65,47 +82,32 @@ def speed_block(home: Path) -> str:
     shipped = sorted((home / "data/checkpoints").glob("*.safetensors"))
     logs = [read_metadata(path) for path in shipped]
     first, hours = logs[0], sum(log["seconds"] for log in logs) / 3600
-    lines = [
-        (
-            f"training all {len(logs)} models, {first['threads']} thread(s) a process, one process "
-            "per core",
-            f"{hours:.2f} process hours ({hours / times['processes']:.2f} h on "
-            f"{times['processes']} cores)",
+    lines = {
+        f"training all {len(logs)} models, {first['threads']} thread(s) a process, one process per "
+        f"core": f"{hours:.2f} process hours ({hours / times['processes']:.2f} h on "
+        f"{times['processes']} cores)"
+    }
+    fixed = pd.DataFrame([log for log in logs if not is_adversarial(log)])
+    for arch, rates in fixed.groupby("arch", sort=False)["images_per_second"]:
+        median = rates.quantile(interpolation="higher")
+        lines[f"training {arch}, images per second and process, median (range)"] = (
+            f"{median:,.0f} ({rates.min():,.0f} to {rates.max():,.0f})"
         )
-    ]
-    lines += _rates([log for log in logs if not is_adversarial(log)])
-    lines += [
-        (
-            f"adversarial training of {log['arch']}, recipe `{log['recipe']['name']}`, "
-            f"{len(log['history'])} epochs",
-            f"{log['seconds'] / 60:.0f} min, {log['images_per_second']:,.0f} images/s",
+    for log in filter(is_adversarial, logs):
+        name, epochs = log["recipe"]["name"], len(log["history"])
+        lines[f"adversarial training of {log['arch']}, recipe `{name}`, {epochs} epochs"] = (
+            f"{log['seconds'] / 60:.0f} min, {log['images_per_second']:,.0f} images/s"
         )
-        for log in filter(is_adversarial, logs)
-    ]
     for profile in ("lesson", "quick"):
         total = sum(times["profiles"][profile].values()) / 60
-        lines.append((f"all lessons, profile `{profile}`, CIFAR-10", f"{total:.1f} min"))
+        lines[f"all lessons, profile `{profile}`, CIFAR-10"] = f"{total:.1f} min"
     size = sum(path.stat().st_size for path in shipped)
-    lines.append(("shipped models", f"{len(logs)} files, {size / 1e6:.1f} MB"))
+    lines["shipped models"] = f"{len(logs)} files, {size / 1e6:.1f} MB"
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     return (
         f"Machine: {times['machine']}; {versions}; training in {first['precision']}, evaluation in "
-        f"float32.\n\n{markdown(lines, ['what', 'measured'])}"
+        f"float32.\n\n{markdown(pd.DataFrame(lines.items(), columns=['what', 'measured']))}"
     )
-
-
-def _rates(logs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return a line for each architecture: how many images a second its trainings did."""
-    lines = []
-    for arch, rates in pd.DataFrame(logs).groupby("arch", sort=False)["images_per_second"]:
-        median = rates.quantile(interpolation="higher")
-        lines.append(
-            (
-                f"training {arch}, images per second and process, median (range)",
-                f"{median:,.0f} ({rates.min():,.0f} to {rates.max():,.0f})",
-            )
-        )
-    return lines
 
 
 def trial_block(home: Path) -> str:
@@ -113,16 +115,10 @@ def trial_block(home: Path) -> str:
     rows = pd.read_csv(home / "figures" / "audit.csv")
     known = rows["train_eps"].isin(paper.TABLE_TRAIN_EPS) | (rows["recipe"] != "paper")
     rows = rows[rows["architecture"].isin(TABLES) & known]
-    board, counts = evaluation.board(rows), rows.groupby("attack")["n"].agg(["min", "max"])
-    heads = []
-    for attack in board:
-        low, high = counts.loc[attack]
-        heads.append(f"{attack} (n = {low:,}{f' to {high:,}' if high > low else ''})")
-    lines = [[model, *(f"{100 * v:.1f}" for v in row)] for model, row in board.iterrows()]
     return (
         "Accuracy in % on CIFAR-10, seed 0, L-inf, eps 8/255, every model attacked with its own "
         "gradient; pgd-50x3 is 50 steps from three random starts on cross entropy and margin."
-        f"\n\n{markdown(lines, ['model', *heads])}"
+        f"\n\n{markdown(board_table(rows).reset_index())}"
     )
 
 
@@ -130,12 +126,14 @@ def lessons_block(home: Path) -> str:
     """Return the list of lessons with their times; a new one has none until `retrain` timed it."""
     times = _read_times(home / "figures")["profiles"]
     lines = []
-    for path in sorted((home / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+    for path in lesson_paths(home):
         number, about = _title(path)
-        seconds = [times[profile].get(path.stem) for profile in ("lesson", "quick")]
-        shown = [NOT_TIMED if s is None else f"{s:.0f} s" for s in seconds]
-        lines.append([f"[{number}](notebooks/{path.name})", about, *shown])
-    return markdown(lines, ["lesson", "about", "profile `lesson`", "`quick`"])
+        line = {"lesson": f"[{number}](notebooks/{path.name})", "about": about}
+        for profile, head in (("lesson", "profile `lesson`"), ("quick", "`quick`")):
+            seconds = times[profile].get(path.stem)
+            line[head] = NOT_TIMED if seconds is None else f"{seconds:.0f} s"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
 
 
 def _title(path: Path) -> tuple[str, str]:
@@ -151,11 +149,11 @@ def bench_block(home: Path) -> str:
     first, lines = rows.iloc[0], []
     for row in rows.dropna(subset="target").itertuples():
         what, way, value, _, ratio, _, target = cells(row)
-        against = f"{ratio} {row.against}" if ratio else ""
-        lines.append([f"{row.part}: {what}", way, value, against, target])
+        line = {"task": f"{row.part}: {what}", "way": way, "measured": value}
+        lines.append(line | {"ratio": f"{ratio} {row.against}" if ratio else "", "target": target})
     return (
         f"Machine: {first['machine']}; torch {first['torch']}. Each comparison in turn on the same "
-        "images, medians.\n\n" + markdown(lines, ["task", "way", "measured", "ratio", "target"])
+        f"images, medians.\n\n{markdown(pd.DataFrame(lines))}"
     )
 
 
@@ -205,7 +203,7 @@ def refresh_headers(home: Path) -> None:
         ValueError: if a header has no line of times.
     """
     profiles = _read_times(home / "figures")["profiles"]
-    for path in sorted((home / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+    for path in lesson_paths(home):
         times = [profiles[profile].get(path.stem) for profile in ("lesson", "quick")]
         if None in times:  # a new lesson: its header stays as it was written
             continue

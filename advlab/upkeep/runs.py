@@ -45,10 +45,11 @@ def lesson_files() -> dict[str, Path]:
     Raises:
         BatchError: outside a clone of the repository, which holds the notebooks.
     """
-    folder = files.home() / "notebooks"
-    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    found = readme.lesson_paths(files.home())
     if not found:
-        raise BatchError(f"no lessons in {folder}; run this in a clone of the repository")
+        raise BatchError(
+            f"no lessons in {files.home() / 'notebooks'}; run this in a clone of the repository"
+        )
     return {path.stem: path for path in found}
 
 
@@ -344,7 +345,7 @@ def print_summary(output: Path, console: Console) -> None:
     if rows is not None:
         fair = set(rows["data"]) == {"CIFAR-10"} and set(rows["recipe"]) <= {"paper", "fast"}
         for number, arch in enumerate(readme.TABLES, 1):
-            console.print(_summary_table(rows[rows["architecture"] == arch], arch, number, fair))
+            _print_paper_table(rows[rows["architecture"] == arch], arch, number, fair, console)
         if fair:
             gap = paper.compare(rows)["difference"].abs()
             console.print(
@@ -358,24 +359,25 @@ def print_summary(output: Path, console: Console) -> None:
         console.print(f"{what:<20} {output / folder}", soft_wrap=True, markup=False)
 
 
-def _summary_table(rows: pd.DataFrame, arch: str, number: int, fair: bool) -> Table:
-    first = rows.iloc[0]
+def _print_paper_table(
+    rows: pd.DataFrame, arch: str, number: int, fair: bool, console: Console
+) -> None:
+    first, table = rows.iloc[0], readme.paper_table(rows, arch, beside=fair)
     title = (
         f"Table {number}: {arch}, accuracy % on {first['n']:,} {first['data']} test images, FGSM "
         f"from the {first['source']}, per-image statistics, seed {first['seed']}"
         + (" (the paper's in brackets)" if fair else "")
     )
-    # 80 columns, so that a row stays a line in any terminal.
-    table = Table(
-        title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    table.add_column("trained", no_wrap=True)
-    for eps in paper.TEST_EPS:
-        table.add_column(f"eps {eps:g}", justify="right", no_wrap=True)
-    for train_eps, part in rows.groupby("train_eps"):
-        published = paper.TABLES[arch].get(train_eps, ())
-        cells = [f"{100 * value:.1f}" for value in part.sort_values("test_eps")["accuracy"]]
-        if fair:
-            cells = [f"{ours} ({p:.1f})" for ours, p in zip(cells, published, strict=True)]
-        table.add_row(f"{train_eps:g}" if train_eps else "baseline", *cells)
-    return table
+    table = table.rename(index=lambda eps: f"{eps:g}" if eps else "baseline")
+    print_table(f"\n{title}", table.rename_axis("trained"), console)
+
+
+def print_table(title: str, table: pd.DataFrame, console: Console) -> None:
+    """Print a table of texts, so narrow that Tables 1 and 2 take no more than 80 columns."""
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column(table.index.name, no_wrap=True)
+    for name in table:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for name, texts in table.iterrows():
+        shown.add_row(name, *texts)
+    console.print(shown)

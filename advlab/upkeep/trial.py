@@ -7,18 +7,17 @@ the cache, so a run that was interrupted goes on from there, and a second one is
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from advlab import evaluation, files, session
 from advlab.checkpoints import Checkpoint, load
 from advlab.data import ImageData
 from advlab.session import Session
+from advlab.upkeep import readme
 from advlab.upkeep.processes import environment
-from advlab.upkeep.runs import machine
+from advlab.upkeep.runs import machine, print_table
 
 EPS = 8 / 255
 # The paper's best CNN is attacked at smaller sizes too: lesson 06 draws the curve.
@@ -29,22 +28,16 @@ BEST = "cnn robust"
 
 def auto_attack_rows(
     checkpoint: Checkpoint, data: ImageData, sizes: Sequence[float], n: int, progress: str
-) -> list[dict[str, Any]]:
+) -> pd.DataFrame:
     """Return a row per eps, as from `evaluation.accuracy_table`, for AutoAttack on `n` images."""
     images, labels = data.test.first(n).batch(slice(None))
-    folder = files.cache_dir() / "autoattack"
+    where = {"folder": files.cache_dir() / "autoattack", "progress": progress}
     rows = []
     for eps in sizes:
-        held = evaluation.auto_attack(
-            checkpoint.model, images, labels, eps, folder=folder, progress=progress
-        )
-        correct = int(held.sum())
-        rows.append(
-            evaluation.result_row(
-                checkpoint, data.name, eps, "autoattack", evaluation.WHITE_BOX, correct, n
-            )
-        )
-    return rows
+        held = evaluation.auto_attack(checkpoint.model, images, labels, eps, **where)
+        how = data.name, eps, "autoattack", evaluation.WHITE_BOX
+        rows.append(evaluation.result_row(checkpoint, *how, int(held.sum()), n))
+    return pd.DataFrame(rows)
 
 
 def run(
@@ -129,8 +122,7 @@ def measure(
         )
     if auto_n:
         sizes = (*SWEEP, EPS) if name == SWEPT else (EPS,)
-        rows = auto_attack_rows(checkpoint, data, sizes, n, f"{label}{name}, AutoAttack")
-        parts.append(pd.DataFrame(rows))
+        parts.append(auto_attack_rows(checkpoint, data, sizes, n, f"{label}{name}, AutoAttack"))
     table = pd.concat(parts, ignore_index=True)
     table.loc[table["test_eps"] == 0, "attack"] = "clean"
     return table
@@ -138,14 +130,7 @@ def measure(
 
 def show(table: pd.DataFrame, console: Console) -> None:
     """Print accuracies at eps = 8/255, a row per model, the best under AutoAttack first."""
-    wide = evaluation.board(table, EPS)
     title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
-    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    shown.add_column("model")
-    for column in wide:
-        counts = sorted(set(table.loc[table["attack"] == column, "n"]))
-        n = " to ".join(f"{count:,}" for count in counts)
-        shown.add_column(f"{column}\n(n = {n})", justify="right")
-    for name, row in wide.iterrows():
-        shown.add_row(str(name), *(f"{100 * value:.1f}" for value in row))
-    console.print(shown)
+    texts = readme.board_table(table)
+    texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
+    print_table(title, texts, console)
