@@ -14,7 +14,7 @@ from advlab.attacks import pgd
 from advlab.classroom import challenge
 from advlab.classroom.challenge import EPS, SubmissionError, check_attack, read_attack, score
 from advlab.evaluation import holds
-from advlab.tools.cli import app
+from advlab.cli import app
 from advlab.training import Recipe
 
 TINY_RS = Recipe("robust", 1, 32, adversary="rs-fgsm", eps=EPS, alpha=EPS)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from advlab import files
 from advlab.classroom import course, grading, submissions
-from advlab.tools.cli import app
+from advlab.cli import app
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
 from advlab.classroom import merging, run_submission

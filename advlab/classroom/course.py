@@ -24,7 +24,8 @@ from rich.progress import Progress
 from advlab import files
 from advlab.classroom import feedback, grading
 from advlab.classroom.submissions import CourseError, Submission, collect, give_marks, read_marks
-from advlab.tools.train import cores, environment
+from advlab.machine import cores
+from advlab.upkeep.processes import environment
 
 
 def sources() -> dict[str, Path]:

@@ -27,7 +27,7 @@ GRADER = (  # modules that a score depends on
     "advlab.classroom.merging",
     "advlab.classroom.run_submission",
     "advlab.classroom.sandbox",
-    "advlab.tools.memory",
+    "advlab.upkeep.processes",
 )
 _running: set[int] = set()  # process groups of submissions
 

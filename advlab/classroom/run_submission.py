@@ -33,7 +33,7 @@ from advlab import files
 from advlab.classroom import merging
 from advlab.classroom.merging import RefusedError, clean, grade_id
 from advlab.classroom.sandbox import sandboxed
-from advlab.tools.memory import share_of_memory
+from advlab.upkeep.processes import share_of_memory
 
 LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
 PROCESSES = 200  # that it may start
