@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from advlab.upkeep import runs
-from advlab.upkeep.processes import KEEP_MEMORY
 from conftest import balance, write_lesson
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +25,8 @@ from advlab.bench.whole_paper import whole_part
 from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import Split
 from advlab.training import AugmentedSet
+from advlab.upkeep import runs
+from advlab.upkeep.processes import KEEP_MEMORY
 
 EPS = 0.002  # breaks about half of the images of `easy`
 

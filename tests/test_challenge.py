@@ -13,8 +13,8 @@ from advlab import models
 from advlab.attacks import pgd
 from advlab.classroom import challenge
 from advlab.classroom.challenge import EPS, SubmissionError, check_attack, read_attack, score
-from advlab.evaluation import holds
 from advlab.cli import app
+from advlab.evaluation import holds
 from advlab.training import Recipe
 
 TINY_RS = Recipe("robust", 1, 32, adversary="rs-fgsm", eps=EPS, alpha=EPS)

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from advlab.upkeep.processes import PeakMemory
 from torch import nn
 
 from advlab import models
 from advlab.bench import ceiling, measure
 from advlab.bench.measure import Row, Way, once
+from advlab.upkeep.processes import PeakMemory
 
 # --- timing and rows
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from advlab.recipes import Recipe
 from conftest import assert_same_state, balance, make_small_cnn, randomise_batch_norm
 from torch.utils.data import DataLoader
 
@@ -13,6 +12,7 @@ from advlab.attacks import fgsm, fgsm_direction
 from advlab.bench.paper_way import Attacked, Pictures, count_correct, fgsm_one, train_steps
 from advlab.data import Split
 from advlab.evaluation import evaluate, predict
+from advlab.recipes import Recipe
 from advlab.training import AugmentedSet, fit
 
 EPS = 0.03

@@ -10,7 +10,6 @@ from conftest import make_batch
 from matplotlib.figure import Figure
 
 from advlab import paper, plots
-from advlab.bench.measure import Row, to_table
 from advlab.evaluation import confusion, wilson
 
 LIMIT = 150_000  # bytes

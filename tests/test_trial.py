@@ -5,12 +5,12 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from advlab.session import Profile, Session
 from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import evaluation, files, session
 from advlab.cli import app
-from advlab.session import Profile, Session
 from advlab.upkeep import trial
 
 
