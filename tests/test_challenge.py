@@ -15,7 +15,7 @@ from advlab.classroom import challenge
 from advlab.classroom.challenge import EPS, SubmissionError, check_attack, read_attack, score
 from advlab.cli import app
 from advlab.evaluation import holds
-from advlab.training import Recipe
+from advlab.recipes import Recipe
 
 TINY_RS = Recipe("robust", 1, 32, adversary="rs-fgsm", eps=EPS, alpha=EPS)
 
@@ -47,9 +47,9 @@ def hand_in(tmp_path):
 def arena(monkeypatch, tiny_shapes, tmp_path, zoo, empty_home):
     """A challenge whose target is a model of the session's zoo, on 32 images."""
     opened = SimpleNamespace(
-        data=tiny_shapes, zoo=zoo, settings=SimpleNamespace(robust={"robust": TINY_RS})
+        data=tiny_shapes, zoo=zoo, settings=SimpleNamespace(adversarial={"robust": TINY_RS})
     )
-    monkeypatch.setattr(challenge.session, "start", lambda *args, **kwargs: opened)
+    monkeypatch.setattr(challenge.lab, "start", lambda *args, **kwargs: opened)
     monkeypatch.setattr(challenge, "DEFENDED", 20)
     return opened
 
