@@ -13,11 +13,12 @@ import yaml
 from rich.console import Console
 from typer.core import TyperGroup
 
-from advlab import data, evaluation, files, models, paper, session
+from advlab import datasets, evaluation, files, lab, paper
+from advlab.catalogue import ARCHITECTURES, ATTACKS, DATASETS
 from advlab.checkpoints import load_weights
-from advlab.machine import DEVICES
+from advlab.machine import DEVICES, pick_device
+from advlab.recipes import PROFILES
 from advlab.upkeep import doctor as checkup
-from advlab.upkeep.processes import environment
 from advlab.upkeep.train import Options
 
 console = Console()
@@ -60,16 +61,19 @@ def _choice(name: str, values: Iterable[str]) -> type[StrEnum]:
     return StrEnum(name, {value: value for value in values})
 
 
-ProfileName = _choice("ProfileName", ["auto", *session.PROFILES])
+ProfileName = _choice("ProfileName", ["auto", *PROFILES])
 DeviceName = _choice("DeviceName", DEVICES)
-ArchName = _choice("ArchName", models.ARCHITECTURES)
-AttackName = _choice("AttackName", evaluation.ATTACKS)
+ArchName = _choice("ArchName", ARCHITECTURES)
+AttackName = _choice("AttackName", ATTACKS)
 
 Profile = Annotated[ProfileName, typer.Option(help="How much of everything.")]
 Dataset = Annotated[
-    str, typer.Option(help=f"{', '.join(data.DATASETS)}, or auto: CIFAR-10 if to be had.")
+    str,
+    typer.Option(
+        help=f"{', '.join(DATASETS)}, folder:PATH[@SIZE], or auto: CIFAR-10 if to be had."
+    ),
 ]
-DataDir = Annotated[str, typer.Option(help="Folder that holds cifar-10-batches-py.")]
+DataDir = Annotated[str, typer.Option(help="Folder that holds the files of the data set.")]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute; auto: a GPU if there is one.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run finished.")]
 
@@ -253,25 +257,32 @@ def doctor() -> None:
 @app.command()
 def evaluate(
     weights: Annotated[list[Path], typer.Argument(help=".safetensors or .pth files.")],
-    arch: Annotated[ArchName, typer.Option(help="The network that they are of.")],
+    arch: Annotated[
+        ArchName | None, typer.Option(help="The network; our own files name theirs.")
+    ] = None,
     source: Annotated[
         Path | None,
         typer.Option(help="Weights whose gradient makes the attacked images; else each its own."),
     ] = None,
-    attack: Annotated[AttackName, typer.Option(help="As in the lessons.")] = AttackName.fgsm,
+    attack: Annotated[
+        AttackName, typer.Option(help="; ".join(f"{a.name}: {a.about}" for a in ATTACKS.values()))
+    ] = AttackName.fgsm,
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",
     device: Device = DeviceName.auto,
     test_n: Annotated[int | None, typer.Option(min=1, help="Test images; all for none.")] = None,
 ) -> None:
     """Print the accuracy of any weights, clean and attacked."""
-    with environment(ADVLAB_DEVICE=session.setting(device.value, "ADVLAB_DEVICE", "auto")):
-        targets = [load_weights(path, arch.value) for path in weights]
-        maker = load_weights(source, arch.value) if source else None
-        folder = session.setting(data_dir, "", "") or None
-        images = data.load(dataset, folder, train_n=1, test_n=test_n)
-        how = {"attack": attack.value, "source": maker, "progress": "evaluating"}
-        table = evaluation.accuracy_table(targets, images, paper.TEST_EPS, **how)
+    where = pick_device(lab.setting(device.value, "ADVLAB_DEVICE", "auto"))
+    found = lab.resolve_data(dataset, data_dir)
+    images = datasets.load(*found, train_n=1, test_n=test_n).to(where)
+    kind = arch and arch.value, images.shape, len(images.classes)
+    targets = [load_weights(path, *kind) for path in weights]
+    maker = load_weights(source, *kind) if source else None
+    for checkpoint in [*targets, maker] if maker else targets:
+        checkpoint.model.to(where)
+    how = {"attack": attack.value, "source": maker, "progress": "evaluating"}
+    table = evaluation.accuracy_table(targets, images, paper.TEST_EPS, **how)
     made_by = f"transfer from {source.name}" if source else "white box"
     _say(f"accuracy % on {len(images.test):,} {images.name} test images; {attack}, {made_by}")
     percent = table.assign(accuracy=100 * table["accuracy"])

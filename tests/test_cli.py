@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from advlab.catalogue import ATTACKS
 from typer.testing import CliRunner
 
-from advlab import __main__, cli, evaluation, models, session
+from advlab import __main__, cli, models, recipes
 from advlab.upkeep import doctor, publish, runs, trial
 from advlab.upkeep.train import Options
 
@@ -37,9 +38,9 @@ def test_evaluate_prints_the_table_of_a_pth_and_a_safetensors_file(weights, trai
 
 def test_choices_are_what_the_package_declares():
     choices = [
-        ("run", "--profile", session.PROFILES),
+        ("run", "--profile", recipes.PROFILES),
         ("evaluate", "--arch", models.ARCHITECTURES),
-        ("evaluate", "--attack", evaluation.ATTACKS),
+        ("evaluate", "--attack", ATTACKS),
         ("audit", "--device", ("auto", "cpu", "cuda", "mps")),
     ]
     for command, option, names in choices:
@@ -63,7 +64,7 @@ def test_evaluate_takes_a_source(weights, trained):
     [
         (["missing.pth", "--arch", "cnn"], "no weights file missing.pth"),
         (["WEIGHTS", "--arch", "cnn-lstm"], "does not fit this architecture"),
-        (["WEIGHTS", "--arch", "cnn", "--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["WEIGHTS", "--arch", "cnn", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
     ],
 )
 def test_evaluate_refuses_with_the_reason(weights, arguments, message):
@@ -81,8 +82,8 @@ def test_evaluate_refuses_with_the_reason(weights, arguments, message):
         (["99_none"], "unknown lesson '99_none'"),
         (["--param", "nonsense=1"], "unknown parameter 'nonsense'"),
         (["--param", "nonsense"], "not of the form name=value"),
-        (["--dataset", "mnist"], "unknown data set 'mnist'"),
-        (["--data-dir", "/no/such/folder"], "no folder cifar-10-batches-py in /no/such/folder"),
+        (["--dataset", "imagenet"], "unknown data set 'imagenet'"),
+        (["--data-dir", "/no/such/folder"], "in /no/such/folder"),
     ],
 )
 def test_run_refuses_with_the_reason(arguments, message):
@@ -139,19 +140,14 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
     assert {type(value) for value in vars(asked[0][0][1]).values()} == {str, int}
 
 
-def test_evaluate_tells_the_device(weights, monkeypatch):
-    seen = []
-    measure = evaluation.accuracy_table
-
-    def accuracy_table(*given, **more):
-        seen.append(os.environ["ADVLAB_DEVICE"])
-        return measure(*given, **more)
-
-    monkeypatch.setattr(evaluation, "accuracy_table", accuracy_table)
-    command = ["evaluate", str(weights), "--arch", "cnn", "--dataset", "shapes10"]
-    result = runner.invoke(cli.app, [*command, "--test-n", "5", "--device", "cpu"])
+def test_evaluate_reads_the_architecture_from_our_own_files_and_refuses_no_device(trained):
+    command = ["evaluate", str(trained[1].path), "--dataset", "shapes10", "--test-n", "5"]
+    result = runner.invoke(cli.app, [*command, "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert seen == ["cpu"]
+    absent = "mps" if not torch.backends.mps.is_available() else "cuda"
+    result = runner.invoke(cli.app, [*command, "--device", absent])
+    assert result.exit_code == 1
+    assert f"device '{absent}'" in result.output
 
 
 def test_bench_passes_its_options_on(monkeypatch):
@@ -179,9 +175,9 @@ def test_bench_passes_its_options_on(monkeypatch):
     [
         (["reproduce", "--seeds", "0"], "Invalid value for '--seeds'"),
         (["reproduce", "--dataset", "shapes10", "--publish"], "--publish: there is no CIFAR-10"),
-        (["reproduce", "--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["reproduce", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
         (["bench", "--rounds", "0"], "Invalid value for '--rounds'"),
-        (["bench", "--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["bench", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
         (["bench", "--dataset", "shapes10", "--publish"], "--publish: there is no CIFAR-10"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from advlab import _torchvision, checkpoints, data, files, models
+from advlab import _torchvision, checkpoints, datasets, files, models
 from advlab.upkeep import doctor
 from advlab.upkeep.doctor import check_package, run_checks
 
@@ -92,7 +92,7 @@ def test_intact_data_are_named(fake_cifar10, monkeypatch):
 
 def test_damaged_data_file_fails_by_name(fake_cifar10, monkeypatch):
     monkeypatch.setenv("ADVLAB_DATA", str(fake_cifar10))
-    path = fake_cifar10 / data.CIFAR10_FOLDER / "data_batch_2"
+    path = fake_cifar10 / datasets.CIFAR10_FOLDER / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-1])
     check = line("CIFAR-10")
     assert not check.ok

@@ -8,12 +8,14 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from advlab.lab import Lab
+from advlab.recipes import Recipe
+from advlab.store import Store, Zoo
 from conftest import write_lesson
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from advlab import checkpoints, paper, session
+from advlab import checkpoints, lab, paper, recipes
 from advlab.data import DataError
-from advlab.training import Recipe
 from advlab.upkeep import publish, runs
 from advlab.upkeep.runs import BatchError
 from advlab.upkeep.train import Options
@@ -111,7 +113,7 @@ def test_other_data_than_cifar10_are_not_published(whole_run, no_network, datase
 def test_publish_copies_the_record_and_the_table_of_seeds(
     whole_run, empty_home, fake_cifar10, seeds
 ):
-    output = session.default_output("fast", "cifar10")
+    output = lab.default_output("fast", "cifar10")
     figures = empty_home / "figures"
     publish.reproduce(seeds, data_dir=str(fake_cifar10))
     for seed in (0, 1):
@@ -131,10 +133,9 @@ def test_publish_copies_the_record_and_the_table_of_seeds(
 
 def test_tables_of_a_seed_are_the_papers_two(tiny_shapes, tmp_path, monkeypatch):
     asked = []
-    zoo = checkpoints.Zoo(
-        tiny_shapes, Recipe("tiny", epochs=1, batch_size=32), 7, tmp_path, progress=False
-    )
-    monkeypatch.setattr(Options, "open_zoo", lambda self: zoo)
+    zoo = Zoo(tiny_shapes, Recipe("tiny", epochs=1, batch_size=32), 7, tmp_path, progress=False)
+    opened = Lab("fast", recipes.PROFILES["fast"], tiny_shapes, zoo, tmp_path, Store(None))
+    monkeypatch.setattr(Options, "open", lambda self: opened)
     monkeypatch.setattr(publish, "train_models", lambda make_zoo, wanted: asked.extend(wanted))
     table = publish._tables_of_seed(Options("fast", "shapes10", seed=7))
     assert asked[:2] == [("cnn-lstm", 0.0), ("cnn", 0.0)]  # baselines first

@@ -6,6 +6,7 @@ import re
 import nbformat
 import pandas as pd
 import pytest
+from advlab.catalogue import Lesson
 from conftest import write_lesson
 from nbformat.v4 import new_markdown_cell
 
@@ -36,25 +37,29 @@ def test_measured_blocks_are_what_the_committed_results_give():
     assert readme.refreshed(README, ROOT) == README
 
 
-def test_new_lesson_is_listed_before_it_was_timed(empty_home):
-    write_lesson(empty_home, "01_baseline", "")
-    write_lesson(empty_home, "09_new", "")
-    for path in (empty_home / "notebooks").iterdir():
+def test_new_lesson_is_listed_before_it_was_timed(empty_home, monkeypatch):
+    new = Lesson("09_new", "About it", lambda settings: [])
+    monkeypatch.setattr(
+        readme, "LESSONS", {"01_first": Lesson("01_first", "It", new.needs), "09_new": new}
+    )
+    for name in readme.LESSONS:
+        write_lesson(empty_home, name, "")
+        path = empty_home / "notebooks" / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
-        notebook.cells.insert(0, new_markdown_cell(f"# {path.stem[:2]} · About it\n\n" + OLD_TIME))
+        notebook.cells.insert(0, new_markdown_cell(f"# Title\n\n{OLD_TIME}"))
         nbformat.write(notebook, path)
-    times = {"profiles": {"lesson": {"01_baseline": 12.3}, "quick": {"01_baseline": 4.5}}}
+    times = {"profiles": {"lesson": {"01_first": 12.3}, "quick": {"01_first": 4.5}}}
     (empty_home / "figures").mkdir()
     (empty_home / "figures" / "times.json").write_text(json.dumps(times))
     lines = [re.sub(" +", " ", line) for line in readme.lessons_block(empty_home).splitlines()]
     assert lines[2:] == [
-        "| [01](notebooks/01_baseline.ipynb) | About it | 12 s | 4 s |",
+        "| [01](notebooks/01_first.ipynb) | It | 12 s | 4 s |",
         "| [09](notebooks/09_new.ipynb) | About it | not timed yet | not timed yet |",
     ]
     readme.refresh_headers(empty_home)
     headers = [
         nbformat.read(path, as_version=4).cells[0].source.splitlines()[2]
-        for path in sorted((empty_home / "notebooks").iterdir())
+        for path in readme.lesson_paths(empty_home)
     ]
     assert headers == [readme.time_line(12.3, 4.5), OLD_TIME]
 

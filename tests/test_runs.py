@@ -11,11 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from advlab.catalogue import LESSONS
 from conftest import write_lesson
 from filelock import FileLock
 from rich.console import Console
 
-from advlab import paper, session
+from advlab import paper, recipes
 from advlab.upkeep import readme, runs
 from advlab.upkeep.runs import BatchError, choose_lessons
 from advlab.upkeep.train import Options
@@ -81,11 +82,15 @@ def test_solutions_run_only_when_asked_for(lessons):
     assert not (lessons / "01_first").exists()
 
 
-def test_only_lessons_beyond_the_paper_need_adversarially_trained_models():
-    options, settings = Options("lesson", "cifar10"), session.PROFILES["lesson"]
-    assert runs.needed_models(choose_lessons(["01"]), options) == settings.models()
-    both = runs.needed_models(choose_lessons(["01", "06"]), options)
-    assert both == settings.models() + settings.robust_models()
+def test_models_are_those_of_the_catalogue_s_lessons_in_the_order_of_training(lessons):
+    settings = recipes.PROFILES["lesson"]
+    options, everything = Options("lesson", "cifar10"), settings.paper_models()
+    for names in (["01_baseline"], ["05_architecture_comparison"], list(LESSONS)):
+        paths = {name: lessons / "notebooks" / f"{name}.ipynb" for name in names}
+        found = runs.needed_models(paths, options)
+        assert set(found) == {m for name in names for m in LESSONS[name].needs(settings)}
+        assert found == sorted(found, key=(everything + settings.adversarial_models()).index)
+    assert runs.needed_models(choose_lessons(["01"]), options) == []  # not in the catalogue
 
 
 @pytest.mark.parametrize(
@@ -183,24 +188,16 @@ def test_outputs_of_a_notebook_are_no_edit(lessons):
     ],
 )
 def test_resume_of_another_run_says_what_differs(lessons, monkeypatch, asked, code, torch, message):
-    monkeypatch.setattr(runs, "source_hash", lambda: "abc")
+    monkeypatch.setattr(runs, "code_hash", lambda: "abc")
     output = run_quick(lessons, "01", seed=1)
     before = (output / "run.json").read_bytes()
-    monkeypatch.setattr(runs, "source_hash", lambda: code)
+    monkeypatch.setattr(runs, "code_hash", lambda: code)
     if torch:
         monkeypatch.setattr(runs.torch, "__version__", torch)
     with pytest.raises(BatchError, match=rf"the run in .*out was made with {message}\. Go back"):
         run_quick(lessons, "01", **{"seed": 1, **asked}, resume=True)
     assert (output / "run.json").read_bytes() == before
     assert (lessons / "01_first").read_text() == "quiet"
-
-
-def test_code_is_the_package_s_modules(tmp_path, monkeypatch):
-    (tmp_path / "attacks.py").write_text("steps = 20")
-    monkeypatch.setattr(runs.advlab, "__file__", str(tmp_path / "__init__.py"))
-    first = runs.source_hash()
-    (tmp_path / "attacks.py").write_text("steps = 0")
-    assert runs.source_hash() != first
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from advlab.recipes import Recipe
+from advlab.store import Zoo
 
-from advlab import checkpoints, data, session
-from advlab.training import Recipe
+from advlab import datasets, lab
 from advlab.upkeep import train
 from advlab.upkeep.processes import environment
 from advlab.upkeep.train import Options, train_models
 
 
-def open_tiny_zoo(folder: Path) -> checkpoints.Zoo:
+def open_tiny_zoo(folder: Path) -> Zoo:
     """Open a zoo of tiny models; at module level, so that worker processes can call it."""
     recipe = Recipe("tiny", epochs=1, batch_size=32)
-    return checkpoints.Zoo(data.Shapes10(64, 32), recipe, 0, folder, device="cpu", progress=False)
+    return Zoo(datasets.Shapes10(64, 32), recipe, 0, folder, progress=False)
 
 
 def test_what_is_missing_is_trained_in_processes(tmp_path, capfd):
@@ -48,7 +49,7 @@ def test_a_process_per_core_but_one_on_a_gpu(tmp_path, monkeypatch, device, proc
 
     monkeypatch.setattr(train, "ProcessPoolExecutor", threads)
     monkeypatch.setattr(train, "cores", lambda: 2)
-    monkeypatch.setattr(train, "pick_device", lambda name: train.torch.device(device))
+    monkeypatch.setattr(train, "_device", lambda zoo: train.torch.device(device))
     make_zoo = partial(open_tiny_zoo, tmp_path)
     # The second waits for a baseline that nobody asked for.
     assert train_models(make_zoo, [("cnn-lstm", 0.0), ("cnn", 0.1)]) == 2
@@ -78,7 +79,7 @@ def test_options_are_decided_once(empty_home, monkeypatch, fake_cifar10):
     monkeypatch.delenv("ADVLAB_OUTPUT")
     monkeypatch.setenv("ADVLAB_DEVICE", "cpu")
     found = Options(data_dir=str(fake_cifar10)).resolved()
-    output = str(session.default_output("lesson", "cifar10"))
+    output = str(lab.default_output("lesson", "cifar10"))
     assert found == Options("lesson", "cifar10", str(fake_cifar10), output, 0, "cpu")
     assert found.resolved() == found
     assert found.variables()["ADVLAB_DATA"] == str(fake_cifar10)

@@ -5,11 +5,13 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from advlab.session import Profile, Session
+from advlab.lab import Lab
+from advlab.recipes import Profile
+from advlab.store import Store
 from rich.console import Console
 from typer.testing import CliRunner
 
-from advlab import evaluation, files, session
+from advlab import autoattack, evaluation, files, lab
 from advlab.cli import app
 from advlab.upkeep import trial
 
@@ -22,15 +24,15 @@ def house(empty_home, trained, shapes, zoo, monkeypatch, tmp_path):
     for checkpoint in trained:
         shutil.copy(checkpoint.path, shipped)
     monkeypatch.setattr(files, "shipped_checkpoints", lambda: shipped)
-    opened = Session("lesson", Profile(zoo.recipe), shapes, zoo, tmp_path, tmp_path / "cells")
-    monkeypatch.setattr(session, "start", lambda *args, **kwargs: opened)
+    opened = Lab("lesson", Profile(zoo.recipe), shapes, zoo, tmp_path, Store(tmp_path / "kept"))
+    monkeypatch.setattr(lab, "start", lambda *args, **kwargs: opened)
     calls = []
 
     def auto_attack(model, images, labels, eps, **options):
         calls.append((len(images), eps))
         return torch.arange(len(images)) % 4 == 0
 
-    monkeypatch.setattr(evaluation, "auto_attack", auto_attack)
+    monkeypatch.setattr(autoattack, "auto_attack", auto_attack)
     return calls
 
 

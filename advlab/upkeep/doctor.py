@@ -70,13 +70,13 @@ def _torchvision() -> Check:
 
 
 def _data() -> Check:
-    from advlab import data
+    from advlab import datasets
 
-    root = data.find_cifar10()
+    root = datasets.find_cifar10()
     if root is None:
         return Check(True, "CIFAR-10", "not here; it is downloaded, or Shapes-10 stands in")
-    data.check_files(root)
-    return Check(True, "CIFAR-10", f"{root / data.CIFAR10_FOLDER}, every MD5 right")
+    datasets.DATASETS["cifar10"].check(root)
+    return Check(True, "CIFAR-10", f"{root / datasets.CIFAR10_FOLDER}, every MD5 right")
 
 
 def _checkpoints() -> Check:
@@ -91,10 +91,10 @@ def _checkpoints() -> Check:
 
 
 def _device() -> Check:
-    from advlab import training
+    from advlab import machine
 
-    device = training.pick_device()
-    fast = training.has_fast_bf16(device)
+    device = machine.pick_device()
+    fast = machine.has_fast_bf16(device)
     return Check(
         True, "device", f"{device.type}, trains in {'bfloat16' if fast else 'float32 (no bf16)'}"
     )

@@ -14,13 +14,15 @@ import nbformat
 import pandas as pd
 from rich.console import Console
 
-from advlab import evaluation, files, paper, session
+from advlab import datasets, evaluation, files, lab, paper
 from advlab.checkpoints import read_metadata
 from advlab.machine import cores
 from advlab.upkeep import readme
 from advlab.upkeep.processes import environment
-from advlab.upkeep.runs import PAPER_LESSONS, BatchError, lesson_files, machine, run, solution_files
+from advlab.upkeep.runs import BatchError, lesson_files, machine, run, solution_files
 from advlab.upkeep.train import Options, train_models
+
+PAPER_LESSONS = ("01", "02", "03", "04", "05")  # those that rebuild the paper
 
 
 def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -74,8 +76,8 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
         DataError: if there is no CIFAR-10: nothing computed on other data belongs in those folders.
     """
     console = console or Console()
-    session.resolve_data("cifar10", "auto")  # before anything is removed
-    output = session.default_output("paper", "cifar10")
+    lab.resolve_data("cifar10", "auto")  # before anything is removed
+    output = lab.default_output("paper", "cifar10")
     if not resume and output.exists():
         shutil.rmtree(output)
     everything = [*lesson_files(), *solution_files()]
@@ -124,7 +126,7 @@ def reproduce(
     Args:
         seeds: Trainings of the ten models of Tables 1 and 2, with seeds 0, 1 ...; from 2 on their
             tables go to figures/l04_seeds.csv as well.
-        dataset, data_dir: As in `session.start`.
+        dataset, data_dir: As in `lab.start`.
         resume: Keep what an interrupted run finished.
         publish: Copy the table of seeds and the run's clock into the repository's figures/.
         console: Where to print.
@@ -138,10 +140,10 @@ def reproduce(
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with one seed at least")
-    name, root = session.resolve_data(dataset, data_dir)
-    if publish and name != "cifar10":
+    name, root = lab.resolve_data(dataset, data_dir)
+    if publish and not datasets.are_papers(name):
         raise BatchError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
-    output = session.default_output("fast", name)
+    output = lab.default_output("fast", name)
     if not resume and output.exists():
         shutil.rmtree(output)
     options = Options("fast", name, str(root or "auto"), str(output))
@@ -172,7 +174,8 @@ def _tables_of_seed(options: Options) -> pd.DataFrame:
     archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
     wanted = [(arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs]
     train_models(options.open_zoo, wanted)
-    zoo = options.open_zoo()
+    opened = options.open()
+    zoo = opened.zoo
     return pd.concat(
         [
             evaluation.accuracy_table(
@@ -181,7 +184,7 @@ def _tables_of_seed(options: Options) -> pd.DataFrame:
                 paper.TEST_EPS,
                 attack="fgsm-per-image",
                 source=zoo.get(arch),
-                cells=files.cache_dir() / "cells",
+                store=opened.store,
                 progress=f"tables of seed {options.seed}, {arch}",
             )
             for arch in paper.TABLES

@@ -10,6 +10,7 @@ import pandas as pd
 
 from advlab import evaluation, files, paper
 from advlab.bench.measure import cells
+from advlab.catalogue import LESSONS
 from advlab.checkpoints import is_adversarial, read_metadata
 
 TABLES = {"cnn": "table1_cnn.csv", "cnn-lstm": "table2_cnn_lstm.csv"}
@@ -126,21 +127,14 @@ def lessons_block(home: Path) -> str:
     """Return the list of lessons with their times; a new one has none until `retrain` timed it."""
     times = _read_times(home / "figures")["profiles"]
     lines = []
-    for path in lesson_paths(home):
-        number, about = _title(path)
-        line = {"lesson": f"[{number}](notebooks/{path.name})", "about": about}
+    for lesson in LESSONS.values():
+        link = f"[{lesson.number}](notebooks/{lesson.name}.ipynb)"
+        line = {"lesson": link, "about": lesson.title}
         for profile, head in (("lesson", "profile `lesson`"), ("quick", "`quick`")):
-            seconds = times[profile].get(path.stem)
+            seconds = times[profile].get(lesson.name)
             line[head] = NOT_TIMED if seconds is None else f"{seconds:.0f} s"
         lines.append(line)
     return markdown(pd.DataFrame(lines))
-
-
-def _title(path: Path) -> tuple[str, str]:
-    """Return number and title of a lesson, which its first line gives as "# 01 · Title"."""
-    first = nbformat.read(path, as_version=4).cells[0].source.partition("\n")[0]
-    number, _, title = first.lstrip("# ").partition(" · ")
-    return number, title
 
 
 def bench_block(home: Path) -> str:

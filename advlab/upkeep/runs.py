@@ -21,15 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from traitlets.config import Config
 
-import advlab
-from advlab import files, paper, session
+from advlab import datasets, files, paper
+from advlab.catalogue import LESSONS
 from advlab.machine import cores
+from advlab.recipes import Model, profile_for
+from advlab.store import code_hash
 from advlab.upkeep import readme
 from advlab.upkeep.processes import KEEP_MEMORY, PeakMemory, environment
-from advlab.upkeep.train import Model, Options, train_models
-
-# The lessons that rebuild the paper; the others go beyond it and need the robust models.
-PAPER_LESSONS = ("01", "02", "03", "04", "05")
+from advlab.upkeep.train import Options, train_models
 
 
 class BatchError(RuntimeError):
@@ -97,10 +96,15 @@ def check_parameters(lessons: Mapping[str, Path], parameters: Mapping[str, Any])
 
 
 def needed_models(lessons: Mapping[str, Path], options: Options) -> list[Model]:
-    """Return the models that the lessons need, baselines first, slow ones before quick ones."""
-    settings = session.settings_of(options.profile, options.dataset)
-    beyond = any(path.stem[:2] not in PAPER_LESSONS for path in lessons.values())
-    return settings.models() + (settings.robust_models() if beyond else [])
+    """Return the models that the lessons need, baselines first, slow ones before quick ones.
+
+    A notebook that is not in the catalogue trains what it needs itself.
+    """
+    settings = profile_for(options.profile, papers=datasets.are_papers(options.dataset))
+    entries = [LESSONS[path.stem] for path in lessons.values() if path.stem in LESSONS]
+    needed = {model for lesson in entries for model in lesson.needs(settings)}
+    everything = settings.paper_models() + settings.adversarial_models()
+    return [model for model in everything if model in needed]
 
 
 # --- the record of a run, and going on from it
@@ -116,14 +120,6 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def source_hash() -> str:
-    """Return a hash of the modules that compute the results."""
-    digest = sha256()
-    for path in sorted(Path(advlab.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def notebook_hash(path: Path) -> str:
     """Return a hash of what a notebook says: of its cells, without their outputs."""
     cells = nbformat.read(path, as_version=4).cells
@@ -135,7 +131,7 @@ def _new_record(options: Options, parameters: Mapping[str, Any]) -> dict[str, An
     asked = {name: getattr(options, name) for name in ("profile", "dataset", "seed", "device")}
     record = {
         "settings": asked | dict(parameters),
-        "code": source_hash(),
+        "code": code_hash(),
         "torch": torch.__version__,
         "machine": machine(),
         "processes": cores(),
@@ -343,7 +339,7 @@ def print_summary(output: Path, console: Console) -> None:
     """Print Tables 1 and 2 (beside the paper's where that is fair) and where everything lies."""
     rows = read_tables(output)
     if rows is not None:
-        fair = set(rows["data"]) == {"CIFAR-10"} and set(rows["recipe"]) <= {"paper", "fast"}
+        fair = set(rows["data"]) == {paper.DATA} and set(rows["recipe"]) <= {"paper", "fast"}
         for number, arch in enumerate(readme.TABLES, 1):
             _print_paper_table(rows[rows["architecture"] == arch], arch, number, fair, console)
         if fair:

@@ -11,19 +11,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from advlab import session
-from advlab.checkpoints import Training, Zoo
-from advlab.machine import cores
-from advlab.training import Recipe, hold_out, pick_device, progress_bar
+from advlab import lab
+from advlab.lab import Lab
+from advlab.machine import cores, pick_device, progress_bar
+from advlab.recipes import Model, Recipe, profile_for
+from advlab.store import Zoo
+from advlab.training import hold_out
 from advlab.upkeep.processes import KEEP_MEMORY, environment
 
-Model = tuple[str, Training]
 _zoo: Zoo
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of a run, for all its lessons and models; each as in `session.start`.
+    """What is asked of a run, for all its lessons and models; each as in `lab.start`.
 
     It is of a light module, because worker processes open their zoo by it.
     """
@@ -42,12 +43,12 @@ class Options:
             ValueError: if there is no such profile, data set or device.
             DataError: if the data cannot be had.
         """
-        profile = session.setting(self.profile, "ADVLAB_PROFILE", "lesson")
-        session.check_profile(profile)
-        dataset, root = session.resolve_data(self.dataset, self.data_dir)
-        chosen = session.setting(self.output_dir, "ADVLAB_OUTPUT", "")
-        output = Path(chosen or session.default_output(profile, dataset)).expanduser().absolute()
-        device = pick_device(session.setting(self.device, "ADVLAB_DEVICE", "auto"))
+        profile = lab.setting(self.profile, "ADVLAB_PROFILE", "lesson")
+        profile_for(profile, papers=True)  # a wrong name is told before anything is done
+        dataset, root = lab.resolve_data(self.dataset, self.data_dir)
+        chosen = lab.setting(self.output_dir, "ADVLAB_OUTPUT", "")
+        output = Path(chosen or lab.default_output(profile, dataset)).expanduser().absolute()
+        device = pick_device(lab.setting(self.device, "ADVLAB_DEVICE", "auto"))
         folder = str(root.absolute()) if root else "auto"
         return Options(profile, dataset, folder, str(output), self.seed, str(device))
 
@@ -61,10 +62,13 @@ class Options:
         }
         return found | ({} if self.data_dir == "auto" else {"ADVLAB_DATA": self.data_dir})
 
+    def open(self) -> Lab:
+        """Open data, models and kept results of these options."""
+        return lab.start(**vars(self), progress=False)
+
     def open_zoo(self) -> Zoo:
-        """Open the zoo of these options."""
-        places = self.data_dir, self.output_dir
-        return session.start(self.profile, self.dataset, self.seed, *places, progress=False).zoo
+        """Open the models alone; a worker process keeps nothing else."""
+        return self.open().zoo
 
 
 def _start_worker(make_zoo: Callable[[], Zoo], threads: int, epochs: SimpleQueue) -> None:
@@ -78,6 +82,10 @@ def _train(model: Model) -> tuple[str, float, float]:
     checkpoint = _zoo.get(*model)
     log = checkpoint.metadata
     return checkpoint.path.stem, log["test_accuracy"], log["images_per_second"]
+
+
+def _device(zoo: Zoo) -> torch.device:
+    return zoo.data.train.images.device
 
 
 def _images_to_train(zoo: Zoo, model: Model) -> int:
@@ -111,7 +119,7 @@ def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | N
     images = {
         zoo.file_name(*m).removesuffix(".safetensors"): _images_to_train(zoo, m) for m in missing
     }
-    on_cpu = pick_device(zoo.device).type == "cpu"
+    on_cpu = _device(zoo).type == "cpu"
     del zoo  # and its images: the workers have their own
     jobs = min(jobs or (cores() if on_cpu else 1), len(missing))
     context = get_context("spawn")

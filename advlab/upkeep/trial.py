@@ -4,6 +4,7 @@ AutoAttack takes minutes for 100 images of a robust model. Each 100 images that 
 the cache, so a run that was interrupted goes on from there, and a second one is instant.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,10 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from advlab import evaluation, files, session
+from advlab import autoattack, evaluation, files, lab
 from advlab.checkpoints import Checkpoint, load
-from advlab.data import ImageData
-from advlab.session import Session
+from advlab.lab import Lab
 from advlab.upkeep import readme
-from advlab.upkeep.processes import environment
 from advlab.upkeep.runs import machine, print_table
 
 EPS = 8 / 255
@@ -27,16 +26,16 @@ BEST = "cnn robust"
 
 
 def auto_attack_rows(
-    checkpoint: Checkpoint, data: ImageData, sizes: Sequence[float], n: int, progress: str
+    checkpoint: Checkpoint, opened: Lab, sizes: Sequence[float], n: int, progress: str
 ) -> pd.DataFrame:
     """Return a row per eps, as from `evaluation.accuracy_table`, for AutoAttack on `n` images."""
-    images, labels = data.test.first(n).batch(slice(None))
-    where = {"folder": files.cache_dir() / "autoattack", "progress": progress}
+    images, labels = opened.data.test.first(n).batch(slice(None))
+    where = {"store": opened.store, "progress": progress}
     rows = []
     for eps in sizes:
-        held = evaluation.auto_attack(checkpoint.model, images, labels, eps, **where)
-        how = data.name, eps, "autoattack", evaluation.WHITE_BOX
-        rows.append(evaluation.result_row(checkpoint, *how, int(held.sum()), n))
+        held = autoattack.auto_attack(checkpoint.model, images, labels, eps, **where)
+        how = opened.data.name, eps, "autoattack", evaluation.WHITE_BOX
+        rows.append(evaluation.result_row(checkpoint, *how, (int(held.sum()), math.nan), n))
     return pd.DataFrame(rows)
 
 
@@ -55,7 +54,7 @@ def run(
 
     Args:
         names: File names of checkpoints, or beginnings of them ("cnn-eps"); all for none.
-        dataset, data_dir, device: As in `session.start`.
+        dataset, data_dir, device: As in `lab.start`.
         auto_n: Images for AutoAttack and for PGD with restarts, the first of the test split (twice
             as many for the model `BEST`); 0 leaves both out.
         test_n: Images for FGSM and PGD-20; None for all.
@@ -68,9 +67,8 @@ def run(
         ImportError: without the extra "audit", unless `auto_n` is 0.
     """
     console = console or Console()
-    with environment(ADVLAB_DEVICE=session.setting(device, "ADVLAB_DEVICE", "auto")):
-        opened = session.start("lesson", dataset, data_dir=data_dir, progress=False)
-    if publish and (opened.data.name != "CIFAR-10" or names or test_n or not auto_n):
+    opened = lab.start("lesson", dataset, data_dir=data_dir, device=device, progress=False)
+    if publish and (not opened.data.papers or names or test_n or not auto_n):
         raise ValueError(
             "--publish writes what the lessons show: all models, all images, on CIFAR-10"
         )
@@ -102,10 +100,11 @@ def choose_models(names: Sequence[str]) -> list[Path]:
 
 
 def measure(
-    checkpoint: Checkpoint, opened: Session, auto_n: int, test_n: int | None, label: str
+    checkpoint: Checkpoint, opened: Lab, auto_n: int, test_n: int | None, label: str
 ) -> pd.DataFrame:
     """Return one model's rows: clean, FGSM, PGD and, unless `auto_n` is 0, AutoAttack."""
-    name, data, parts = evaluation.name_of(checkpoint), opened.data, []
+    name, data, parts = checkpoint.name, opened.data, []
+    checkpoint.model.to(opened.device)
     n = min(2 * auto_n if name == BEST else auto_n, len(data.test))
     # PGD with restarts is to be compared with AutoAttack: on the same images.
     attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
@@ -116,13 +115,13 @@ def measure(
                 replace(data, test=data.test.first(count)),
                 (0.0, EPS) if attack == "fgsm" else (EPS,),
                 attack=attack,
-                cells=opened.cells,
+                store=opened.store,
                 progress=f"{label}{name}, {attack}",
             )
         )
     if auto_n:
         sizes = (*SWEEP, EPS) if name == SWEPT else (EPS,)
-        parts.append(auto_attack_rows(checkpoint, data, sizes, n, f"{label}{name}, AutoAttack"))
+        parts.append(auto_attack_rows(checkpoint, opened, sizes, n, f"{label}{name}, AutoAttack"))
     table = pd.concat(parts, ignore_index=True)
     table.loc[table["test_eps"] == 0, "attack"] = "clean"
     return table
