@@ -133,6 +133,8 @@ def test_bad_choice_is_told_in_the_panel(explorer):
     explorer.target.value = label
     explorer.attack.value = "fgsm towards a class"
     assert "cannot be attacked" in explorer.message.value
+    with pytest.raises(ValueError, match="1 of 1 targets are the image's own class"):
+        explorer.figure()
     explorer.target.value = (label + 1) % 10
     assert explorer.message.value == ""
 
