@@ -1,8 +1,16 @@
 # Two commands: `make run` runs the lessons, `make test` tests them. Both install what they need.
 PYTHON ?= python3
 BIN := .venv/bin
+# The exact versions that the committed numbers were made with.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# On Linux, PyPI's torch brings gigabytes of CUDA: the CPU build is installed before the rest. Another
+# build is taken with `make TORCH_INDEX=URL`, PyPI's with `make TORCH_INDEX=`, and none is named here
+# where pip's own variable names an index.
+ifndef PIP_EXTRA_INDEX_URL
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
 
-.PHONY: run test lab reproduce retrain audit bench libraries course doctor lint clean
+.PHONY: run test lab reproduce retrain audit bench libraries course browser doctor lint clean
 
 run: .venv/installed          ## run all lessons and print the paper's tables beside ours
 	$(BIN)/advlab run
@@ -27,12 +35,15 @@ bench: libraries              ## speed beside the paper's way and other librarie
 
 # torchattacks pins an old `requests` that JupyterLab cannot live with, hence --no-deps.
 libraries: .venv/installed    ## torchattacks, foolbox and ART, to compare with
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[bench]"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps torchattacks==3.5.1
+	$(PIP) --quiet --editable ".[bench]"
+	$(PIP) --quiet --no-deps torchattacks
 
 course: .venv/installed       ## nbgrader, and the student versions of the assignments
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[course]"
+	$(PIP) --quiet --editable ".[course]"
 	$(BIN)/advlab course build
+
+browser: .venv/installed      ## what the tests in a browser need beside Chromium
+	$(PIP) --quiet --editable ".[browser]"
 
 doctor: .venv/installed       ## check this machine
 	$(BIN)/advlab doctor
@@ -43,9 +54,12 @@ lint: .venv/installed         ## style of code and notebooks
 clean:                        ## remove the environment and all outputs
 	rm -rf .venv outputs
 
-.venv/installed: pyproject.toml
+# Torch alone is asked for at its index: pip would ask there for every package, and wait for each
+# answer where the index cannot be reached.
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[test,audit]"
+	$(PIP) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch torchvision
+	$(PIP) --editable ".[test,audit]"
 	touch .venv/installed

@@ -39,7 +39,7 @@ class Trial:
         seed: Of noise and random starts.
 
     Raises:
-        ValueError, TypeError: if images, labels or `eps` are not as above.
+        ValueError, TypeError: if images, labels or `eps` are not as above, or `eps` is 0.
     """
 
     model: Classifier
@@ -50,7 +50,8 @@ class Trial:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_eps(self.eps)
+        if not check_eps(self.eps) > 0:
+            raise ValueError(f"eps is {self.eps}; a trial needs attacks of a size above 0")
         check_batch(self.images, self.labels)
 
     def share(self, shown: Tensor) -> float:

@@ -1,7 +1,7 @@
 """AutoAttack, the field's standard measure of robustness, by its authors' code."""
 
 from collections.abc import Sequence
-from typing import Any
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from advlab.attacks import check_size
 from advlab.checkpoints import weights_hash
 from advlab.data import check_batch
-from advlab.forward import CHUNK, Classifier, check_device, eval_mode, holds, predict
+from advlab.forward import CHUNK, Classifier, check_device, gradient_mode, holds, predict
 from advlab.machine import progress_bar
 from advlab.models import fastest_layout
 from advlab.store import Store, key
+
+PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
 def auto_attack(
@@ -35,16 +37,16 @@ def auto_attack(
     authors' (package pyautoattack). It takes minutes for 100 images of a robust model, so each 100
     images that are done are kept in `store`, and an interrupted run goes on from there.
 
-    Ten parameters: those of the authors' class, and where parts are kept and shown.
+    Ten parameters, a line each: those of the authors' class, and where parts are kept and shown.
 
     Args:
-        model: The attacked model. What it is must show in its weights to be kept: of a plain
-            function nothing is.
+        model: The attacked model. Nothing is kept of one whose code is neither PyTorch's nor ours:
+            nobody could tell whether it was edited.
         images: (N, C, H, W) float in [0, 1].
         labels: (N,) int64, the true classes.
         eps: Largest change, as in `attacks.pgd`.
-        attacks: Some of "apgd-ce", "apgd-t", "fab-t", "square"; None for all four, and with fewer
-            than four classes for all but "apgd-t", whose loss compares four logits.
+        attacks: Some of `PARTS`; None for all four, and with fewer than four classes for all but
+            "apgd-t", whose loss compares four logits.
         norm: "linf" or "l2".
         seed: Of every random start.
         queries: How often Square may ask the model, per image; 5,000 is the standard.
@@ -56,55 +58,86 @@ def auto_attack(
 
     Raises:
         ImportError: without the extra "audit".
-        ValueError: if `eps` or `norm` is not as in `attacks.pgd`.
+        ValueError: if `eps` or `norm` is not as in `attacks.pgd`, or one of `attacks` does not
+            exist, or not for so few classes.
     """
     check_batch(images, labels)
-    check_size(eps, norm, images.shape[1:])
     check_device(model, images)
+    _authors_code()
+    asked = {
+        "eps": check_size(eps, norm, images.shape[1:]),
+        "norm": norm,
+        "attacks": _choose(attacks, outputs=predict(model, images[:1]).shape[1]),
+        "seed": seed,
+        "queries": queries,
+    }
+    kept = store if store and _is_known(model) else Store(None)
+    held: list[bool] = []
+    with progress_bar(progress, len(images), "image") as bar, gradient_mode(model, images.device):
+        for x, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
+            name = ""
+            if kept.folder:
+                on = [repr(model), weights_hash(model), x, y, x.device.type]
+                name = key("autoattack", asked, version("pyautoattack"), *on)
+            held += kept.remember(name, lambda x=x, y=y: _attack(model, x, y, **asked))
+            bar.update(len(y))
+            bar.set_postfix(held=f"{sum(held) / len(held):.3f}")
+    return torch.tensor(held, device=images.device)
+
+
+def _authors_code() -> type:
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
         raise ImportError(
             'AutoAttack needs another package; install it with: pip install "advlab[audit]"'
         ) from error
+    return AutoAttack
+
+
+def _choose(attacks: Sequence[str] | None, outputs: int) -> list[str]:
+    """Return the parts to run on a model of so many outputs."""
+    possible = [name for name in PARTS if name != "apgd-t" or outputs >= 4]
+    unknown = [name for name in attacks or () if name not in possible]
+    if unknown:
+        raise ValueError(
+            f"no attack {', '.join(map(repr, unknown))} on {outputs} outputs; choose some of "
+            f"{', '.join(possible)}"
+        )
+    return list(attacks or possible)
+
+
+def _is_known(model: Classifier) -> bool:
+    """Tell whether a key can hold all that decides what `model` computes."""
+    if not isinstance(model, nn.Module):
+        return False
+    kinds = {type(module).__module__ for module in model.modules()}
+    return all(kind.startswith(("torch.nn.", "advlab.")) for kind in kinds)
+
+
+def _attack(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    norm: str,
+    attacks: Sequence[str],
+    seed: int,
+    queries: int,
+) -> list[bool]:
+    """Return which images hold."""
 
     def logits(x: Tensor) -> Tensor:
         return model(x.contiguous(memory_format=fastest_layout(model)))
 
-    outputs = predict(model, images[:1]).shape[1]
-    if attacks is None and outputs < 4:
-        attacks = ("apgd-ce", "fab-t", "square")
-    chosen = {"attacks": list(attacks), "version": "custom"} if attacks else {}
-
-    def attack(x: Tensor, y: Tensor) -> list[bool]:
-        where = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "device": str(x.device)}
-        with torch.random.fork_rng(devices=[]):
-            attacker = AutoAttack(logits, eps=eps, seed=seed, **where, **chosen)
-            attacker.square.n_queries = queries
-            if outputs < 10:  # the standard aims at nine other classes
-                attacker.apgd_targeted.n_target_classes = outputs - 1
-                attacker.fab.n_target_classes = outputs - 1
-            made, _ = attacker.run_standard_evaluation(x.float(), y, batch_size=CHUNK)
-        return holds(model, made.clamp(0, 1), y).tolist()
-
-    asked = [eps, norm, list(attacks or ()), seed, queries]
-    kept = store if store and isinstance(model, nn.Module) else Store(None)
-    held: list[bool] = []
-    with progress_bar(progress, len(images), "image") as bar, eval_mode(model):
-        for x, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            name = _part_key(model, x, y, asked) if kept.folder else ""
-            held += kept.remember(name, lambda x=x, y=y: attack(x, y))
-            bar.update(len(y))
-            bar.set_postfix(held=f"{sum(held) / len(held):.3f}")
-    return torch.tensor(held, device=images.device)
-
-
-def _part_key(model: nn.Module, images: Tensor, labels: Tensor, asked: list[Any]) -> str:
-    """Return the key of a part.
-
-    The predicted classes are in it, for weights alone would mix up models that read them
-    differently. (Not the logits: their last bits depend on the number of threads.)
-    """
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    answers = predict(model, images).argmax(1)
-    return key("autoattack", asked, kind, weights_hash(model), images, labels, answers)
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        where = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "device": str(images.device)}
+        attacker = _authors_code()(logits, eps=eps, seed=seed, **where)
+        attacker.attacks_to_run = attacks  # some of them are as in the standard, too
+        attacker.square.n_queries = queries
+        outputs = predict(model, images[:1]).shape[1]
+        if outputs < 10:  # the standard aims at nine other classes
+            attacker.apgd_targeted.n_target_classes = outputs - 1
+            attacker.fab.n_target_classes = outputs - 1
+        made, _ = attacker.run_standard_evaluation(images.float(), labels, batch_size=CHUNK)
+    return holds(model, made.clamp(0, 1), labels).tolist()

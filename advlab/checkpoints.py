@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,12 +66,17 @@ class Checkpoint:
         return self.metadata["history"]
 
 
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """Return the content of a tensor of any dtype (NumPy knows no bfloat16), for a hash."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+
+
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of every weight and buffer of `model`: the same weights, the same hash."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
@@ -99,9 +105,12 @@ def _own_metadata(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("advlab")
-        return None if text is None else json.loads(text)
+        found = None if text is None else json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
+    if not isinstance(found, dict | None):
+        raise _damaged(path, TypeError(f"its metadata are a {type(found).__name__}"))
+    return found
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -169,11 +178,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return _without_prefix(dict(found))
 
 
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
     for prefix in PREFIXES * 2:  # a compiled model in DataParallel has two
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+        if named and all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): value for name, value in named.items()}
+    return named
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -184,6 +193,9 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn
             finite number.
     """
     wanted = model.state_dict()
+    # A model may begin all of its own names so: `self.model = resnet18()`.
+    own = _without_prefix({name: name for name in wanted})
+    tensors = {own.get(name, name): tensor for name, tensor in tensors.items()}
     differ = {
         "missing": [name for name in wanted if name not in tensors],
         "not of this model": [name for name in tensors if name not in wanted],
@@ -206,10 +218,17 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn
     return model.eval()
 
 
-def _build(metadata: Mapping[str, Any]) -> nn.Module:
-    """Return an untrained model like the one that was saved (older files are of CIFAR-10)."""
+def _build(metadata: Mapping[str, Any], path: Path) -> nn.Module:
+    """Return an untrained model like the one that was saved (older files are of CIFAR-10).
+
+    Raises:
+        CheckpointError: if the metadata do not say what can be built.
+    """
     shape, classes = metadata.get("shape", CIFAR_SHAPE), metadata.get("classes", 10)
-    return models.build(metadata["arch"], shape=tuple(shape), classes=classes)
+    try:
+        return models.build(metadata.get("arch"), shape=shape, classes=classes)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not say what model it is of: {error}") from error
 
 
 def load(path: Path) -> Checkpoint:
@@ -219,10 +238,8 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: if it is damaged, altered or foreign.
     """
     metadata = read_metadata(path)
-    if metadata.get("arch") not in models.ARCHITECTURES or "weights_hash" not in metadata:
-        raise CheckpointError(f"{path} does not say which architecture it is of; get it again")
-    model = load_into(_build(metadata), read_tensors(path), path)
-    if weights_hash(model) != metadata["weights_hash"]:
+    model = load_into(_build(metadata, path), read_tensors(path), path)
+    if weights_hash(model) != metadata.get("weights_hash"):
         raise CheckpointError(
             f"{path} was altered: its weights do not match the hash written at training. "
             "Delete it and get it again"
@@ -250,8 +267,8 @@ def load_weights(
         ValueError: if there is no such architecture.
     """
     tensors = read_state(path)
-    about = _own_metadata(path) if path.suffix == ".safetensors" else None
-    own = (about or {}).get("arch")
+    about = (_own_metadata(path) or {}) if path.suffix == ".safetensors" else {}
+    own = about.get("arch")
     if own is None and arch is None:
         raise CheckpointError(
             f"{path} does not say which architecture it is of; give --arch, one of "
@@ -259,7 +276,7 @@ def load_weights(
         )
     if own is not None and arch not in (None, own):
         raise CheckpointError(f"{path} is of the architecture {own}, not {arch}; leave --arch out")
-    built = _build(about) if about and own else models.build(arch, 0, shape, classes)
+    built = _build(about, path) if own else models.build(arch, 0, shape, classes)
     model = load_into(built, tensors, path)
     metadata = {"arch": own or arch, "train_eps": None, "seed": None, "recipe": {"name": None}}
     metadata["weights_hash"] = weights_hash(model)

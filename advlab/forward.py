@@ -5,7 +5,7 @@ as it was found.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +40,49 @@ def eval_mode(model: Classifier) -> Iterator[None]:
 
 
 @contextmanager
+def float32_mode(device: torch.device) -> Iterator[None]:
+    """Compute in float32 proper: without autocast, and on CUDA without TF32 in cuDNN's layers.
+
+    TF32 has 10 bits where float32 has 23. Convolutions there use it unless told otherwise; matrix
+    products only if the caller says so.
+    """
+    cudnn = torch.backends.cudnn
+    layers = (cudnn.conv, cudnn.rnn) if device.type == "cuda" else ()
+    before = [layer.fp32_precision for layer in layers]
+    try:
+        for layer in layers:
+            layer.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for layer, precision in zip(layers, before, strict=True):
+            layer.fp32_precision = precision
+
+
+@contextmanager
+def recurrent_gradients(model: Classifier, device: torch.device) -> Iterator[None]:
+    """Let gradients of recurrent layers be taken in eval mode.
+
+    cuDNN's refuse them, PyTorch's own allow them; other models keep cuDNN, which is faster.
+    """
+    # Not `cudnn.flags`: it also sets, and may refuse to read, what the caller chose for TF32.
+    before = torch.backends.cudnn.enabled
+    try:
+        if device.type == "cuda" and _may_recur(model):
+            torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@contextmanager
 def gradient_mode(model: Classifier, device: torch.device) -> Iterator[None]:
     """Let gradients be taken in float32 and eval mode, whatever the caller has switched off."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        # cuDNN's recurrent layers refuse gradients in eval mode; PyTorch's own allow them.
-        torch.backends.cudnn.flags(enabled=False) if _may_recur(model) else nullcontext(),
+        float32_mode(device),
+        recurrent_gradients(model, device),
         eval_mode(model),
     ):
         yield
@@ -128,7 +163,7 @@ def check_device(model: Classifier, images: Tensor) -> None:
     """
     if isinstance(model, nn.Module):
         weights = next(model.parameters(), None)
-        if weights is not None and weights.device.type != images.device.type:
+        if weights is not None and weights.device != images.device:
             raise ValueError(
                 f"the model is on {weights.device}, the images on {images.device}; move one: "
                 "model.to(...) or images.to(...)"
@@ -147,7 +182,7 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
     """
     check_device(model, images)
     layout, parts = fastest_layout(model), []
-    with eval_mode(model), torch.autocast(images.device.type, enabled=False):
+    with eval_mode(model), float32_mode(images.device):
         for part in images.split(CHUNK):
             logits = model(part.float().contiguous(memory_format=layout))
             parts.append(_check_shape(logits, len(part)).float())

@@ -145,7 +145,7 @@ def setting(value: str | None, variable: str, default: str) -> str:
 def resolve_data(dataset: str, data_dir: str) -> tuple[str, Path | None]:
     """Return data set and folder that the settings ask for (see `datasets.resolve`)."""
     wanted = setting(dataset, "ADVLAB_DATASET", "auto")
-    return datasets.resolve(wanted, setting(data_dir, "", "") or None)
+    return datasets.resolve(wanted, None if data_dir in (None, "", "auto") else data_dir)
 
 
 def default_output(profile: str, dataset: str) -> Path:

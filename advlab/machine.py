@@ -22,13 +22,13 @@ def pick_device(device: str = "auto") -> torch.device:
     Raises:
         ValueError: if there is no such device on this machine.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}  # how many there are
+    there["mps"] = int(torch.backends.mps.is_available())
     if device == "auto":
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
-    kind = device.partition(":")[0]
-    if not there.get(kind, False):
-        found = ", ".join(name for name, here in there.items() if here)
+    kind, _, number = device.partition(":")
+    if not (number or "0").isdecimal() or int(number or 0) >= there.get(kind, 0):
+        found = ", ".join(name for name, count in there.items() if count)
         raise ValueError(f"device {device!r} is not on this machine; choose auto, or {found}")
     return torch.device(device)
 

@@ -167,7 +167,7 @@ def build(arch: str, seed: int = 0, shape: Shape = CIFAR_SHAPE, classes: int = 1
     if classes < 2:
         raise ValueError(f"classes is {classes}; a classifier needs at least 2")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`: it seeds GPUs as well
         return ARCHITECTURES[arch].make(classes, tuple(shape))
 
 

@@ -220,7 +220,7 @@ def ratios(table: pd.DataFrame) -> Figure:
     """Draw how many times faster advlab is, for every row of the benchmark that has a target.
 
     Args:
-        table: As from the benchmark: among others machine, part, what, way, against, ratio and
+        table: As from `bench.run.run`: among others machine, part, what, way, against, ratio and
             target.
     """
     rows = table.dropna(subset=["ratio", "target"]).iloc[::-1]

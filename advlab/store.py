@@ -10,6 +10,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from advlab import files, models
 from advlab.attacks import check_eps, fgsm_direction
 from advlab.checkpoints import (
     Checkpoint,
+    as_bytes,
     load,
     read_metadata,
     read_tensors,
@@ -35,23 +37,28 @@ from advlab.machine import has_fast_bf16
 from advlab.recipes import Recipe, Training, file_stem
 from advlab.training import AugmentedSet, fit, hold_out, measure_on_test
 
+PACKAGE = Path(__file__).parent
 _CRAFTING = ("data", "models", "forward", "attacks")
 # By kind of result, the modules whose code decides it.
 CODE = {
-    "directions": _CRAFTING,
+    "directions": (*_CRAFTING, "store"),
     "measurement": (*_CRAFTING, "catalogue", "evaluation"),
     "autoattack": (*_CRAFTING, "autoattack"),
-    "model": (*_CRAFTING, "recipes", "training"),
+    "model": (*_CRAFTING, "recipes", "training", "store"),
 }
 
 
-def code_hash(*modules: str) -> str:
-    """Return a hash of the code of modules of this package; comments and layout do not count.
+@cache
+def code_hash(*modules: str, package: Path = PACKAGE) -> str:
+    """Return a hash of the code of modules of a package; comments and layout do not count.
+
+    It is that of the first call in this process: what runs is the code that was imported, whatever
+    is written into the files afterwards.
 
     Args:
         modules: Names without "advlab."; all modules and rooms of the package for none.
+        package: Its folder.
     """
-    package = Path(__file__).parent
     paths = [package / f"{name}.py" for name in modules] or sorted(package.rglob("*.py"))
     digest = hashlib.sha256()
     for path in paths:
@@ -70,14 +77,15 @@ def key(kind: str, *asked: Any) -> str:
     def plain(value: Any) -> str:
         if not isinstance(value, Tensor):
             raise TypeError(f"{value!r} cannot be part of a key")
-        return hashlib.sha256(value.detach().cpu().contiguous().numpy()).hexdigest()
+        return hashlib.sha256(as_bytes(value)).hexdigest()
 
-    identity = [kind, code_hash(*CODE[kind]), torch.__version__, asked]
+    code = code_hash(*CODE[kind], package=PACKAGE)
+    identity = [kind, code, torch.__version__, asked]
     return hashlib.sha256(json.dumps(identity, default=plain).encode()).hexdigest()[:24]
 
 
 class Store:
-    """Measured results, each a small JSON file under its key.
+    """Measured results, each a small file under its key: a checksum, and the result as JSON.
 
     Args:
         folder: Where they are kept; None keeps none.
@@ -94,12 +102,18 @@ class Store:
         if self.folder is None:
             return compute()
         path = self.folder / name[:2] / f"{name}.json"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):
-            result = compute()
-        files.write_bytes(path, json.dumps(result).encode())
+        if path.is_file():
+            checksum, _, content = path.read_bytes().partition(b"\n")
+            if checksum == _checksum(content):
+                return json.loads(content)
+        result = compute()
+        content = json.dumps(result).encode()
+        files.write_bytes(path, _checksum(content) + b"\n" + content)
         return result
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 class Zoo:

@@ -10,7 +10,7 @@ import io
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from advlab import files
 from advlab.attacks import fgsm, perturb, pgd
 from advlab.data import Split
-from advlab.forward import eval_mode, evaluate
+from advlab.forward import eval_mode, evaluate, recurrent_gradients
 from advlab.machine import has_fast_bf16, progress_bar
 from advlab.models import fastest_layout
 from advlab.recipes import Recipe
@@ -151,7 +151,10 @@ def attack_batch(
         noise = torch.rand(images.shape, generator=generator).to(images.device)
         x = torch.add(images, noise.mul_(2).sub_(1), alpha=eps).clamp_(0, 1)
     trades = recipe.adversary == "trades"
-    with eval_mode(model) if trades else nullcontext():
+    with ExitStack() as stack:
+        if trades:
+            stack.enter_context(eval_mode(model))
+            stack.enter_context(recurrent_gradients(model, images.device))
         with torch.no_grad():
             answer = model(images).float().softmax(1) if trades else None
         for _ in range(recipe.steps):
@@ -190,12 +193,6 @@ def _average(decay: float, averaged: Tensor, now: Tensor, step: Tensor) -> Tenso
     if not now.is_floating_point():  # batch norm counts its batches
         return now
     return averaged.lerp(now, 1 - min(decay, float((1 + step) / (10 + step))))
-
-
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    content = io.BytesIO()
-    torch.save(state, content)
-    files.write_bytes(path, content.getvalue())
 
 
 def _identify(model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int) -> str:
@@ -274,7 +271,13 @@ class _Run:
     """A training on its way: what changes from step to step, and what is kept of each epoch."""
 
     def __init__(
-        self, model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int, precision: str
+        self,
+        model: nn.Module,
+        data: TrainingSet,
+        recipe: Recipe,
+        seed: int,
+        precision: str,
+        state_path: Path | None,
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.device = device_of(model)
@@ -291,6 +294,10 @@ class _Run:
             self.parts["averaged"] = self.averaged
         self.history: History = []
         self.best: dict[str, Any] = {"score": -1.0, "weights": None}
+        self.state_path = state_path
+        if state_path:
+            self.identity = _identify(model, data, recipe, seed)
+            self._restore()
 
     @property
     def judged(self) -> nn.Module:
@@ -340,18 +347,30 @@ class _Run:
             weights = {name: t.clone() for name, t in self.judged.state_dict().items()}
             self.best = {"score": score, "weights": weights}
 
-    def save(self, path: Path, identity: str) -> None:
-        """Write all that is needed to go on after this epoch."""
-        whole = {name: part.state_dict() for name, part in self.parts.items()}
-        _save_state(
-            path, whole | {"identity": identity, "history": self.history, "best": self.best}
-        )
+    def save(self) -> None:
+        """Write all that is needed to go on after this epoch, where a state is kept."""
+        if self.state_path:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"identity": self.identity, "history": self.history, "best": self.best}
+            content = io.BytesIO()
+            torch.save(state, content)
+            files.write_bytes(self.state_path, content.getvalue())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to where `save` was called."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.history, self.best = state["history"], state["best"]
+    def _restore(self) -> None:
+        """Go back to where `save` was called, if it was for this training."""
+        state = _load_state(self.state_path, self.identity)
+        if state:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.history, self.best = state["history"], state["best"]
+
+    def finish(self) -> History:
+        """Give the model its final weights, in eval mode, and return the history."""
+        self.model.load_state_dict(self.best["weights"] or self.judged.state_dict())
+        self.model.to(memory_format=torch.contiguous_format).eval()
+        if self.state_path:
+            self.state_path.unlink(missing_ok=True)
+        return self.history
 
 
 def fit(
@@ -391,17 +410,13 @@ def fit(
         on_epoch: Called with each epoch's figures.
 
     Returns:
-        One dict per epoch: epoch, train_loss, train_accuracy, seconds, images_per_second; test_loss
-        and test_accuracy where `test` is given, and what `measure_on_validation` returns where
-        `validation` is. Seconds count training alone.
+        One dict per epoch: epoch, train_loss, train_accuracy, seconds (of training alone) and
+        images_per_second; what `measure_on_test` and `measure_on_validation` return, if asked for.
 
     Raises:
         ValueError: if `state_path` is damaged or there is no such precision.
     """
-    identity = _identify(model, data, recipe, seed) if state_path else ""
-    run = _Run(model, data, recipe, seed, precision)
-    if state_path and (state := _load_state(state_path, identity)):
-        run.restore(state)
+    run = _Run(model, data, recipe, seed, precision, state_path)
     with progress_bar(progress, recipe.epochs * run.steps, "step") as bar:
         bar.update(len(run.history) * run.steps)
         while len(run.history) < recipe.epochs:
@@ -416,10 +431,5 @@ def fit(
             bar.set_postfix(accuracy=f"{figures['train_accuracy']:.3f}")
             if on_epoch:
                 on_epoch(figures)
-            if state_path:
-                run.save(state_path, identity)
-    model.load_state_dict(run.best["weights"] or run.judged.state_dict())
-    model.to(memory_format=torch.contiguous_format).eval()
-    if state_path and state_path.exists():
-        state_path.unlink()
-    return run.history
+            run.save()
+    return run.finish()

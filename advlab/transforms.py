@@ -58,7 +58,7 @@ class FGSMTransform(v2.Transform):
         images = image.as_subclass(Tensor).unsqueeze(0) if single else image.as_subclass(Tensor)
         labels = torch.as_tensor(label, device=images.device).reshape(-1)
         check_batch(images, labels)
-        chosen = torch.rand(len(images)) < self.p
+        chosen = (torch.rand(len(images)) < self.p).to(images.device)
         attacked = images.clone()
         if chosen.any():
             attacked[chosen] = fgsm(

@@ -326,7 +326,7 @@ class AttackExplorer:
         if not len(found):
             self.message.value = "there is no test image of this class"
             return
-        chosen = int(found[torch.randint(len(found), (1,))])
+        chosen = int(found[int(torch.randint(len(found), (1,)))])
         if chosen == self.index.value:
             self._choose(None)
         self.index.value = chosen

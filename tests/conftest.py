@@ -16,8 +16,6 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from matplotlib import pyplot as plt
 from nbformat.v4 import new_code_cell, new_notebook
 from torch import Tensor, nn
-from torch.utils.benchmark import Measurement
-from torch.utils.benchmark.utils.common import TaskSpec
 
 from advlab import datasets, files
 from advlab._torchvision import datasets as torchvision_sets
@@ -113,11 +111,6 @@ def balance(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         last.bias -= model(images).mean(0)
         return model(images).argmax(1)
-
-
-def make_measurement(*seconds: float) -> Measurement:
-    """Return what a timer would, had it measured `seconds`."""
-    return Measurement(1, list(seconds), TaskSpec("way()", "pass"))
 
 
 def write_lesson(home: Path, name: str, *code: str) -> None:

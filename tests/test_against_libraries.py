@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
-from advlab import checkpoints, data, evaluation, files, models
+from advlab import checkpoints, datasets, evaluation, files, models
 from advlab.attacks import fgsm, mifgsm, pgd
-from advlab.tools import rivals
+from advlab.bench import rivals
 
 MODULES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art"}
 STEPS = 10
@@ -33,8 +33,7 @@ def set_up(request):
     pytest.importorskip(MODULES[request.param], reason=reason)
 
     def make(model, alpha):
-        found = {library.name: library for library in rivals.libraries(model, alpha, STEPS)}
-        return found[request.param]
+        return rivals.libraries(model, alpha, STEPS)[request.param]
 
     return make
 
@@ -66,7 +65,7 @@ def test_pgd_breaks_every_image_that_a_library_breaks(case, set_up, monkeypatch)
 def test_pgd_on_the_shipped_robust_models_is_as_strong_as_a_library(arch, set_up, cifar10_root):
     path = files.shipped_checkpoints() / f"{arch}-robust-seed0.safetensors"
     model, alpha = checkpoints.load(path).model, rivals.EPS / 4
-    images, labels = data.load("cifar10", cifar10_root).test.first(50).batch(slice(None))
+    images, labels = datasets.load("cifar10", cifar10_root).test.first(50).batch(slice(None))
     theirs = set_up(model, alpha).pgd(images, labels)
     ours = pgd(model, images, labels, rivals.EPS, alpha=alpha, steps=STEPS, random_start=False)
     left = [int(evaluation.holds(model, made, labels).sum()) for made in (ours, theirs)]

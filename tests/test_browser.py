@@ -25,7 +25,7 @@ EXPLORER = """
 import time
 
 import torch
-from advlab import data, models, training
+from advlab import datasets, models, recipes, training
 from advlab.widgets import AttackExplorer
 
 
@@ -36,10 +36,10 @@ class Slow(torch.nn.Module):
         return torch.cat([first, torch.zeros(len(x), 9)], dim=1)
 
 
-shapes = data.Shapes10(500, 60)
+shapes = datasets.Shapes10(500, 60)
 networks = {"cnn": models.build("cnn"), "slow": Slow(), "cnn-lstm": models.build("cnn-lstm")}
 for name in ("cnn", "cnn-lstm"):
-    training.fit(networks[name], shapes.train, training.QUICK)
+    training.fit(networks[name], shapes.train, recipes.QUICK)
 AttackExplorer(networks, shapes, index=int((shapes.test.labels == 0).nonzero()[0]))
 """
 

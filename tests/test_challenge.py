@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from advlab import models
 from advlab.attacks import pgd
+from advlab.classroom import challenge
+from advlab.classroom.challenge import EPS, SubmissionError, check_attack, read_attack, score
+from advlab.cli import app
 from advlab.evaluation import holds
-from advlab.tools import challenge
-from advlab.tools.challenge import EPS, SubmissionError, check_attack, read_attack, score
-from advlab.tools.cli import app
-from advlab.training import Recipe
+from advlab.recipes import Recipe
 
 TINY_RS = Recipe("robust", 1, 32, adversary="rs-fgsm", eps=EPS, alpha=EPS)
 
@@ -33,25 +33,31 @@ def submission(test_split):
 
 
 @pytest.fixture
+def hand_in(tmp_path):
+    """Writes tensors to a file, and returns its path."""
+
+    def write(**tensors):
+        save_file(tensors, tmp_path / "mine.safetensors")
+        return tmp_path / "mine.safetensors"
+
+    return write
+
+
+@pytest.fixture
 def arena(monkeypatch, tiny_shapes, tmp_path, zoo, empty_home):
     """A challenge whose target is a model of the session's zoo, on 32 images."""
     opened = SimpleNamespace(
-        data=tiny_shapes, zoo=zoo, settings=SimpleNamespace(robust={"robust": TINY_RS})
+        data=tiny_shapes, zoo=zoo, settings=SimpleNamespace(adversarial={"robust": TINY_RS})
     )
-    monkeypatch.setattr(challenge.session, "start", lambda *args, **kwargs: opened)
+    monkeypatch.setattr(challenge.lab, "start", lambda *args, **kwargs: opened)
     monkeypatch.setattr(challenge, "DEFENDED", 20)
     return opened
 
 
 def test_attack_that_keeps_the_rules_is_accepted_as_it_is(submission, test_split):
     images, labels = submission
-    assert torch.equal(check_attack(images, labels, *_of(test_split)), images)
-
-
-def test_attack_of_bytes_is_accepted(submission, test_split):
-    images, labels = submission
-    as_bytes = (images * 255).round().to(torch.uint8)
-    assert torch.equal(check_attack(as_bytes, labels, *_of(test_split)), images)
+    for given in (images, (images * 255).round().to(torch.uint8)):
+        assert torch.equal(check_attack(given, labels, *_of(test_split)), images)
 
 
 def test_exactly_eps_is_allowed_and_a_step_more_is_not(test_split):
@@ -103,10 +109,9 @@ def test_only_an_attack_is_read_as_one(tmp_path, submission):
         read_attack(attack)
 
 
-def test_attack_is_scored_against_pgd_and_noted(tmp_path, submission, arena, test_split):
+def test_attack_is_scored_against_pgd_and_noted(hand_in, submission, arena, test_split):
     images, labels = submission
-    path = tmp_path / "mine.safetensors"
-    save_file({"images": images, "labels": labels}, path)
+    path = hand_in(images=images, labels=labels)
     row = score(path)
     target = arena.zoo.get("cnn", TINY_RS).model
     assert row["correct"] == int(holds(target, images, labels).sum())
@@ -120,16 +125,14 @@ def test_attack_is_scored_against_pgd_and_noted(tmp_path, submission, arena, tes
     assert list(board["correct"]) == [row["correct"]] * 2
 
 
-def test_refused_submission_is_not_noted(tmp_path, submission, arena):
+def test_refused_submission_is_not_noted(hand_in, submission, arena):
     images, labels = submission
-    path = tmp_path / "mine.safetensors"
-    save_file({"images": images + 1, "labels": labels}, path)
     with pytest.raises(SubmissionError, match="range"):
-        score(path)
+        score(hand_in(images=images + 1, labels=labels))
     assert not (challenge.files.home() / "outputs").exists()
 
 
-def test_defence_is_scored_by_its_worst_case(tmp_path, arena, monkeypatch):
+def test_defence_is_scored_by_its_worst_case(hand_in, arena, monkeypatch):
     seen = []
 
     def weak_but_for_margin(model, images, labels, eps, *, loss, **options):
@@ -137,31 +140,26 @@ def test_defence_is_scored_by_its_worst_case(tmp_path, arena, monkeypatch):
         return pgd(model, images, labels, 1.0 if loss == "margin" else 0.0, alpha=0.1, steps=5)
 
     monkeypatch.setattr(challenge, "pgd", weak_but_for_margin)
-    path = tmp_path / "mine.safetensors"
-    save_file(models.build("cnn", 3).state_dict(), path)
-    row = score(path)
+    row = score(hand_in(**models.build("cnn", 3).state_dict()))
     assert seen == ["ce", "dlr", "margin"] * 2
     assert (row["kind"], row["n"], row["accuracy"]) == ("defence", 20, 0)
 
 
-def test_defence_of_another_architecture_is_refused(tmp_path, arena):
-    path = tmp_path / "mine.safetensors"
-    save_file(models.build("cnn-lstm").state_dict(), path)
+def test_defence_of_another_architecture_is_refused(hand_in, tmp_path, arena):
     with pytest.raises(SubmissionError, match="does not fit"):
-        score(path)
+        score(hand_in(**models.build("cnn-lstm").state_dict()))
     with pytest.raises(SubmissionError, match="there is no file"):
         score(tmp_path / "none.safetensors")
 
 
-def test_command_prints_the_score_and_refuses_without_a_traceback(tmp_path, submission, arena):
+def test_command_prints_the_score_and_refuses_without_a_traceback(hand_in, submission, arena):
     images, labels = submission
-    path = tmp_path / "mine.safetensors"
-    save_file({"images": images, "labels": labels}, path)
-    done = CliRunner().invoke(app, ["challenge", "score", str(path)])
+    command = ["challenge", "score", str(hand_in(images=images, labels=labels))]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "attack on Shapes-10" in done.output
-    save_file({"images": images * 2, "labels": labels}, path)
-    refused = CliRunner().invoke(app, ["challenge", "score", str(path)])
+    hand_in(images=images * 2, labels=labels)
+    refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 1
     assert "must be in [0, 1]" in refused.output
     assert "Traceback" not in refused.output

@@ -2,13 +2,17 @@
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from advlab import models
-from advlab.tools import cli, doctor
+from advlab import __main__, cli, evaluation, models, session
+from advlab.upkeep import doctor, publish, runs, trial
+from advlab.upkeep.train import Options
 
 runner = CliRunner()
 
@@ -31,6 +35,21 @@ def test_evaluate_prints_the_table_of_a_pth_and_a_safetensors_file(weights, trai
     assert trained[1].path.stem in result.output
 
 
+def test_choices_are_what_the_package_declares():
+    choices = [
+        ("run", "--profile", session.PROFILES),
+        ("evaluate", "--arch", models.ARCHITECTURES),
+        ("evaluate", "--attack", evaluation.ATTACKS),
+        ("audit", "--device", ("auto", "cpu", "cuda", "mps")),
+    ]
+    for command, option, names in choices:
+        result = runner.invoke(cli.app, [command, option, "none-of-them"])
+        assert result.exit_code == 2
+        said = " ".join(result.output.replace("│", " ").split())
+        assert f"Invalid value for '{option}'" in said
+        assert all(f"'{name}'" in said for name in ("none-of-them", *names))
+
+
 def test_evaluate_takes_a_source(weights, trained):
     command = ["evaluate", str(weights), "--arch", "cnn", "--source", str(trained[1].path)]
     command += ["--attack", "fgsm-per-image", "--dataset", "shapes10", "--test-n", "20"]
@@ -43,9 +62,7 @@ def test_evaluate_takes_a_source(weights, trained):
     ("arguments", "message"),
     [
         (["missing.pth", "--arch", "cnn"], "no weights file missing.pth"),
-        (["WEIGHTS", "--arch", "resnet"], "unknown architecture 'resnet'"),
         (["WEIGHTS", "--arch", "cnn-lstm"], "does not fit this architecture"),
-        (["WEIGHTS", "--arch", "cnn", "--attack", "magic"], "unknown attack 'magic'"),
         (["WEIGHTS", "--arch", "cnn", "--dataset", "mnist"], "unknown data set 'mnist'"),
     ],
 )
@@ -64,7 +81,6 @@ def test_evaluate_refuses_with_the_reason(weights, arguments, message):
         (["99_none"], "unknown lesson '99_none'"),
         (["--param", "nonsense=1"], "unknown parameter 'nonsense'"),
         (["--param", "nonsense"], "not of the form name=value"),
-        (["--profile", "slow"], "unknown profile 'slow'"),
         (["--dataset", "mnist"], "unknown data set 'mnist'"),
         (["--data-dir", "/no/such/folder"], "no folder cifar-10-batches-py in /no/such/folder"),
     ],
@@ -91,30 +107,55 @@ def test_doctor_prints_marks_and_its_exit_code_tells(monkeypatch, ok, code):
 
 
 def test_retrain_without_cifar10_says_why(monkeypatch, empty_home, no_network):
-    from advlab.tools import batch
-
-    monkeypatch.setattr(batch, "lesson_files", dict)
     result = runner.invoke(cli.app, ["retrain"])
     assert result.exit_code == 1
     assert "CIFAR-10 is not here" in " ".join(result.output.split())
     assert not (empty_home / "figures").exists()
 
 
-def test_reproduce_passes_its_options_on(monkeypatch):
-    from advlab.tools import batch
-
+def test_options_are_passed_on_as_plain_text(monkeypatch):
     asked = []
-    monkeypatch.setattr(batch, "reproduce", lambda seeds, **more: asked.append((seeds, more)))
-    assert runner.invoke(cli.app, ["reproduce"]).exit_code == 0
-    command = ["reproduce", "--seeds", "3", "--dataset", "shapes10", "--data-dir", "here"]
-    assert runner.invoke(cli.app, [*command, "--resume", "--publish"]).exit_code == 0
-    plain = {"dataset": "auto", "data_dir": "auto", "resume": False, "publish": False}
-    given = {"dataset": "shapes10", "data_dir": "here", "resume": True, "publish": True}
-    assert asked == [(1, plain | {"console": cli.console}), (3, given | {"console": cli.console})]
+    for module, name in ((runs, "run"), (publish, "reproduce"), (trial, "run")):
+        monkeypatch.setattr(module, name, lambda *given, **more: asked.append((given, more)))
+    places = ["--dataset", "shapes10", "--data-dir", "here"]
+    run = ["run", "02", *places, "--profile", "quick", "--seed", "3", "--device", "cpu", "--resume"]
+    for command in (
+        [*run, "--param", "a=1"],
+        ["reproduce", "--seeds", "3", *places, "--resume", "--publish"],
+        ["audit", "cnn", *places, "--device", "cpu", "--auto-n", "0", "--test-n", "9"],
+    ):
+        result = runner.invoke(cli.app, command)
+        assert result.exit_code == 0, result.output
+    shared = {"dataset": "shapes10", "data_dir": "here"}
+    options = Options("quick", "shapes10", "here", "auto", 3, "cpu")
+    numbers = {"device": "cpu", "auto_n": 0, "test_n": 9, "publish": False}
+    console = {"console": cli.console}
+    assert asked == [
+        ((["02"], options), {"parameters": {"a": 1}, "resume": True} | console),
+        ((3,), shared | {"resume": True, "publish": True} | console),
+        ((["cnn"],), shared | numbers | console),
+    ]
+    # Worker processes get them: they must not need this module to read them.
+    assert {type(value) for value in vars(asked[0][0][1]).values()} == {str, int}
+
+
+def test_evaluate_tells_the_device(weights, monkeypatch):
+    seen = []
+    measure = evaluation.accuracy_table
+
+    def accuracy_table(*given, **more):
+        seen.append(os.environ["ADVLAB_DEVICE"])
+        return measure(*given, **more)
+
+    monkeypatch.setattr(evaluation, "accuracy_table", accuracy_table)
+    command = ["evaluate", str(weights), "--arch", "cnn", "--dataset", "shapes10"]
+    result = runner.invoke(cli.app, [*command, "--test-n", "5", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert seen == ["cpu"]
 
 
 def test_bench_passes_its_options_on(monkeypatch):
-    from advlab.tools import bench
+    from advlab.bench import run as bench
 
     asked = []
     signature = inspect.signature(bench.run)
@@ -148,6 +189,26 @@ def test_reproduce_and_bench_refuse_with_the_reason(empty_home, command, message
     result = runner.invoke(cli.app, command)
     assert result.exit_code in (1, 2)
     assert message in " ".join(result.output.split())
+
+
+def test_command_whose_torch_is_broken_prints_the_doctor_s_report(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open')")
+    environment = {**os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "advlab", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "advlab cannot start: OSError('libtorch_cpu.so: cannot open')" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "[OK]   Python" in done.stdout
+    assert "[FAIL] torchvision import libtorch_cpu.so: cannot open" in done.stdout
+
+
+def test_main_runs_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["advlab", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 0
 
 
 def test_every_architecture_has_a_parameter_count():

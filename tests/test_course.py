@@ -17,11 +17,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import files
-from advlab.tools import course
-from advlab.tools.cli import app
+from advlab.classroom import course, grading, submissions
+from advlab.cli import app
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
-from advlab.tools import run_submission
+from advlab.classroom import merging, run_submission
 
 NAMES = list(course.sources())
 SANDBOX = bool(shutil.which("bwrap"))
@@ -69,13 +69,31 @@ def put(folder, student, name, notebook, old="", new=""):
     """Hand in `notebook`, with `old` replaced by `new` in its answers."""
     if old:
         replace(notebook, old, new)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     nbformat.write(notebook, folder / f"{student}_{name}.ipynb")
 
 
-def grades(folder, output):
-    table = course.grade(folder, output, sandbox=SANDBOX, console=QUIET)
+def grades(folder):
+    """Grade what is in FOLDER/in to FOLDER/out; return each notebook's sum, and the table."""
+    table = course.grade(folder / "in", folder / "out", sandbox=SANDBOX, console=QUIET)
     return table.groupby(["student", "assignment"])["score"].sum().to_dict(), table
+
+
+def grade_by_command(folder, *options):
+    command = ["course", "grade", str(folder / "in"), "--output", str(folder / "out"), *options]
+    done = CliRunner().invoke(app, command if SANDBOX else [*command, "--no-sandbox"])
+    assert done.exit_code == 0, done.output
+    return done.output, pd.read_csv(
+        folder / "out" / "grades.csv", keep_default_na=False, na_values={"score": ""}
+    )
+
+
+def scores_of(folder, student, name):
+    return json.loads((folder / "out" / "graded" / student / name / "scores.json").read_text())
+
+
+def page_of(folder, student):
+    return (folder / "out" / "feedback" / f"{student}.html").read_text()
 
 
 # --- sources and releases
@@ -314,12 +332,7 @@ def hand_in_a_class(folder, released):
 
 def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path):
     hand_in_a_class(tmp_path / "in", released)
-    command = ["course", "grade", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, command if SANDBOX else [*command, "--no-sandbox"])
-    assert done.exit_code == 0, done.output
-    table = pd.read_csv(
-        tmp_path / "out" / "grades.csv", keep_default_na=False, na_values={"score": ""}
-    )
+    output, table = grade_by_command(tmp_path)
     full = table["score"] == table["points"]
     by_hand = table["score"].isna()
     assert set(table["cell"][by_hand]) == {"claim"}
@@ -348,32 +361,28 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path):
     reasons = table.groupby("student")["reason"].agg(" ".join)
     assert (reasons[[*HOSTILE, "text", "huge"]] != "").all()
     assert (table["reason"][hostile & ~full] != "not run").all(), "each row tells why"
-    told = " ".join(done.output.split())
+    told = " ".join(output.split())
     assert "a2 of text: not a notebook: NotJSONError" in told
     assert "a2 of huge: the file has 21 MB" in told
     assert "rely on: an assertion cannot fail" in reasons["strips"]
     assert "rely on: all was replaced" in reasons["shadows"]
-    scores = json.loads((tmp_path / "out" / "graded" / "loops" / "a2" / "scores.json").read_text())
-    assert scores["reason"] == f"took longer than {course.CELL_SECONDS} s a cell, or 300 s in all"
-    assert scores["seconds"] > course.CELL_SECONDS
+    scores = scores_of(tmp_path, "loops", "a2")
+    assert scores["reason"] == f"took longer than {grading.CELL_SECONDS} s a cell, or 300 s in all"
+    assert scores["seconds"] > grading.CELL_SECONDS
     # A line for each assignment: how many, and how long they took.
-    lines = done.output.split("longest_s\n")[1].splitlines()[: len(NAMES)]
+    lines = output.split("longest_s\n")[1].splitlines()[: len(NAMES)]
     counts = {name: int(count) for name, count, *_ in (line.split() for line in lines)}
     assert counts == table.groupby("assignment")["student"].nunique().to_dict()
 
-    pages = {path.stem for path in (tmp_path / "out" / "feedback").iterdir()}
-    assert pages == set(table["student"])
+    pages = {path.stem: path.read_text() for path in (tmp_path / "out" / "feedback").iterdir()}
+    assert set(pages) == set(table["student"])
     # The page of a student with a mark to come says so, and none tells what the hidden tests are.
-    assert (
-        "14 of 14 points, and 10 to be read"
-        in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
-    )
-    texts = [path.read_text() for path in (tmp_path / "out" / "feedback").iterdir()]
-    assert not any("HIDDEN TESTS" in text or "SystemRandom().randrange" in text for text in texts)
-    assert "# hidden tests" in (tmp_path / "out" / "feedback" / "perfect.html").read_text()
-    for student in ("text", "huge", "empty"):
-        page = (tmp_path / "out" / "feedback" / f"{student}.html").read_text()
-        assert "BEGIN SOLUTION" not in page
+    assert "14 of 14 points, and 10 to be read" in pages["perfect"]
+    assert "# hidden tests" in pages["perfect"]
+    secrets = ("HIDDEN TESTS", "SystemRandom().randrange", "BEGIN SOLUTION")
+    given = ("text", "huge", "empty")  # only those that hold no answer
+    for student, page in pages.items():
+        assert not any(secret in page for secret in secrets[: 3 if student in given else 2])
 
 
 @pytest.fixture
@@ -391,7 +400,6 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch, por
     victim.write_text("mine")
     monkeypatch.setenv("GRADER_TOKEN", "secret")
     folder, home = tmp_path / "in", str(Path.home())
-    folder.mkdir()
     put(folder / "neighbour", "notes", "a1", source("a1"))
     probes = [  # each must end in an error
         f"open({str(outside)!r}, 'w')",
@@ -410,7 +418,7 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch, por
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in probes]
     (folder / "eve" / "a1").mkdir(parents=True)
     nbformat.write(notebook, folder / "eve" / "a1" / "a1.ipynb")
-    totals, _ = grades(folder, tmp_path / "out")
+    totals, _ = grades(tmp_path)
     assert totals == {("eve", "a1"): 20}
     assert victim.read_text() == "mine"
     assert not outside.exists()
@@ -433,13 +441,15 @@ time.sleep(60)"""
 
 @pytest.mark.parametrize(("processes", "size"), [(8, 400_000_000), (250, 1)])
 def test_a_submission_is_stopped_that_starts_too_much(processes, size, tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "MEGABYTES", 2_000)
+    monkeypatch.setattr(grading, "MEGABYTES", 2_000)
     notebook = source("a1")
     notebook.cells.append(nbformat.v4.new_code_cell(BREEDS.format(processes=processes, size=size)))
     put(tmp_path / "in", "many", "a1", notebook)
-    totals, _ = grades(tmp_path / "in", tmp_path / "out")
-    scores = json.loads((tmp_path / "out" / "graded" / "many" / "a1" / "scores.json").read_text())
-    assert scores["reason"] == "the kernel died (crashed, or ran out of memory)"
+    totals, _ = grades(tmp_path)
+    assert (
+        scores_of(tmp_path, "many", "a1")["reason"]
+        == "the kernel died (crashed, or ran out of memory)"
+    )
     assert totals == {("many", "a1"): 20}, "what was earned before stays"
 
 
@@ -459,7 +469,7 @@ def test_changed_tests_and_given_functions_are_put_back(tmp_path):
     # `right` is what its tests count with.
     weak = "    return images\nright = lambda *arguments: 0\ndef unused():\n    start ="
     put(tmp_path / "in", "lax", "a6", lax, "    start =", weak)
-    totals, table = grades(tmp_path / "in", tmp_path / "out")
+    totals, table = grades(tmp_path)
     assert totals["easy", "a1"] < 20
     lost = table[(table["student"] == "lax") & (table["score"] == 0)]["cell"]
     assert {"strong-test", "worst-test"} <= set(lost)
@@ -473,45 +483,47 @@ def test_what_a_student_adds_costs_nothing(tmp_path, monkeypatch):
     display = "from IPython.display import display\ndisplay({'text/markdown': 5}, raw=True)"
     notebook.cells = [*cells, strange, nbformat.v4.new_code_cell(display)]
     notebook.cells.append(nbformat.v4.new_markdown_cell("half an emoji: \ud83d"))
+    notebook.cells.append(nbformat.v4.new_markdown_cell('"></iframe><script>alert(1)</script>'))
     monkeypatch.chdir(tmp_path)  # a class is where you are, mostly
     Path("in").mkdir()
     Path("in/eager_a1.ipynb").write_text(json.dumps(notebook))
-    totals, _ = grades(Path("in"), Path("out"))
+    totals, _ = grades(Path())
     assert totals == {("eager", "a1"): 20}
-    assert "a1: 20 of 20 points" in Path("out/feedback/eager.html").read_text()
+    page = page_of(tmp_path, "eager")
+    assert "a1: 20 of 20 points" in page
+    assert "<script" not in page
+    assert page.count("</iframe>") == 1, "the notebook stays in its frame"
 
 
-def spoil(document, what):
-    """Do to a notebook what editors do; Jupyter opens it all the same."""
-    code = next(cell for cell in document["cells"] if cell["cell_type"] == "code")
-    if what == "no outputs":
-        del code["outputs"]
-    elif what == "no count":
-        del code["execution_count"]
-    elif what == "an id before ids":
-        document["nbformat_minor"] = 4
-    elif what == "an id with a #":
-        code["id"] = "#VSC-1a2b"
-    elif what == "an unnamed stream":
-        code["outputs"] = [{"output_type": "stream", "text": "x"}]
-    elif what == "an unnamed kernel":
-        document["metadata"]["kernelspec"] = {"name": "python3"}
-    elif what == "a strange grade_id":
-        document["cells"].append(copy.deepcopy(code))
-        document["cells"][-1]["metadata"]["nbgrader"] = {"grade_id": ["a list"]}
+def add_strange_grade_id(document, code):
+    document["cells"].append(copy.deepcopy(code))
+    document["cells"][-1]["metadata"]["nbgrader"] = {"grade_id": ["a list"]}
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["no outputs", "no count", "an id before ids", "an id with a #", "an unnamed stream",
-     "an unnamed kernel", "a strange grade_id", "a byte order mark"],
-)  # fmt: skip
+# What editors do to a notebook and its first cell of code; Jupyter opens it all the same.
+SPOILT = {
+    "no outputs": lambda document, code: code.pop("outputs"),
+    "no count": lambda document, code: code.pop("execution_count"),
+    "an id before ids": lambda document, code: document.update(nbformat_minor=4),
+    "an id with a #": lambda document, code: code.update(id="#VSC-1a2b"),
+    "an unnamed stream": lambda document, code: code.update(
+        outputs=[{"output_type": "stream", "text": "x"}]
+    ),
+    "an unnamed kernel": lambda document, code: document["metadata"].update(
+        kernelspec={"name": "python3"}
+    ),
+    "a strange grade_id": add_strange_grade_id,
+    "a byte order mark": lambda document, code: None,
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
 def test_a_notebook_that_jupyter_opens_is_graded(what, tmp_path):
     document = json.loads(course.sources()["a2"].read_text())
-    spoil(document, what)
+    SPOILT[what](document, next(c for c in document["cells"] if c["cell_type"] == "code"))
     encoding = "utf-8-sig" if what == "a byte order mark" else "utf-8"
     (tmp_path / "it.ipynb").write_text(json.dumps(document), encoding)
-    merged = run_submission.merge(source("a2"), run_submission.read(tmp_path / "it.ipynb"))
+    merged = merging.merge(source("a2"), merging.read(tmp_path / "it.ipynb"))
     nbformat.validate(merged)
     assert [c.source for c in solutions(merged)] == [c.source for c in solutions(source("a2"))]
 
@@ -519,13 +531,13 @@ def test_a_notebook_that_jupyter_opens_is_graded(what, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"cells": 5}', '{"cells": [5], "nbformat": 4}'])
 def test_what_is_no_notebook_is_refused(text, tmp_path):
     (tmp_path / "it.ipynb").write_text(text)
-    with pytest.raises(run_submission.RefusedError, match=r"not a notebook: .+: ."):
-        run_submission.read(tmp_path / "it.ipynb")
+    with pytest.raises(merging.RefusedError, match=r"not a notebook: .+: ."):
+        merging.read(tmp_path / "it.ipynb")
 
 
 def test_another_assignments_notebook_is_told(tmp_path):
-    with pytest.raises(run_submission.RefusedError, match="is it another's notebook"):
-        run_submission.merge(source("a1"), nbformat.v4.new_notebook())
+    with pytest.raises(merging.RefusedError, match="is it another's notebook"):
+        merging.merge(source("a1"), nbformat.v4.new_notebook())
 
 
 def test_given_functions_may_stand_beside_magics():
@@ -547,24 +559,20 @@ def test_answers_graded_by_hand_wait_for_a_mark(tmp_path, monkeypatch):
     monkeypatch.setattr(course, "sources", lambda: {"a1": tmp_path / "a1.ipynb"})
     put(tmp_path / "in", "empty", "a1", assignment)
     assignment.cells.append(nbformat.v4.new_markdown_cell("The answer, in a cell of its own."))
-    put(tmp_path / "in", "below", "a1", assignment)
-    _, table = grades(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "in", "None", "a1", assignment)  # a name that pandas takes for no value
+    _, table = grades(tmp_path)
     table = table.set_index(["student", "cell"])["score"]
     assert table["empty", "text"] == 0
-    waits = table[[("empty", "code"), ("below", "code"), ("below", "text")]]
+    waits = table[[("empty", "code"), ("None", "code"), ("None", "text")]]
     assert waits.isna().all()
-    page = tmp_path / "out" / "feedback" / "below.html"
-    assert "0 of 0 points, and 10 to be read" in page.read_text()
+    assert "0 of 0 points, and 10 to be read" in page_of(tmp_path, "None")
 
-    (tmp_path / "marks.csv").write_text("student,assignment,cell,score\nbelow,a1,text,3.5\n")
-    command = ["course", "grade", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    command += ["--marks", str(tmp_path / "marks.csv")]
-    done = CliRunner().invoke(app, command if SANDBOX else [*command, "--no-sandbox"])
-    assert done.exit_code == 0, done.output
-    table = pd.read_csv(tmp_path / "out" / "grades.csv").set_index(["student", "cell"])
-    assert table.loc[("below", "text"), "score"] == 3.5
-    assert table.loc[("below", "text"), "reason"] == "marked by hand"
-    assert "3.5 of 5 points, and 5 to be read" in page.read_text()
+    (tmp_path / "marks.csv").write_text("student,assignment,cell,score\nNone,a1,text,3.5\n")
+    _, table = grade_by_command(tmp_path, "--marks", str(tmp_path / "marks.csv"))
+    table = table.set_index(["student", "cell"])
+    assert table.loc[("None", "text"), "score"] == 3.5
+    assert table.loc[("None", "text"), "reason"] == "marked by hand"
+    assert "3.5 of 5 points, and 5 to be read" in page_of(tmp_path, "None")
 
 
 @pytest.mark.parametrize(
@@ -579,73 +587,71 @@ def test_answers_graded_by_hand_wait_for_a_mark(tmp_path, monkeypatch):
 )
 def test_marks_without_a_place_are_refused(rows, message, tmp_path):
     (tmp_path / "marks.csv").write_text(rows)
-    graded = {course.Submission("one", "a1", tmp_path): {"cells": {"x": {"points": 4}}}}
+    graded = {submissions.Submission("one", "a1", tmp_path): {"cells": {"x": {"points": 4}}}}
     with pytest.raises(course.CourseError, match=message):
-        course._mark(graded, course.read_marks(tmp_path / "marks.csv"))
-
-
-def test_a_student_called_none_has_marks(tmp_path):
-    (tmp_path / "marks.csv").write_text("student,assignment,cell,score\nNone,a1,x,1\n")
-    assert list(course.read_marks(tmp_path / "marks.csv")["student"]) == ["None"]
+        submissions.give_marks(graded, submissions.read_marks(tmp_path / "marks.csv"))
 
 
 def test_missing_answer_is_named(tmp_path):
     notebook = source("a1")
     notebook.cells = [c for c in notebook.cells if c.metadata.nbgrader.grade_id != "build-solution"]
     put(tmp_path / "in", "short", "a1", notebook)
-    grades(tmp_path / "in", tmp_path / "out")
-    scores = json.loads((tmp_path / "out" / "graded" / "short" / "a1" / "scores.json").read_text())
-    assert scores["reason"] == "the cell for the answer build-solution is missing"
+    grades(tmp_path)
+    reason = scores_of(tmp_path, "short", "a1")["reason"]
+    assert reason == "the cell for the answer build-solution is missing"
 
 
 def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
-    before, _ = grades(tmp_path / "in", tmp_path / "out")
-    monkeypatch.setattr(course, "_run_limited", lambda *args: pytest.fail("ran again"))
-    after, _ = grades(tmp_path / "in", tmp_path / "out")
+    before, _ = grades(tmp_path)
+    monkeypatch.setattr(grading, "_run_limited", lambda *args: pytest.fail("ran again"))
+    after, _ = grades(tmp_path)
     assert after == before
     assert len(pd.read_csv(tmp_path / "out" / "grades.csv")) == 5
 
 
-def test_a_file_that_could_not_be_read_is_graded_later(tmp_path, monkeypatch):
+def unreadable(*args, **kwargs):
+    raise FileNotFoundError(2, "No such file")
+
+
+def full_disk(path, content):
+    if path.name == "scores.json":
+        raise OSError(28, "No space left on device")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fails", "reason"),
+    [
+        (grading, "_identity", unreadable, "No such file"),
+        (grading, "_run", lambda *args: "could not be run", "could not be run"),
+        (files, "write_bytes", full_disk, "No space left"),
+    ],
+)
+def test_what_could_not_be_graded_is_tried_again(
+    module, name, fails, reason, tmp_path, monkeypatch
+):
+    runs = []
+
+    def run(one, source, kept, hide):
+        cells = merging.no_points(nbformat.read(source, as_version=4), "")
+        scores = {"reason": "", "cells": {key: cell | {"score": 1} for key, cell in cells.items()}}
+        (kept / "scores.json").write_text(json.dumps(scores))
+        runs.append(one.student)
+        return ""
+
+    monkeypatch.setattr(grading, "_run", run)
     put(tmp_path / "in", "one", "a1", source("a1"))
-    (one,), _ = course.collect(tmp_path / "in")
-    kept = tmp_path / "out" / "graded" / "one" / "a1"
-    kept.mkdir(parents=True)
-    identity = course._identity(one, course.sources()["a1"], sandbox=SANDBOX)
-    (kept / "identity").write_text(identity)  # as if graded before
+    assert grades(tmp_path)[0] == {("one", "a1"): 5}
+    put(tmp_path / "in", "one", "a1", source("a1"), "return", "return 0 *")
     with monkeypatch.context() as patch:
-        patch.setattr(course, "_identity", lambda *a, **k: (tmp_path / "not there").read_text())
-        totals, table = grades(tmp_path / "in", tmp_path / "out")
+        patch.setattr(module, name, fails)
+        totals, table = grades(tmp_path)
     assert totals == {("one", "a1"): 0}
-    assert "No such file" in table["reason"][0]
-    assert not (kept / "identity").exists()
-
-
-def test_what_could_not_be_run_is_run_again(tmp_path, monkeypatch):
-    put(tmp_path / "in", "one", "a1", source("a1"))
-    with monkeypatch.context() as patch:
-        patch.setattr(course, "_run_limited", lambda *args: "the disk is full")
-        totals, table = grades(tmp_path / "in", tmp_path / "out")
-    assert set(table["reason"]) == {"the disk is full"}
-    assert totals == {("one", "a1"): 0}
-    again, _ = grades(tmp_path / "in", tmp_path / "out")
-    assert again == {("one", "a1"): 20}
-
-
-def test_a_disk_that_is_full_does_not_stop_the_others(tmp_path, monkeypatch):
-    put(tmp_path / "in", "one", "a1", source("a1"))
-    write_bytes = files.write_bytes
-
-    def full(path, content):
-        if path.name == "scores.json":
-            raise OSError(28, "No space left on device")
-        write_bytes(path, content)
-
-    monkeypatch.setattr(files, "write_bytes", full)
-    totals, table = grades(tmp_path / "in", tmp_path / "out")
-    assert totals == {("one", "a1"): 0}
-    assert table["reason"].str.contains("No space left").all()
+    assert table["reason"].str.contains(reason).all()
+    before = len(runs)
+    assert [grades(tmp_path)[0] for _ in range(2)] == [{("one", "a1"): 5}] * 2
+    assert len(runs) == before + 1
 
 
 def test_an_interrupted_run_does_not_wait(tmp_path, monkeypatch):
@@ -653,24 +659,25 @@ def test_an_interrupted_run_does_not_wait(tmp_path, monkeypatch):
     ended = []
 
     def sleep(one, source, kept, hide):
-        ended.append(course._run_limited(["sleep", "30"], kept / "log.txt", 60))
+        ended.append(grading._run_limited(["sleep", "30"], kept / "log.txt", 60))
         return ended[0]
 
     def interrupt(tasks):
-        while not course._running:
+        end = time.monotonic() + 60
+        while not grading._running and time.monotonic() < end:
             time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(course, "_run", sleep)
+    monkeypatch.setattr(grading, "_run", sleep)
     monkeypatch.setattr(course, "as_completed", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        grades(tmp_path / "in", tmp_path / "out")
+        grades(tmp_path)
     assert ended == ["could not be run (see log.txt)"], "it was killed, and did not end by itself"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "a\r\nb\x00", "\ud800"])
 def test_reasons_are_fit_for_a_table(text):
-    cleaned = run_submission.clean(text)
+    cleaned = merging.clean(text)
     assert cleaned.encode()
     assert cleaned.isprintable()
     assert not cleaned.startswith("=")
@@ -682,51 +689,53 @@ def test_reasons_are_fit_for_a_table(text):
 def test_a_sandbox_that_does_not_work_stops_the_run(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
     refuse = ["sh", "-c", "echo no namespaces here >&2; exit 1", "sh"]
-    monkeypatch.setattr(course, "sandboxed", lambda work, hidden: refuse)
+    monkeypatch.setattr(grading, "sandboxed", lambda work, hidden: refuse)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     with pytest.raises(course.CourseError, match="no namespaces here"):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
 
 
+LAID = {  # below the class's folder: whose it is; None for what is left out
+    "flat_a1.ipynb": ("flat", "a1"),
+    "nested/a2/a2.ipynb": ("nested", "a2"),
+    "BEN_A2.ipynb": ("BEN", "a2"),
+    "eva/a1/A1.IPYNB": ("eva", "a1"),
+    "Jo\u0308rg_a1.ipynb": ("J\u00f6rg", "a1"),  # as macOS writes it
+    "Ada Lovelace_123_assignsubmission_file_a1.ipynb": ("Ada Lovelace", "a1"),  # Moodle
+    "Ada Lovelace_456_assignsubmission_file_/mine_a2.ipynb": ("Ada Lovelace", "a2"),
+    "Ada Lovelace_789_assignsubmission_file_ada_a3.ipynb": ("Ada Lovelace", "a3"),
+    "notes.txt": None,
+    "x_a9.ipynb": None,
+    "eva/a1/a2.ipynb": None,
+    "eva/a2.ipynb": None,
+    "._flat_a1.ipynb": None,  # macOS puts such files into zips
+    ".._a1.ipynb": None,  # a student whose folder would be outside
+    "m\udcfcller_a1.ipynb": None,  # no UTF-8: Windows puts such names into zips
+    "_9_assignsubmission_file_a2.ipynb": None,  # of nobody
+    "=1+1_a1.ipynb": None,  # a formula, in a table
+    f"{'x' * 246}_a1.ipynb": None,  # its page would have no name
+}
+
+
 def test_both_layouts_are_found_and_other_files_named(tmp_path):
-    put(tmp_path, "flat", "a1", source("a1"))
-    nested = tmp_path / "nested" / "a2"
-    nested.mkdir(parents=True)
-    nbformat.write(source("a2"), nested / "a2.ipynb")
-    (tmp_path / "notes.txt").touch()
-    (tmp_path / "x_a9.ipynb").touch()
+    for name in LAID:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "link_a1.ipynb").symlink_to("/etc/passwd")
-    (tmp_path / "._flat_a1.ipynb").touch()  # macOS puts such files into zips
-    (tmp_path / ".._a1.ipynb").touch()  # a student whose folder would be outside
-    (tmp_path / "m\udcfcller_a1.ipynb").touch()  # no UTF-8: Windows puts such names into zips
-    (tmp_path / "BEN_A2.ipynb").touch()
-    (tmp_path / "Jo\u0308rg_a1.ipynb").touch()  # as macOS writes it
-    (tmp_path / "Ada Lovelace_123_assignsubmission_file_a1.ipynb").touch()  # Moodle
-    moodle = tmp_path / "Ada Lovelace_456_assignsubmission_file_"
-    moodle.mkdir()
-    (moodle / "mine_a2.ipynb").touch()
-    (tmp_path / "Ada Lovelace_789_assignsubmission_file_ada_a3.ipynb").touch()
-    (tmp_path / "_9_assignsubmission_file_a2.ipynb").touch()  # of nobody
-    (tmp_path / "=1+1_a1.ipynb").touch()  # a formula, in a table
-    (tmp_path / f"{'x' * 246}_a1.ipynb").touch()  # its page would have no name
-    found, others = course.collect(tmp_path)
-    assert [(one.student, one.assignment) for one in found] == [
-        ("Ada Lovelace", "a1"), ("Ada Lovelace", "a2"), ("Ada Lovelace", "a3"), ("BEN", "a2"),
-        ("Jörg", "a1"), ("flat", "a1"), ("nested", "a2"),
-    ]  # fmt: skip
-    left_out = {"notes.txt", "x_a9.ipynb", "link_a1.ipynb", "._flat_a1.ipynb", ".._a1.ipynb"}
-    left_out |= {"m\udcfcller_a1.ipynb", "_9_assignsubmission_file_a2.ipynb"}
-    left_out |= {"=1+1_a1.ipynb", f"{'x' * 246}_a1.ipynb"}
-    assert {path.name for path in others} == left_out
+    found, others = submissions.collect(tmp_path, NAMES)
+    whose = {str(one.path.relative_to(tmp_path)): (one.student, one.assignment) for one in found}
+    assert whose == {name: one for name, one in LAID.items() if one}
+    left_out = {name for name, one in LAID.items() if not one} | {"link_a1.ipynb"}
+    assert {str(path.relative_to(tmp_path)) for path in others} == left_out
 
 
 def test_a_submission_that_is_there_twice_is_named(tmp_path):
     put(tmp_path, "anna", "a1", source("a1"))
     (tmp_path / "anna" / "a1").mkdir(parents=True)
-    nbformat.write(source("a1"), tmp_path / "anna" / "a1" / "a1.ipynb")
+    (tmp_path / "anna" / "a1" / "a1.ipynb").touch()
     both = "a1 of anna is there twice: .*a1.ipynb and .*a1.ipynb; remove one, or give it another"
     with pytest.raises(course.CourseError, match=both):
-        course.collect(tmp_path)
+        submissions.collect(tmp_path, NAMES)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -740,19 +749,20 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    found, others = course.collect(tmp_path)
+    found, others = submissions.collect(tmp_path, NAMES)
     assert [one.student for one in found] == ["anna"]
     assert others == [tmp_path / "lea"]
 
 
 def test_a_folder_that_holds_nothing_is_refused(tmp_path):
     with pytest.raises(course.CourseError, match="holds no submission"):
-        course.collect(tmp_path)
+        submissions.collect(tmp_path, NAMES)
     with pytest.raises(course.CourseError, match="there is no folder"):
-        course.collect(tmp_path / "none")
+        submissions.collect(tmp_path / "none", NAMES)
 
 
 def test_without_bubblewrap_it_says_so(tmp_path, monkeypatch):
+    put(tmp_path, "one", "a1", source("a1"))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     refused = CliRunner().invoke(app, ["course", "grade", str(tmp_path)])
     assert refused.exit_code == 1

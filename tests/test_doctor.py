@@ -1,11 +1,16 @@
 """The doctor: what is right, what is not, and the mend."""
 
+import sys
+
 import pytest
+import torch
 from packaging.requirements import Requirement
 
-from advlab import checkpoints, data, files, models
-from advlab.tools import doctor
-from advlab.tools.doctor import check_package, run_checks
+from advlab import _torchvision, checkpoints, data, files, models
+from advlab.upkeep import doctor
+from advlab.upkeep.doctor import check_package, run_checks
+
+torchvision = sys.modules[_torchvision.datasets.__name__.partition(".")[0]]
 
 
 def line(name):
@@ -31,19 +36,44 @@ def test_optional_packages_are_not_asked_for():
     assert not names & {"pytest", "foolbox", "torchattacks", "adversarial-robustness-toolbox"}
 
 
-def test_missing_package_fails_with_the_mend():
-    check = check_package(Requirement("no-such-package>=1"))
-    assert check == (False, "no-such-package", "not installed; run: pip install -e .")
+def test_package_that_is_missing_or_too_old_fails_with_the_mend():
+    missing = check_package(Requirement("no-such-package>=1"))
+    assert missing == (False, "no-such-package", "not installed; run: pip install -e .")
+    old = check_package(Requirement("torch>=99"))
+    assert not old.ok
+    assert old.detail.endswith(", but >=99 is needed; run: pip install -e .")
+    assert check_package(Requirement("torch>=2")).ok  # 2.13.0+cpu
 
 
-def test_too_old_package_fails_with_the_mend():
-    check = check_package(Requirement("torch>=99"))
-    assert not check.ok
-    assert check.detail.endswith(", but >=99 is needed; run: pip install -e .")
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_torchvision_without_its_operators_is_named_with_what_does_not_work(monkeypatch, cuda):
+    monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    check = line("torchvision import")
+    assert check.ok  # nothing here needs them
+    assert f"torch {torch.__version__} beside torchvision {torchvision.__version__}" in check.detail
+    assert ("CPU-only torch beside PyPI's torchvision" in check.detail) is (cuda is None)
+    assert "nms" in check.detail
+    assert "decode_jpeg" in check.detail
+    monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: True)
+    assert line("torchvision import").detail == "works beside this torch"
 
 
-def test_local_version_of_torch_fits():
-    assert check_package(Requirement("torch>=2")).ok
+def test_what_the_doctor_says_of_operators_is_so():
+    assert torchvision.transforms.v2.functional.resize(torch.zeros(3, 8, 8), [4, 4]).shape[1] == 4
+    if not torchvision.extension._has_ops():
+        with pytest.raises(RuntimeError, match="custom C"):
+            torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5)
+        with pytest.raises(RuntimeError, match="image extension"):
+            torchvision.io.encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+
+def test_report_has_a_line_for_each_check():
+    checks = [doctor.Check(True, "Python", "3.11"), doctor.Check(False, "torch", "not installed")]
+    assert doctor.report(checks).splitlines() == [
+        "[OK]   Python             3.11",
+        "[FAIL] torch              not installed",
+    ]
 
 
 def test_missing_data_are_no_fault(empty_home):
@@ -106,5 +136,5 @@ def test_check_that_raises_has_failed(monkeypatch):
     def broken():
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(doctor, "_bf16", broken)
+    monkeypatch.setattr(doctor, "_device", broken)
     assert line("device") == (False, "device", "first line")

@@ -1,10 +1,15 @@
 """environment.yml, pyproject.toml and the Makefile say the same."""
 
+import os
 import re
+import subprocess
 import tomllib
+from itertools import chain
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from advlab import files
 
@@ -29,6 +34,40 @@ def test_conda_environment_has_the_same_packages_and_versions():
     del found["pip"]
     assert found == requirements()
     assert lines[-1] == {"pip": ["-e .[audit]"]}
+
+
+def test_constraints_lock_every_requirement_within_its_range():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins == sorted(set(pins), key=str.upper)
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)  # none that PyPI has not
+    locked = {canonicalize_name(name): v for name, v in (pin.split("==") for pin in pins)}
+    extras = PROJECT["optional-dependencies"].values()
+    for text in (*PROJECT["dependencies"], *chain.from_iterable(extras)):
+        asked = Requirement(text)
+        assert asked.specifier.contains(locked[canonicalize_name(asked.name)]), text
+    assert not any("==" in text for text in PROJECT["dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "index"),
+    [
+        ([], ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]),
+        (["TORCH_INDEX=https://another"], ["--extra-index-url", "https://another"]),
+        (["TORCH_INDEX="], []),
+        (["PIP_EXTRA_INDEX_URL=https://of.pip"], []),
+    ],
+)
+def test_make_installs_the_locked_torch_first_and_its_cpu_build_unless_told(settings, index):
+    command = ["make", "--dry-run", "--always-make", ".venv/installed", *settings]
+    env = {name: v for name, v in os.environ.items() if name != "PIP_EXTRA_INDEX_URL"}
+    shown = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    first, rest = (line.split() for line in shown.stdout.splitlines() if " -m pip " in line)
+    assert first[-2:] == ["torch", "torchvision"]
+    assert first[first.index("--retries") + 2 : -2] == index
+    assert "--extra-index-url" not in rest
+    for words in (first, rest):
+        assert words[words.index("--constraint") + 1] == "constraints.txt"
 
 
 def test_each_conda_package_has_a_reason_beside_it():

@@ -15,7 +15,7 @@ import pytest
 from conftest import REAL_DATA, shared_folder
 
 from advlab import files
-from advlab.tools.readme import time_line
+from advlab.upkeep.readme import time_line
 
 ROOT = files.repository()
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -145,7 +145,7 @@ def run_command(command: list[str], environment: dict[str, str], cwd) -> str:
 
 
 def test_all_lessons_run_by_papermill(environment, tmp_path):
-    command = [sys.executable, "-m", "advlab.tools.cli", "run", "--profile", "quick"]
+    command = [sys.executable, "-m", "advlab", "run", "--profile", "quick"]
     command += ["--dataset", "shapes10", "--output-dir", str(tmp_path / "out")]
     shown = run_command(command, environment, tmp_path)
     assert "they compare with nothing in the paper" in " ".join(shown.split())

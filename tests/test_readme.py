@@ -1,13 +1,19 @@
 """README.md: links, commands and measured numbers."""
 
+import json
 import re
 
+import nbformat
+import pandas as pd
 import pytest
+from conftest import write_lesson
+from nbformat.v4 import new_markdown_cell
 
 from advlab import files
-from advlab.tools import readme
+from advlab.upkeep import readme
 
 ROOT = files.repository()
+OLD_TIME = readme.time_line(99, 9)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,6 +34,35 @@ def test_make_targets_that_it_names_exist():
 
 def test_measured_blocks_are_what_the_committed_results_give():
     assert readme.refreshed(README, ROOT) == README
+
+
+def test_new_lesson_is_listed_before_it_was_timed(empty_home):
+    write_lesson(empty_home, "01_baseline", "")
+    write_lesson(empty_home, "09_new", "")
+    for path in (empty_home / "notebooks").iterdir():
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells.insert(0, new_markdown_cell(f"# {path.stem[:2]} · About it\n\n" + OLD_TIME))
+        nbformat.write(notebook, path)
+    times = {"profiles": {"lesson": {"01_baseline": 12.3}, "quick": {"01_baseline": 4.5}}}
+    (empty_home / "figures").mkdir()
+    (empty_home / "figures" / "times.json").write_text(json.dumps(times))
+    lines = [re.sub(" +", " ", line) for line in readme.lessons_block(empty_home).splitlines()]
+    assert lines[2:] == [
+        "| [01](notebooks/01_baseline.ipynb) | About it | 12 s | 4 s |",
+        "| [09](notebooks/09_new.ipynb) | About it | not timed yet | not timed yet |",
+    ]
+    readme.refresh_headers(empty_home)
+    headers = [
+        nbformat.read(path, as_version=4).cells[0].source.splitlines()[2]
+        for path in sorted((empty_home / "notebooks").iterdir())
+    ]
+    assert headers == [readme.time_line(12.3, 4.5), OLD_TIME]
+
+
+def test_tables_show_numbers_as_they_are_given():
+    lines = readme.markdown(pd.DataFrame({"x": ["1.50", "a"], "y": ["2,000", ""]})).splitlines()
+    assert lines[2].split() == ["|", "1.50", "|", "2,000", "|"]
+    assert lines[3].split() == ["|", "a", "|", "|"]
 
 
 def test_a_missing_mark_is_named():

@@ -21,17 +21,23 @@ class Pictures(datasets.CIFAR10):
     """A split as torchvision's own CIFAR-10 data set: a PIL picture, made a tensor on access.
 
     Args:
-        split: Any images, so that Shapes-10 goes the same way.
+        split: Any images, so that other data go the same way.
     """
 
     def __init__(self, split: Split) -> None:
-        self.data = split.images.permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = split.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.data = pixels[..., 0] if pixels.shape[3] == 1 else pixels  # grey, as PIL has it
         self.targets = split.labels.tolist()
         self.transform, self.target_transform = ToTensor(), None
 
 
+def shuffled(split: Split) -> DataLoader:
+    """Return the paper's batches of `split`: 64 pictures, in random order."""
+    return DataLoader(Pictures(split), batch_size=64, shuffle=True)
+
+
 def fgsm_one(model: nn.Module, image: Tensor, label: int, eps: float) -> Tensor:
-    """Attack one image (3, 32, 32): the model in training mode, on a batch of one.
+    """Attack one image (C, H, W): the model in training mode, on a batch of one.
 
     The forward pass changes the running statistics of `model`, as it did in the paper.
     """

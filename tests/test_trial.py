@@ -5,13 +5,13 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from advlab.session import Profile, Session
 from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import evaluation, files, session
-from advlab.session import Profile, Session
-from advlab.tools import audit
-from advlab.tools.cli import app
+from advlab.cli import app
+from advlab.upkeep import trial
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def house(empty_home, trained, shapes, zoo, monkeypatch, tmp_path):
 
 def run(**options):
     console = Console(record=True, width=120)
-    return audit.run(console=console, **options), console.export_text()
+    return trial.run(console=console, **options), console.export_text()
 
 
 def test_every_shipped_model_is_attacked(house):
@@ -45,10 +45,10 @@ def test_every_shipped_model_is_attacked(house):
     counts = table.groupby(["attack", "test_eps"]).size().to_dict()
     assert counts == {
         ("clean", 0.0): 2,
-        ("fgsm", audit.EPS): 2,
-        ("pgd-20", audit.EPS): 2,
-        ("pgd-50x3", audit.EPS): 2,
-        ("autoattack", audit.EPS): 2,
+        ("fgsm", trial.EPS): 2,
+        ("pgd-20", trial.EPS): 2,
+        ("pgd-50x3", trial.EPS): 2,
+        ("autoattack", trial.EPS): 2,
     }
     auto = table[table["attack"] == "autoattack"]
     assert list(auto["n"]) == [100, 100]
@@ -64,7 +64,7 @@ def test_every_shipped_model_is_attacked(house):
 
 def test_no_more_images_than_there_are(house):
     table, _ = run(names=["cnn-baseline"])
-    assert house == [(130, audit.EPS)]
+    assert house == [(130, trial.EPS)]
     assert set(table["n"]) == {130}
 
 
@@ -75,14 +75,14 @@ def test_auto_attack_can_be_left_out_and_fewer_images_taken(house):
 
 
 def test_the_swept_model_is_attacked_at_every_size(house, monkeypatch):
-    monkeypatch.setattr(audit, "SWEPT", "cnn eps=0.1")
+    monkeypatch.setattr(trial, "SWEPT", "cnn eps=0.1")
     table, _ = run(auto_n=100)
     sizes = table[(table["attack"] == "autoattack") & (table["model"] == "cnn eps=0.1")]
-    assert list(sizes["test_eps"]) == [*audit.SWEEP, audit.EPS]
+    assert list(sizes["test_eps"]) == [*trial.SWEEP, trial.EPS]
 
 
 def test_the_best_model_gets_twice_as_many_images(house, monkeypatch):
-    monkeypatch.setattr(audit, "BEST", "cnn eps=0.1")
+    monkeypatch.setattr(trial, "BEST", "cnn eps=0.1")
     table, text = run(auto_n=60)
     auto = table[table["attack"] == "autoattack"].set_index("model")["n"]
     assert auto.to_dict() == {"cnn baseline": 60, "cnn eps=0.1": 120}
@@ -109,7 +109,7 @@ def test_command_reports_without_a_traceback(house):
 
 def test_published_auto_attack_is_at_least_as_strong_as_pgd_and_not_by_far():
     table = pd.read_csv(files.repository() / "figures" / "audit.csv")
-    table = table[(table["test_eps"] - audit.EPS).abs() < 1e-6]
+    table = table[(table["test_eps"] - trial.EPS).abs() < 1e-6]
     correct = table.pivot_table(index=["model", "n"], columns="attack", values="correct").dropna(
         subset=["autoattack", "pgd-50x3"]
     )

@@ -1,11 +1,14 @@
-"""Check the environment: what works, what does not, and the mend. Bug reports quote its output."""
+"""Check the environment: what works, what does not, and the mend. Bug reports quote its output.
+
+Torch and what stands on it are imported by the checks alone: they tell when that fails.
+"""
 
 import importlib
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +16,13 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 
 MINIMUM_MEMORY_GB = 3
+WITHOUT_OPERATORS = (
+    "Data sets, transforms and models work, and so does all of advlab. Compiled operators "
+    "(torchvision.ops.nms, roi_pool, deform_conv2d, and with them the detection models; roi_align "
+    "is slow) do not, nor the decoders and encoders of torchvision.io (read_image, decode_jpeg, "
+    "v2.JPEG). The mend, if you need those: pip install --force-reinstall --no-deps torchvision "
+    "--index-url https://download.pytorch.org/whl/cpu"
+)
 
 
 class Check(NamedTuple):
@@ -47,7 +57,16 @@ def _packages() -> Iterator[Check]:
 
 def _torchvision() -> Check:
     importlib.import_module("advlab._torchvision")
-    return Check(True, "torchvision import", "works beside this torch")
+    import torch
+    import torchvision
+    from torchvision.extension import _has_ops
+
+    if _has_ops():
+        return Check(True, "torchvision import", "works beside this torch")
+    pair = f"torch {torch.__version__} beside torchvision {torchvision.__version__}"
+    if torch.version.cuda is None:
+        pair += " (CPU-only torch beside PyPI's torchvision, which is linked against CUDA)"
+    return Check(True, "torchvision import", f"{pair}. {WITHOUT_OPERATORS}")
 
 
 def _data() -> Check:
@@ -71,7 +90,7 @@ def _checkpoints() -> Check:
     return Check(True, "checkpoints", f"{len(paths)} trained models, all intact")
 
 
-def _bf16() -> Check:
+def _device() -> Check:
     from advlab import training
 
     device = training.pick_device()
@@ -115,7 +134,13 @@ def run_checks() -> list[Check]:
     checks.append(_guarded("torchvision import", _torchvision))
     checks.append(_guarded("CIFAR-10", _data))
     checks.append(_guarded("checkpoints", _checkpoints))
-    checks.append(_guarded("device", _bf16))
+    checks.append(_guarded("device", _device))
     checks.append(Check(True, "cores", f"{os.cpu_count()}, {platform.machine()}"))
     checks.append(_guarded("free memory", _memory))
     return checks
+
+
+def report(checks: Iterable[Check]) -> str:
+    """Return the checks as text, a line each."""
+    marks = {True: "[OK]  ", False: "[FAIL]"}
+    return "\n".join(f"{marks[check.ok]} {check.name:<18} {check.detail}" for check in checks)

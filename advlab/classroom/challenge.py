@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from advlab import data, evaluation, files, session
+from advlab import datasets, evaluation, files, lab
 from advlab.attacks import pgd
+from advlab.catalogue import ATTACKS
 from advlab.checkpoints import CheckpointError, load_weights
 from advlab.data import to_float
 
@@ -103,11 +104,11 @@ def check_attack(images: Tensor, labels: Tensor, originals: Tensor, true: Tensor
 
 def score_attack(path: Path, images: Tensor, labels: Tensor, dataset: str, data_dir: str) -> dict:
     """Return the row of an attack: how many images the robust CNN still gets right."""
-    lesson = session.start("lesson", dataset, data_dir=data_dir)
+    lesson = lab.start("lesson", dataset, data_dir=data_dir, device="cpu")
     test = lesson.data.test.first(min(ATTACKED, len(lesson.data.test)))
     shown = check_attack(images, labels, test.images, test.labels)
-    target = lesson.zoo.get("cnn", lesson.settings.robust["robust"])
-    reference = evaluation.attacked("pgd-20", target.model, *test.batch(slice(None)), EPS)
+    target = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"])
+    reference = ATTACKS["pgd-20"](target.model, *test.batch(slice(None)), EPS)
     reference = (255 * reference).round() / 255  # as every submission
     return _row(
         path,
@@ -125,9 +126,9 @@ def score_defence(path: Path) -> dict[str, Any]:
         checkpoint = load_weights(path, "cnn")
     except CheckpointError as error:
         raise SubmissionError(str(error)) from error
-    test = data.Shapes10(1, DEFENDED).test
-    lesson = session.start("lesson", "shapes10")
-    reference = lesson.zoo.get("cnn", lesson.settings.robust["robust"])
+    test = datasets.Shapes10(1, DEFENDED).test
+    lesson = lab.start("lesson", "shapes10", device="cpu")
+    reference = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"])
     held = [_worst_case(c.model, *test.batch(slice(None))) for c in (checkpoint, reference)]
     return _row(path, "defence", "Shapes-10", *held, len(test))
 
@@ -164,7 +165,7 @@ def score(path: Path, *, dataset: str = "auto", data_dir: str = "auto") -> dict[
 
     Args:
         path: An attack or a defence (see above).
-        dataset, data_dir: Of an attack, as in `session.start`.
+        dataset, data_dir: Of an attack, as in `lab.start`.
 
     Returns:
         Its row: file, kind, data, accuracy with its interval, the reference's accuracy (PGD-20, or

@@ -1,0 +1,24 @@
+"""The command `advlab`, also as `python -m advlab`."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; where it cannot even be imported, say what is wrong with the machine.
+
+    Raises:
+        SystemExit: with the command's exit code; 1 if it could not start.
+    """
+    try:
+        from advlab import cli
+    except Exception as error:  # a torch that is broken raises more than ImportError
+        from advlab.upkeep import doctor
+
+        print(f"advlab cannot start: {error!r}. The doctor says:", file=sys.stderr)
+        print(doctor.report(doctor.run_checks()))
+        raise SystemExit(1) from None
+    cli.app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""`advlab bench`: measures every part in one go and writes a table, a CSV and a figure.
+
+Each comparison takes turns on the same images. Ratios carry over to other machines, seconds do not.
+"""
+
+import io
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from advlab import datasets, files, lab, plots
+from advlab.bench import footprint, parts, rivals
+from advlab.bench.measure import Row, cells, to_table
+from advlab.bench.whole_paper import whole_part
+from advlab.upkeep import readme, runs
+from advlab.upkeep.processes import KEEP_MEMORY, environment
+
+
+def measure_apart(dataset: str, root: Path | None, rounds: int) -> list[Row]:
+    """Return `measure` of a process that keeps freed memory, as workers and lessons do."""
+    with environment(**KEEP_MEMORY), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, dataset, root, rounds).result()
+
+
+def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
+    """Measure everything, part by part."""
+    lesson = footprint.open_lesson(dataset, root)
+    images, zoo = lesson.data, lesson.zoo
+    robust = lesson.settings.adversarial["robust"]
+    baselines = {arch: zoo.get(arch) for arch in ("cnn", "cnn-lstm")}
+    plain = {arch: checkpoint.model for arch, checkpoint in baselines.items()}
+    networks = {"standard CNN": (plain["cnn"], 4.0)}
+    networks |= {f"robust {arch}": (zoo.get(arch, robust).model, 1.5) for arch in plain}
+    rows: list[Row] = []
+    jobs: dict[str, Callable[[], list[Row]]] = {
+        "what the machine can do": partial(parts.machine_part, rounds),
+        "training": partial(parts.training_part, images, rounds),
+        "training, by operator": partial(parts.profile_part, images),
+    }
+    for arch, made in baselines.items():
+        jobs[f"crafting, {arch}"] = partial(parts.crafting_part, images, made, rounds)
+    jobs |= {
+        "evaluation": partial(parts.evaluation_part, images, [*baselines.values()], rounds),
+        "attacks": partial(parts.attacks_part, images, plain["cnn"], rounds),
+        "FGSM": partial(rivals.fgsm_part, images, plain["cnn"], rounds),
+        "PGD": partial(rivals.pgd_part, images, networks, rounds),
+        "memory": partial(footprint.memory_part, dataset, root),
+        "start": partial(footprint.start_part, rounds),
+        "explorer": partial(footprint.explorer_part, plain, images),
+    }
+    if images.papers:
+        jobs["whole paper"] = partial(whole_part, rows, files.home())
+    console = Console()
+    for number, (name, job) in enumerate(jobs.items(), 1):
+        start = time.perf_counter()
+        rows += job()
+        console.print(
+            f"[{number}/{len(jobs)}] {name}: {time.perf_counter() - start:.0f} s", markup=False
+        )
+    return rows
+
+
+def show(table: pd.DataFrame, console: Console) -> None:
+    """Print the benchmark's table, a block for each part, with its notes below."""
+    for part, rows in table.groupby("part", sort=False):
+        shown = Table(title=f"\n[bold]{part}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for name in ("task", "way"):
+            shown.add_column(name)
+        for name in ("median", "", "ratio", "ceiling", "target"):
+            shown.add_column(name, justify="right")
+        for row in rows.itertuples():
+            shown.add_row(*cells(row))
+        console.print(shown)
+        for row in rows[rows["note"] != ""].drop_duplicates("note").itertuples():
+            console.print(f"{row.way}: {row.note}", style="dim", markup=False)
+
+
+def run(
+    dataset: str = "auto",
+    data_dir: str = "auto",
+    output_dir: str = "auto",
+    rounds: int = 5,
+    publish: bool = False,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Measure everything; print it, and write bench.csv and bench.png.
+
+    Args:
+        dataset, data_dir: As in `lab.start`.
+        output_dir: Where to write; "auto": outputs/bench in the repository.
+        rounds: Measurements of each way.
+        publish: Write into the repository's figures/ and refresh the README.
+        console: Where to print.
+
+    Raises:
+        ValueError: if `rounds` is below 1, or other data than CIFAR-10 are to be published.
+        RuntimeError: if another way gives other results than ours: then no time is printed.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; measure at least once")
+    console = console or Console()
+    name, root = lab.resolve_data(dataset, data_dir)
+    if publish and not datasets.are_papers(name):
+        raise ValueError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
+    chosen = lab.setting(output_dir, "", "") or files.home() / "outputs" / "bench"
+    output = files.home() / "figures" if publish else Path(chosen).expanduser().absolute()
+    table = to_table(measure_apart(name, root, rounds))
+    table = table.assign(machine=runs.machine(), torch=torch.__version__, data=name)
+    show(table, console)
+    with files.atomic_write(output / "bench.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.5g")
+    plots.use_style()
+    drawn = io.BytesIO()
+    plots.ratios(table).savefig(drawn, format="png", dpi=110)
+    files.write_bytes(output / "bench.png", drawn.getvalue())
+    if publish:
+        readme.refresh(files.home())
+    console.print(f"Written: {output / 'bench.csv'} and bench.png", soft_wrap=True, markup=False)
+    return table

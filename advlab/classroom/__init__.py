@@ -1,0 +1,1 @@
+"""Assignments made and graded, and the judge of the challenge: for who teaches with the lessons."""

@@ -1,0 +1,116 @@
+"""The notebook that is run for a submission: the assignment, with the student's answers in it."""
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+from nbgrader.utils import is_grade, is_solution
+
+LARGEST_FILE = 20_000_000  # bytes
+
+
+class RefusedError(ValueError):
+    """The submission cannot be run at all."""
+
+
+def read(path: Path) -> NotebookNode:
+    """Return the notebook at `path`.
+
+    What is not needed, and editors get wrong (outputs, counts, ids), is left out.
+
+    Raises:
+        RefusedError: if it is no notebook, or too large to be one of ours.
+    """
+    if path.stat().st_size > LARGEST_FILE:
+        raise RefusedError(f"the file has {path.stat().st_size / 1e6:.0f} MB")
+    try:
+        found = nbformat.reads(path.read_bytes().decode("utf-8-sig"), as_version=4)
+        notebook = nbformat.v4.new_notebook(cells=[_only_text(cell) for cell in found.cells])
+        nbformat.validate(notebook)
+    except Exception as error:  # nbformat raises many kinds for what is not a notebook
+        told = (str(error).splitlines() or [""])[0]
+        raise RefusedError(clean(f"not a notebook: {type(error).__name__}: {told}")) from error
+    return notebook
+
+
+def _only_text(cell: NotebookNode) -> NotebookNode:
+    """Return a new cell with the text of `cell`, and what nbgrader knows it by."""
+    kinds = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
+    new = kinds.get(cell.cell_type, nbformat.v4.new_raw_cell)(cell.source)
+    if name := grade_id(cell):
+        new.metadata.nbgrader = {"grade_id": name}
+    return new
+
+
+def grade_id(cell: NotebookNode) -> str | None:
+    """Return the name that nbgrader gave a cell; None for a cell that a student added."""
+    block = cell.get("metadata", {}).get("nbgrader")
+    name = block.get("grade_id") if isinstance(block, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
+    """Return the assignment with the answers of a submission.
+
+    Text and tests are those of `source`, whatever the submission made of them; a student's own
+    cells, copies of answers and tests among them, stay behind the cell that they were written
+    after.
+
+    Raises:
+        RefusedError: if an answer's cell is missing.
+    """
+    answers: dict[str, NotebookNode] = {}
+    own: dict[str | None, list[NotebookNode]] = {}
+    known = {name: cell for cell in source.cells if (name := grade_id(cell))}
+    last = None
+    for cell in submitted.cells:
+        name = grade_id(cell)
+        if name not in known or name in answers:
+            cell.metadata.pop("nbgrader", None)
+            own.setdefault(last, []).append(cell)
+            continue
+        answers[name], last = cell, name
+    cells = list(own.get(None, []))
+    for name, cell in known.items():
+        if is_solution(cell):
+            if not answers:
+                raise RefusedError("it has no cell of this assignment: is it another's notebook?")
+            if name not in answers:
+                raise RefusedError(f"the cell for the answer {name} is missing")
+            cell.source = answers[name].source
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+        cells += [cell, *own.get(name, [])]
+    return nbformat.v4.new_notebook(cells=cells, metadata=source.metadata)
+
+
+def clean(text: str) -> str:
+    """Return the start of a text that a submission chose, fit for a table."""
+    text = "".join(c if c.isprintable() else " " for c in text)[:300]
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text  # no formula, for a spreadsheet
+
+
+def no_points(source: NotebookNode, reason: str) -> dict[str, dict[str, Any]]:
+    """Return a result for each graded cell of an assignment: its points, and a score of 0."""
+    return {
+        grade_id(cell): {"points": cell.metadata.nbgrader.points, "score": 0, "reason": reason}
+        for cell in source.cells
+        if is_grade(cell)
+    }
+
+
+def by_hand(cell: NotebookNode) -> bool:
+    """Return whether a person grades this cell: it is the answer itself."""
+    return is_grade(cell) and is_solution(cell)
+
+
+def leave_to_a_person(notebook: NotebookNode, results: dict[str, dict[str, Any]]) -> None:
+    """Take the score from the `results` that a person decides on, if there is an answer to read."""
+    for cell, after in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        if by_hand(cell):
+            own = after is not None and grade_id(after) is None  # the answer may stand there
+            empty = cell.source.strip() in ("", "YOUR ANSWER HERE") and not own
+            results[grade_id(cell)].update(
+                score=0 if empty else None, reason="no answer" if empty else "to be read"
+            )

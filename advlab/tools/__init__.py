@@ -1,1 +1,0 @@
-"""What runs from the command line and no lesson imports."""

@@ -1,0 +1,1 @@
+"""Upkeep: batch runs, retraining, publishing, the README, the shipped models on trial."""

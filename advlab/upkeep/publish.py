@@ -1,0 +1,189 @@
+"""Make everything anew and put it where the repository keeps it: models, notebooks, figures.
+
+Neither command reads a cache of the user's: what was measured before must not be found again.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+from rich.console import Console
+
+from advlab import evaluation, files, paper, session
+from advlab.checkpoints import read_metadata
+from advlab.machine import cores
+from advlab.upkeep import readme
+from advlab.upkeep.processes import environment
+from advlab.upkeep.runs import PAPER_LESSONS, BatchError, lesson_files, machine, run, solution_files
+from advlab.upkeep.train import Options, train_models
+
+
+def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return an executed notebook as it is committed: outputs, but no traces of the run.
+
+    Papermill's own records and time stamps go, and so do the overwritten states of progress bars.
+    A widget's state dies with its kernel; its picture stays.
+    """
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution", "collapsed"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if "outputs" in cell:
+            cell.outputs = _settled(cell.outputs)
+    return notebook
+
+
+def _settled(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Join the pieces of each text stream and keep what a terminal would show at the end."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if last and output.output_type == "stream" == last.output_type and output.name == last.name:
+            last.text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            lines = output.text.split("\n")
+            output.text = "\n".join(line.rpartition("\r")[2] for line in lines)
+        elif "data" in output:
+            output.data.pop("application/vnd.jupyter.widget-view+json", None)
+    return [output for output in joined if output.get("text", "x").strip()]
+
+
+def retrain(*, resume: bool = False, console: Console | None = None) -> None:
+    """Train everything from nothing by the paper's recipe and refresh the repository in place.
+
+    Models, tables and figures are made in outputs/paper-cifar10, with a cache there, and moved into
+    data/checkpoints, notebooks and figures only when all of them are there.
+
+    Args:
+        resume: Keep the models and lessons that an interrupted retraining finished.
+        console: Where to print.
+
+    Raises:
+        BatchError: as `runs.run`.
+        DataError: if there is no CIFAR-10: nothing computed on other data belongs in those folders.
+    """
+    console = console or Console()
+    session.resolve_data("cifar10", "auto")  # before anything is removed
+    output = session.default_output("paper", "cifar10")
+    if not resume and output.exists():
+        shutil.rmtree(output)
+    everything = [*lesson_files(), *solution_files()]
+    options = Options("paper", "cifar10", output_dir=str(output))
+    with environment(ADVLAB_CACHE=str(output / "cache")):
+        run(everything, options, resume=resume, console=console)
+    _publish(output, files.home())
+    times: dict[str, Any] = {"machine": machine(), "processes": cores(), "profiles": {}}
+    for profile in ("lesson", "quick"):
+        console.print(f"Timing profile {profile}")
+        # With an empty cache: what the run above has measured must not be found again.
+        with (
+            tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache,
+            environment(ADVLAB_CACHE=cache),
+        ):
+            folder = run(options=Options(profile, "cifar10"), console=console)
+        times["profiles"][profile] = json.loads((folder / "run.json").read_text())["seconds"]
+    files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
+    readme.refresh(files.home())
+    console.print("Refreshed data/checkpoints, notebooks, figures and README.md.")
+
+
+def _publish(output: Path, home: Path) -> None:
+    """Move the results of a full run to where the repository keeps them."""
+    for path in sorted((output / "checkpoints").glob("*-seed0.safetensors")):
+        files.write_bytes(home / "data" / "checkpoints" / path.name, path.read_bytes())
+    for path in sorted((output / "figures").iterdir()):
+        files.write_bytes(home / "figures" / path.name, path.read_bytes())
+    for name in lesson_files() | solution_files():
+        executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
+        text = nbformat.writes(clean_notebook(executed)) + "\n"
+        files.write_bytes(home / "notebooks" / f"{name}.ipynb", text.encode())
+
+
+def reproduce(
+    seeds: int = 1,
+    *,
+    dataset: str = "auto",
+    data_dir: str = "auto",
+    resume: bool = False,
+    publish: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Rebuild the whole paper from nothing by the recipe `FAST`: models, tables, figures.
+
+    Args:
+        seeds: Trainings of the ten models of Tables 1 and 2, with seeds 0, 1 ...; from 2 on their
+            tables go to figures/l04_seeds.csv as well.
+        dataset, data_dir: As in `session.start`.
+        resume: Keep what an interrupted run finished.
+        publish: Copy the table of seeds and the run's clock into the repository's figures/.
+        console: Where to print.
+
+    Returns:
+        The output folder, outputs/fast-DATASET.
+
+    Raises:
+        BatchError: as `runs.run`, and if other data than CIFAR-10 were to be published.
+        ValueError: if `seeds` is below 1.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; train with one seed at least")
+    name, root = session.resolve_data(dataset, data_dir)
+    if publish and name != "cifar10":
+        raise BatchError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
+    output = session.default_output("fast", name)
+    if not resume and output.exists():
+        shutil.rmtree(output)
+    options = Options("fast", name, str(root or "auto"), str(output))
+    with environment(ADVLAB_CACHE=str(output / "cache")):
+        run(PAPER_LESSONS, options, resume=resume, console=console or Console())
+        if seeds > 1:
+            table = pd.concat([_tables_of_seed(replace(options, seed=k)) for k in range(seeds)])
+            with files.atomic_write(output / "figures" / "l04_seeds.csv") as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6g")
+    if publish:
+        _publish_clock(output, files.home() / "figures")
+        if seeds > 1:
+            table = (output / "figures" / "l04_seeds.csv").read_bytes()
+            files.write_bytes(files.home() / "figures" / "l04_seeds.csv", table)
+    return output
+
+
+def _publish_clock(output: Path, figures: Path) -> None:
+    """Write the record of a run and the seconds of its models' trainings to reproduce.json."""
+    record = json.loads((output / "run.json").read_text())
+    models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
+    record["models"] = {path.stem: round(read_metadata(path)["seconds"], 1) for path in models}
+    files.write_bytes(figures / "reproduce.json", json.dumps(record, indent=2).encode())
+
+
+def _tables_of_seed(options: Options) -> pd.DataFrame:
+    """Train the ten models of Tables 1 and 2 with a seed; return the tables' rows."""
+    archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
+    wanted = [(arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs]
+    train_models(options.open_zoo, wanted)
+    zoo = options.open_zoo()
+    return pd.concat(
+        [
+            evaluation.accuracy_table(
+                [zoo.get(arch, eps) for eps in paper.TABLE_TRAIN_EPS],
+                zoo.data,
+                paper.TEST_EPS,
+                attack="fgsm-per-image",
+                source=zoo.get(arch),
+                cells=files.cache_dir() / "cells",
+                progress=f"tables of seed {options.seed}, {arch}",
+            )
+            for arch in paper.TABLES
+        ]
+    )

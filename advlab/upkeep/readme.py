@@ -1,0 +1,217 @@
+"""Write the measured parts of README.md and of the lessons' headers from the full run's files."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from advlab import evaluation, files, paper
+from advlab.bench.measure import cells
+from advlab.checkpoints import is_adversarial, read_metadata
+
+TABLES = {"cnn": "table1_cnn.csv", "cnn-lstm": "table2_cnn_lstm.csv"}
+NOT_TIMED = "not timed yet"
+_TIME = re.compile(r"\*\*Time on two cores:\*\*[^.]*?\(profile lesson\), [^.]*?(?:\.\d+[^.]*?)*\.")
+
+
+def lesson_paths(home: Path) -> list[Path]:
+    """Return the notebooks of the lessons in order."""
+    return sorted((home / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def _read_times(figures: Path) -> dict[str, Any]:
+    return json.loads((figures / "times.json").read_text())
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table of texts as Markdown, without its index."""
+    return table.to_markdown(index=False, disable_numparse=True)
+
+
+def paper_table(rows: pd.DataFrame, arch: str, beside: bool = True) -> pd.DataFrame:
+    """Return our accuracies in %, and the paper's in brackets if they are to be `beside`.
+
+    Returns:
+        Texts, a row per training eps and a column per test eps.
+    """
+    ours = 100 * rows.pivot(index="train_eps", columns="test_eps", values="accuracy")
+    texts = ours.map("{:.1f}".format)
+    if beside:
+        published = pd.DataFrame(paper.TABLES[arch], index=ours.columns).T
+        texts += published.map(" ({:.1f})".format)
+    return texts.rename(columns="eps {:g}".format)
+
+
+def board_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies of `evaluation.board` in %: texts, with the number of images."""
+    board, counts = evaluation.board(rows), rows.groupby("attack")["n"].agg(["min", "max"])
+    heads = {}
+    for attack in board:
+        low, high = counts.loc[attack]
+        heads[attack] = f"{attack} (n = {low:,}{f' to {high:,}' if high > low else ''})"
+    return (100 * board).map("{:.1f}".format).rename(columns=heads)
+
+
+def results_block(home: Path) -> str:
+    """Return Tables 1 and 2 beside the paper's, with what they were measured on."""
+    parts, every = [], []
+    for number, (arch, name) in enumerate(TABLES.items(), 1):
+        rows = pd.read_csv(home / "figures" / name)
+        every.append(rows)
+        first, table = rows.iloc[0], paper_table(rows, arch).rename(index=paper.eps_label)
+        parts.append(
+            f"**Table {number}, {arch}**: accuracy in %, ours and in brackets the paper's. "
+            f"{first['n']:,} {first['data']} test images, FGSM crafted on the {first['source']} "
+            f"with per-image statistics (the paper's attack), recipe `{first['recipe']}`, seed "
+            f"{first['seed']}.\n\n{markdown(table.reset_index(names='trained with'))}"
+        )
+    gap = paper.compare(pd.concat(every))["difference"].abs()
+    parts.append(
+        f"Over the {len(gap)} cells the mean absolute difference is {gap.mean():.2f} points, the "
+        f"largest {gap.max():.2f}."
+    )
+    return "\n\n".join(parts)
+
+
+def speed_block(home: Path) -> str:
+    """Return how long everything took, from the training logs and the timed runs."""
+    times = _read_times(home / "figures")
+    shipped = sorted((home / "data/checkpoints").glob("*.safetensors"))
+    logs = [read_metadata(path) for path in shipped]
+    first, hours = logs[0], sum(log["seconds"] for log in logs) / 3600
+    lines = {
+        f"training all {len(logs)} models, {first['threads']} thread(s) a process, one process per "
+        f"core": f"{hours:.2f} process hours ({hours / times['processes']:.2f} h on "
+        f"{times['processes']} cores)"
+    }
+    fixed = pd.DataFrame([log for log in logs if not is_adversarial(log)])
+    for arch, rates in fixed.groupby("arch", sort=False)["images_per_second"]:
+        median = rates.quantile(interpolation="higher")
+        lines[f"training {arch}, images per second and process, median (range)"] = (
+            f"{median:,.0f} ({rates.min():,.0f} to {rates.max():,.0f})"
+        )
+    for log in filter(is_adversarial, logs):
+        name, epochs = log["recipe"]["name"], len(log["history"])
+        lines[f"adversarial training of {log['arch']}, recipe `{name}`, {epochs} epochs"] = (
+            f"{log['seconds'] / 60:.0f} min, {log['images_per_second']:,.0f} images/s"
+        )
+    for profile in ("lesson", "quick"):
+        total = sum(times["profiles"][profile].values()) / 60
+        lines[f"all lessons, profile `{profile}`, CIFAR-10"] = f"{total:.1f} min"
+    size = sum(path.stat().st_size for path in shipped)
+    lines["shipped models"] = f"{len(logs)} files, {size / 1e6:.1f} MB"
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    return (
+        f"Machine: {times['machine']}; {versions}; training in {first['precision']}, evaluation in "
+        f"float32.\n\n{markdown(pd.DataFrame(lines.items(), columns=['what', 'measured']))}"
+    )
+
+
+def trial_block(home: Path) -> str:
+    """Return the models of Tables 1 and 2 and the adversarially trained ones, white box."""
+    rows = pd.read_csv(home / "figures" / "audit.csv")
+    known = rows["train_eps"].isin(paper.TABLE_TRAIN_EPS) | (rows["recipe"] != "paper")
+    rows = rows[rows["architecture"].isin(TABLES) & known]
+    return (
+        "Accuracy in % on CIFAR-10, seed 0, L-inf, eps 8/255, every model attacked with its own "
+        "gradient; pgd-50x3 is 50 steps from three random starts on cross entropy and margin."
+        f"\n\n{markdown(board_table(rows).reset_index())}"
+    )
+
+
+def lessons_block(home: Path) -> str:
+    """Return the list of lessons with their times; a new one has none until `retrain` timed it."""
+    times = _read_times(home / "figures")["profiles"]
+    lines = []
+    for path in lesson_paths(home):
+        number, about = _title(path)
+        line = {"lesson": f"[{number}](notebooks/{path.name})", "about": about}
+        for profile, head in (("lesson", "profile `lesson`"), ("quick", "`quick`")):
+            seconds = times[profile].get(path.stem)
+            line[head] = NOT_TIMED if seconds is None else f"{seconds:.0f} s"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
+def _title(path: Path) -> tuple[str, str]:
+    """Return number and title of a lesson, which its first line gives as "# 01 · Title"."""
+    first = nbformat.read(path, as_version=4).cells[0].source.partition("\n")[0]
+    number, _, title = first.lstrip("# ").partition(" · ")
+    return number, title
+
+
+def bench_block(home: Path) -> str:
+    """Return the lines of the benchmark that have a target, and where they were measured."""
+    rows = pd.read_csv(home / "figures" / "bench.csv")
+    first, lines = rows.iloc[0], []
+    for row in rows.dropna(subset="target").itertuples():
+        what, way, value, _, ratio, _, target = cells(row)
+        line = {"task": f"{row.part}: {what}", "way": way, "measured": value}
+        lines.append(line | {"ratio": f"{ratio} {row.against}" if ratio else "", "target": target})
+    return (
+        f"Machine: {first['machine']}; torch {first['torch']}. Each comparison in turn on the same "
+        f"images, medians.\n\n{markdown(pd.DataFrame(lines))}"
+    )
+
+
+BLOCKS = {
+    "results": results_block,
+    "speed": speed_block,
+    "lessons": lessons_block,
+    "bench": bench_block,
+    "trial": trial_block,
+}
+
+
+def refreshed(text: str, home: Path) -> str:
+    """Return the README's `text` with each block between its marks made anew.
+
+    Raises:
+        ValueError: if the marks of a block are not there.
+    """
+    for name, make in BLOCKS.items():
+        start, end = f"<!-- {name}: generated -->", f"<!-- end of {name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md needs one pair of marks {start} ... {end}")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{make(home)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def time_line(lesson: float, quick: float) -> str:
+    """Return the line of a lesson's header that says how long it takes; arguments in seconds."""
+    return (
+        f"**Time on two cores:** about {lesson:.0f} s with the shipped models (profile lesson), "
+        f"{quick:.0f} s in profile quick."
+    )
+
+
+def refresh(home: Path) -> None:
+    """Write the measured numbers into README.md and the times into the lessons' headers."""
+    refresh_headers(home)
+    readme = home / "README.md"
+    files.write_bytes(readme, refreshed(readme.read_text(encoding="utf-8"), home).encode())
+
+
+def refresh_headers(home: Path) -> None:
+    """Write the times of the lessons into their headers.
+
+    Raises:
+        ValueError: if a header has no line of times.
+    """
+    profiles = _read_times(home / "figures")["profiles"]
+    for path in lesson_paths(home):
+        times = [profiles[profile].get(path.stem) for profile in ("lesson", "quick")]
+        if None in times:  # a new lesson: its header stays as it was written
+            continue
+        notebook, line = nbformat.read(path, as_version=4), time_line(*times)
+        source, count = _TIME.subn(line, notebook.cells[0].source)
+        if count != 1:
+            raise ValueError(
+                f"{path.name}: its first cell needs one line **Time on two cores:** ..."
+            )
+        notebook.cells[0].source = source
+        files.write_bytes(path, (nbformat.writes(notebook) + "\n").encode())

@@ -1,0 +1,213 @@
+"""The audit of anybody's classifier, and the report that it writes."""
+
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import advlab
+from advlab import datasets, files, lab
+from advlab.attacks import check_eps, input_gradient
+from advlab.audit import Trial
+from advlab.autoattack import auto_attack
+from advlab.checkpoints import weights_hash
+from advlab.data import ImageData
+from advlab.evaluation import wilson
+from advlab.machine import pick_device
+from advlab.upkeep.pages import Report, interval, size
+from advlab.upkeep.targets import check_fit, open_target
+
+APGD_T_OUTPUTS = 4  # its loss compares so many logits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of the audit.
+
+    Args:
+        eps: Size of the attacks, L-inf, in units of the pixel range [0, 1].
+        n: Test images at most, the first ones.
+        seed: Of noise and random starts.
+        autoattack: Whether to run AutoAttack too (minutes to hours).
+
+    Raises:
+        ValueError: if `eps` is not above 0 and at most 1.
+    """
+
+    eps: float = 8 / 255
+    n: int = 500
+    seed: int = 0
+    autoattack: bool = False
+
+    def __post_init__(self) -> None:
+        if check_eps(self.eps) == 0:
+            raise ValueError("eps is 0, which attacks nothing; choose a size such as 8/255")
+
+
+def audit_model(
+    model: nn.Module,
+    data: ImageData,
+    *,
+    name: str,
+    output: Path,
+    settings: Settings | None = None,
+    source: nn.Module | None = None,
+    progress: str | None = None,
+) -> Report:
+    """Put a model on trial, and write report.md, report.html and report.png.
+
+    Args:
+        model: Maps (N, C, H, W) in [0, 1] to logits; on the device of the data.
+        data: Its first test images are used.
+        name: What the report calls the model.
+        output: Folder of the report.
+        settings: None for the defaults.
+        source: Another model, from which attacks are transferred; None leaves that line out.
+        progress: Label of AutoAttack's bar; None shows none.
+
+    Raises:
+        ValueError: if the model does not fit the data, no gradient passes through it, or a setting
+            is out of range.
+        ImportError: if AutoAttack is asked for without the extra "audit".
+        OSError: if the report cannot be written.
+    """
+    settings = settings or Settings()
+    outputs = check_fit(model, data)
+    if source is not None:
+        check_fit(source, data)
+    used = data.test.first(min(settings.n, len(data.test)))
+    images, labels = used.batch(slice(None))
+    _check_gradient(model, images[:1], labels[:1])
+    trial = Trial(model, images, labels, source, settings.eps, settings.seed)
+    held = None
+    if settings.autoattack:
+        options = {"seed": settings.seed, "progress": progress}
+        held = auto_attack(model, images, labels, settings.eps, **options)
+    checklist, accuracies = trial.checklist(), trial.accuracies()
+    if held is not None:
+        correct, n = int(held.sum()), len(held)
+        row = ("AutoAttack", settings.eps, correct / n, *wilson(correct, n), correct, n)
+        accuracies.loc[len(accuracies)] = row
+    commonest = float(labels.bincount().max()) / len(labels)
+    facts = _facts(model, data, settings, outputs, len(labels))
+    report = Report(name, _summary(checklist, accuracies, commonest), checklist, accuracies, facts)
+    report.write(output)
+    return report
+
+
+def _check_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    try:
+        input_gradient(model, images, labels)
+    except RuntimeError as error:
+        raise ValueError(
+            f"no gradient passes through the model, and the audit needs it: {error}. Take no_grad, "
+            "detach and NumPy out of its forward"
+        ) from error
+
+
+def _summary(checklist: pd.DataFrame, accuracies: pd.DataFrame, commonest: float) -> str:
+    """Return the first line: whether the model has learned at all, and how many lines passed."""
+    clean = accuracies.iloc[0]
+    verdicts = list(checklist["verdict"])
+    text = f"Of {len(verdicts)} lines, {verdicts.count('pass')} pass, {verdicts.count('ALARM')} "
+    text += f"raise an alarm, {verdicts.count('not run')} were not run."
+    if clean.low > commonest:
+        return text
+    return (
+        f"The clean accuracy, {100 * clean.accuracy:.1f} % (95 % interval {interval(clean)}), is "
+        f"not above chance: the most frequent class is {100 * commonest:.1f} % of these images. "
+        f"What follows means little before the model has learned. {text}"
+    )
+
+
+def _facts(
+    model: nn.Module, data: ImageData, settings: Settings, outputs: int, n: int
+) -> dict[str, str]:
+    """Return what was measured, on what and with what: a line each."""
+    shown = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
+    parts = "APGD-CE, APGD-T, FAB-T and Square (5,000 queries)"
+    if outputs < APGD_T_OUTPUTS:
+        parts = "APGD-CE, FAB-T and Square (5,000 queries); APGD-T was left out: it compares "
+        parts += f"{APGD_T_OUTPUTS} logits, the model has {outputs}"
+    packages = f"advlab {advlab.__version__}, torch {torch.__version__}, torchvision "
+    packages += f"{version('torchvision')}, Python {platform.python_version()}"
+    return {
+        "model": type(model).__name__,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "hash of the weights": weights_hash(model),
+        "data": data.name,
+        "images": f"the first {n:,} test images, {data.shape}",
+        "classes": f"{len(data.classes)} ({shown}); the model has {outputs} outputs",
+        "norm": "L-inf, in units of the pixel range [0, 1]",
+        "eps": size(settings.eps),
+        "seed": str(settings.seed),
+        "device": data.test.images.device.type,
+        "AutoAttack": parts if settings.autoattack else "not run",
+        "versions": packages,
+    }
+
+
+def run(
+    target: str,
+    settings: Settings | None = None,
+    *,
+    weights: Path | None = None,
+    arch: str | None = None,
+    source: str | None = None,
+    dataset: str = "auto",
+    data_dir: str = "auto",
+    device: str = "auto",
+    output_dir: str = "auto",
+    console: Console | None = None,
+) -> Report:
+    """Audit a classifier: print the checklist, write the report.
+
+    Ten parameters: the options of the command.
+
+    Args:
+        target, weights, arch: As in `targets.open_target`: a function is imported and run.
+        settings: None for the defaults.
+        source: Another target, from which attacks are transferred.
+        dataset, data_dir, device: As in `lab.start`.
+        output_dir: Folder of the report; "auto": outputs/audit/TARGET-DATASET.
+        console: Where to print.
+
+    Raises:
+        ValueError, OSError, ImportError, DataError: as `targets.open_target`, `audit_model` and
+            `datasets.load`.
+    """
+    console, settings = console or Console(), settings or Settings()
+    where = pick_device(lab.setting(device, "ADVLAB_DEVICE", "auto"))
+    key, root = lab.resolve_data(dataset, data_dir)
+    data = datasets.load(key, root, train_n=1, test_n=settings.n).to(where)
+    opened = open_target(target, data, weights, arch)
+    maker = open_target(source, data, arch=arch).model if source else None
+    name = Path(target).name + (f", weights {weights.name}" if weights else "")
+    place = re.sub(r"[^\w.-]+", "-", f"{name}-{datasets.folder_key(key)}")
+    chosen = lab.setting(output_dir, "", "")
+    output = Path(chosen).expanduser() if chosen else files.home() / "outputs" / "audit" / place
+    how = {"settings": settings, "source": maker, "progress": "AutoAttack"}
+    report = audit_model(opened.model, data, name=name, output=output, **how)
+    show(report, output, console)
+    return report
+
+
+def show(report: Report, folder: Path, console: Console) -> None:
+    """Print the first line, the checklist, and the folder where the report lies."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("verdict", "check", "measured"):
+        table.add_column(column)
+    for row in report.checklist.itertuples():
+        style = {"ALARM": "bold red", "pass": "green"}.get(row.verdict, "dim")
+        table.add_row(f"[{style}]{row.verdict}[/]", row.check, row.measured)
+    plain = {"markup": False, "highlight": False, "soft_wrap": True}
+    console.print(report.summary, **plain)
+    console.print(table)
+    console.print(f"Written: {folder / 'report.html'} (and report.md, report.png)", **plain)

@@ -1,0 +1,383 @@
+"""Run the lessons in order with papermill, and set the results beside the paper's."""
+
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+import torch
+from filelock import FileLock, Timeout
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+from rich.table import Table
+from traitlets.config import Config
+
+import advlab
+from advlab import files, paper, session
+from advlab.machine import cores
+from advlab.upkeep import readme
+from advlab.upkeep.processes import KEEP_MEMORY, PeakMemory, environment
+from advlab.upkeep.train import Model, Options, train_models
+
+# The lessons that rebuild the paper; the others go beyond it and need the robust models.
+PAPER_LESSONS = ("01", "02", "03", "04", "05")
+
+
+class BatchError(RuntimeError):
+    """A batch run that cannot start or go on; the message says why and what to do."""
+
+
+# --- which lessons, and what they need
+
+
+def lesson_files() -> dict[str, Path]:
+    """Return the lessons in order, by name ("01_baseline").
+
+    Raises:
+        BatchError: outside a clone of the repository, which holds the notebooks.
+    """
+    found = readme.lesson_paths(files.home())
+    if not found:
+        raise BatchError(
+            f"no lessons in {files.home() / 'notebooks'}; run this in a clone of the repository"
+        )
+    return {path.stem: path for path in found}
+
+
+def solution_files() -> dict[str, Path]:
+    """Return the solutions of the lessons' exercises, by name ("solutions/01_baseline")."""
+    found = sorted((files.home() / "notebooks" / "solutions").glob("[0-9][0-9]_*.ipynb"))
+    return {f"solutions/{path.stem}": path for path in found}
+
+
+def choose_lessons(names: Iterable[str]) -> dict[str, Path]:
+    """Return the notebooks called `names`; all lessons for none.
+
+    Args:
+        names: Lessons ("02_fgsm", "02" or "fgsm"), or "solutions" for those of the exercises.
+
+    Raises:
+        BatchError: for an unknown name.
+    """
+    lessons, solutions = lesson_files(), solution_files()
+    chosen = set()
+    for name in names:
+        short = name.removesuffix(".ipynb")
+        matches = [stem for stem in lessons if short in (stem, stem[:2], stem[3:])]
+        matches += [stem for stem in solutions if short in (stem, "solutions")]
+        if not matches:
+            known = ", ".join([*lessons, "solutions"])
+            raise BatchError(f"unknown lesson {name!r}; there are {known}")
+        chosen.update(matches)
+    chosen = chosen or set(lessons)
+    return {name: path for name, path in (lessons | solutions).items() if name in chosen}
+
+
+def check_parameters(lessons: Mapping[str, Path], parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that no chosen lesson has (papermill itself would only warn).
+
+    Raises:
+        BatchError: names the parameter and those that exist.
+    """
+    known = {name for path in lessons.values() for name in papermill.inspect_notebook(str(path))}
+    for name in parameters:
+        if name not in known:
+            raise BatchError(
+                f"unknown parameter {name!r}; the lessons have {', '.join(sorted(known))}"
+            )
+
+
+def needed_models(lessons: Mapping[str, Path], options: Options) -> list[Model]:
+    """Return the models that the lessons need, baselines first, slow ones before quick ones."""
+    settings = session.settings_of(options.profile, options.dataset)
+    beyond = any(path.stem[:2] not in PAPER_LESSONS for path in lessons.values())
+    return settings.models() + (settings.robust_models() if beyond else [])
+
+
+# --- the record of a run, and going on from it
+
+
+def machine() -> str:
+    """Return what a reader wants to know of this machine beside a time."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(": ")[2] if models else name
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def source_hash() -> str:
+    """Return a hash of the modules that compute the results."""
+    digest = sha256()
+    for path in sorted(Path(advlab.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def notebook_hash(path: Path) -> str:
+    """Return a hash of what a notebook says: of its cells, without their outputs."""
+    cells = nbformat.read(path, as_version=4).cells
+    said = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in cells]
+    return sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _new_record(options: Options, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    asked = {name: getattr(options, name) for name in ("profile", "dataset", "seed", "device")}
+    record = {
+        "settings": asked | dict(parameters),
+        "code": source_hash(),
+        "torch": torch.__version__,
+        "machine": machine(),
+        "processes": cores(),
+        "notebooks": {},  # what each finished lesson said
+        "seconds": {},  # of each finished part
+    }
+    return json.loads(json.dumps(record, default=str))  # as it comes back from the file
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        _origin(record), dict(record["notebooks"]), dict(record["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BatchError(
+            f"--resume: {path} is damaged, or of another version of advlab ({error!r}). Delete it "
+            "and start again without --resume"
+        ) from error
+    return record
+
+
+def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be the same for a run to go on."""
+    return {**record["settings"], "torch": record["torch"], "code of advlab": record["code"]}
+
+
+def open_record(path: Path, fresh: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Return the record of an earlier run to go on with, or else `fresh`, written to `path`.
+
+    Raises:
+        BatchError: if the earlier run was made with other settings, code or torch, or its record is
+            damaged.
+    """
+    if not (resume and path.is_file()):
+        _write_record(fresh, path)
+        return fresh
+    record = _read_record(path)
+    then, now = _origin(record), _origin(fresh)
+    changed = [
+        f"{name} {then.get(name, 'none')}, now {now.get(name, 'none')}"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise BatchError(
+            f"--resume: the run in {path.parent} was made with {'; '.join(changed)}. Go back to "
+            "that, or leave --resume out"
+        )
+    return record
+
+
+def _write_record(record: Mapping[str, Any], path: Path) -> None:
+    files.write_bytes(path, json.dumps(record, indent=2).encode())
+
+
+# --- running
+
+
+def kernel_config(folder: str) -> Config:
+    """Let a kernel be spoken to through files in `folder`, where the system has such sockets.
+
+    Elsewhere (Windows) it is the loopback network, which is jupyter's default everywhere. The
+    folder must be the run's own: kernels that share one would hear each other.
+    """
+    if os.name != "posix":
+        return Config()
+    return Config(KernelManager={"transport": "ipc", "connection_file": f"{folder}/kernel.json"})
+
+
+def _execute(
+    name: str, source: Path, target: Path, parameters: Mapping[str, Any], label: str
+) -> None:
+    own = {k: v for k, v in parameters.items() if k in papermill.inspect_notebook(str(source))}
+    partial_path = target.with_suffix(".partial.ipynb")
+    try:
+        with tempfile.TemporaryDirectory(prefix="advlab-") as folder:
+            papermill.execute_notebook(
+                source,
+                partial_path,
+                own,
+                config=kernel_config(folder),
+                progress_bar={
+                    "desc": label,
+                    "bar_format": "{desc} |{bar:24}| {n_fmt}/{total_fmt} cells, {elapsed}",
+                },
+            )
+    except PapermillExecutionError as error:
+        raise BatchError(
+            f"lesson {name} failed in cell {error.exec_count}:\n{error}\n"
+            f"The partly executed notebook: {partial_path}\n"
+            "After mending it, go on from there with --resume"
+        ) from error
+    partial_path.replace(target)
+
+
+def run(
+    names: Iterable[str] = (),
+    options: Options | None = None,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train what is missing, run the lessons, print the summary.
+
+    Args:
+        names: As in `choose_lessons`.
+        options: Profile, data, folders, seed and device.
+        parameters: More parameters of the lessons.
+        resume: Go on with the folder's earlier run: a lesson that it finished is kept, unless its
+            notebook was edited since.
+        console: Where to print.
+
+    Returns:
+        The output folder: notebooks/, figures/ and run.json.
+
+    Raises:
+        BatchError: for an unknown lesson or parameter, a failed lesson, a folder in use, or a
+            resume with other settings or code.
+    """
+    console, parameters = console or Console(), parameters or {}
+    lessons = choose_lessons(names)
+    check_parameters(lessons, parameters)
+    options = (options or Options()).resolved()
+    output = Path(options.output_dir)
+    for name in lessons:
+        files.make_folder((output / "notebooks" / name).parent)
+    if options.dataset == "shapes10":
+        _announce_shapes(console)
+    path = output / "run.json"
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            record = open_record(path, _new_record(options, parameters), resume)
+            with PeakMemory() as memory, environment(**KEEP_MEMORY, **options.variables()):
+                _train(lessons, options, record, path)
+                # Nothing is injected for the default: a plain run leaves the lessons as written.
+                given = {**parameters, **({"seed": options.seed} if options.seed else {})}
+                _run_lessons(lessons, given, record, path, console)
+            record["peak_mb"] = max(round(memory.megabytes), record.get("peak_mb", 0))
+            _write_record(record, path)
+    except Timeout as error:
+        raise BatchError(
+            f"another run is writing to {output}; wait for it, or choose another --output-dir"
+        ) from error
+    print_summary(output, console)
+    return output
+
+
+def _announce_shapes(console: Console) -> None:
+    console.rule("[bold]Shapes-10 stands in for CIFAR-10")
+    console.print(
+        "CIFAR-10 is neither here nor to be downloaded (or Shapes-10 was asked for). The "
+        "lessons run on the\nbuilt-in Shapes-10; nothing compares with the paper. README.md, "
+        "section Data, says how to point at CIFAR-10."
+    )
+
+
+def _train(
+    lessons: Mapping[str, Path], options: Options, record: dict[str, Any], path: Path
+) -> None:
+    start = time.perf_counter()
+    if train_models(options.open_zoo, needed_models(lessons, options)):
+        earlier = record["seconds"].get("training", 0)
+        record["seconds"]["training"] = round(earlier + time.perf_counter() - start, 1)
+        _write_record(record, path)
+
+
+def _run_lessons(
+    lessons: Mapping[str, Path],
+    parameters: Mapping[str, Any],
+    record: dict[str, Any],
+    path: Path,
+    console: Console,
+) -> None:
+    """Run the lessons into notebooks/ beside the record's `path`, noting each that is finished."""
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for number, (name, source) in enumerate(lessons.items(), 1):
+        target = path.parent / "notebooks" / f"{name}.ipynb"
+        label = f"[{number}/{len(lessons)}] {name:<28}"
+        says, said = notebook_hash(source), record["notebooks"].get(name)
+        if says == said and target.is_file():
+            console.print(f"{label} done before", markup=False)
+            continue
+        if said not in (None, says):
+            console.print(f"{label} was edited since, and runs again", markup=False)
+        start = time.perf_counter()
+        _execute(name, source, target, parameters, label)
+        record["notebooks"][name] = says
+        record["seconds"][name] = round(time.perf_counter() - start, 1)
+        _write_record(record, path)
+
+
+# --- the summary
+
+
+def read_tables(output: Path) -> pd.DataFrame | None:
+    """Return the rows of Tables 1 and 2 that lesson 04 wrote into `output`; None if it did not."""
+    paths = [output / "figures" / name for name in readme.TABLES.values()]
+    if not all(path.is_file() for path in paths):
+        return None
+    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+
+
+def print_summary(output: Path, console: Console) -> None:
+    """Print Tables 1 and 2 (beside the paper's where that is fair) and where everything lies."""
+    rows = read_tables(output)
+    if rows is not None:
+        fair = set(rows["data"]) == {"CIFAR-10"} and set(rows["recipe"]) <= {"paper", "fast"}
+        for number, arch in enumerate(readme.TABLES, 1):
+            _print_paper_table(rows[rows["architecture"] == arch], arch, number, fair, console)
+        if fair:
+            gap = paper.compare(rows)["difference"].abs()
+            console.print(
+                f"{len(gap)} cells: mean absolute difference {gap.mean():.2f} points, "
+                f"largest {gap.max():.2f}."
+            )
+        else:
+            what = f"{rows['data'].iloc[0]}, recipe {rows['recipe'].iloc[0]}"
+            console.print(f"These are numbers of {what}; they compare with nothing in the paper.")
+    for folder, what in (("notebooks", "executed notebooks"), ("figures", "figures and tables")):
+        console.print(f"{what:<20} {output / folder}", soft_wrap=True, markup=False)
+
+
+def _print_paper_table(
+    rows: pd.DataFrame, arch: str, number: int, fair: bool, console: Console
+) -> None:
+    first, table = rows.iloc[0], readme.paper_table(rows, arch, beside=fair)
+    title = (
+        f"Table {number}: {arch}, accuracy % on {first['n']:,} {first['data']} test images, FGSM "
+        f"from the {first['source']}, per-image statistics, seed {first['seed']}"
+        + (" (the paper's in brackets)" if fair else "")
+    )
+    table = table.rename(index=lambda eps: f"{eps:g}" if eps else "baseline")
+    print_table(f"\n{title}", table.rename_axis("trained"), console)
+
+
+def print_table(title: str, table: pd.DataFrame, console: Console) -> None:
+    """Print a table of texts, so narrow that Tables 1 and 2 take no more than 80 columns."""
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column(table.index.name, no_wrap=True)
+    for name in table:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for name, texts in table.iterrows():
+        shown.add_row(name, *texts)
+    console.print(shown)

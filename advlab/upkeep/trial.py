@@ -1,0 +1,136 @@
+"""Put every shipped model on trial: white-box FGSM and PGD, and AutoAttack.
+
+AutoAttack takes minutes for 100 images of a robust model. Each 100 images that are done are kept in
+the cache, so a run that was interrupted goes on from there, and a second one is instant.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from advlab import evaluation, files, session
+from advlab.checkpoints import Checkpoint, load
+from advlab.data import ImageData
+from advlab.session import Session
+from advlab.upkeep import readme
+from advlab.upkeep.processes import environment
+from advlab.upkeep.runs import machine, print_table
+
+EPS = 8 / 255
+# The paper's best CNN is attacked at smaller sizes too: lesson 06 draws the curve.
+SWEPT, SWEEP = "cnn eps=0.2", (1 / 255, 2 / 255, 4 / 255)
+# The model that the README's claim is about gets twice as many images for AutoAttack.
+BEST = "cnn robust"
+
+
+def auto_attack_rows(
+    checkpoint: Checkpoint, data: ImageData, sizes: Sequence[float], n: int, progress: str
+) -> pd.DataFrame:
+    """Return a row per eps, as from `evaluation.accuracy_table`, for AutoAttack on `n` images."""
+    images, labels = data.test.first(n).batch(slice(None))
+    where = {"folder": files.cache_dir() / "autoattack", "progress": progress}
+    rows = []
+    for eps in sizes:
+        held = evaluation.auto_attack(checkpoint.model, images, labels, eps, **where)
+        how = data.name, eps, "autoattack", evaluation.WHITE_BOX
+        rows.append(evaluation.result_row(checkpoint, *how, int(held.sum()), n))
+    return pd.DataFrame(rows)
+
+
+def run(
+    names: Sequence[str] = (),
+    *,
+    dataset: str = "auto",
+    data_dir: str = "auto",
+    device: str = "auto",
+    auto_n: int = 1_000,
+    test_n: int | None = None,
+    publish: bool = False,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Measure the shipped models under white-box attacks at eps = 8/255; print and write a table.
+
+    Args:
+        names: File names of checkpoints, or beginnings of them ("cnn-eps"); all for none.
+        dataset, data_dir, device: As in `session.start`.
+        auto_n: Images for AutoAttack and for PGD with restarts, the first of the test split (twice
+            as many for the model `BEST`); 0 leaves both out.
+        test_n: Images for FGSM and PGD-20; None for all.
+        publish: Write figures/audit.csv of the repository, not outputs/audit/audit.csv.
+        console: Where to print.
+
+    Raises:
+        ValueError: if no checkpoint is called so, or other data than CIFAR-10 or a part of the
+            models were to be published.
+        ImportError: without the extra "audit", unless `auto_n` is 0.
+    """
+    console = console or Console()
+    with environment(ADVLAB_DEVICE=session.setting(device, "ADVLAB_DEVICE", "auto")):
+        opened = session.start("lesson", dataset, data_dir=data_dir, progress=False)
+    if publish and (opened.data.name != "CIFAR-10" or names or test_n or not auto_n):
+        raise ValueError(
+            "--publish writes what the lessons show: all models, all images, on CIFAR-10"
+        )
+    chosen, parts = choose_models(names), []
+    for number, path in enumerate(chosen, 1):
+        label = f"[{number}/{len(chosen)}] "
+        parts.append(measure(load(path), opened, auto_n, test_n, label))
+    table = pd.concat(parts, ignore_index=True)
+    folder = files.home() / ("figures" if publish else "outputs/audit")
+    with files.atomic_write(folder / "audit.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    show(table, console)
+    console.print(f"Written: {folder / 'audit.csv'}", soft_wrap=True, markup=False)
+    return table
+
+
+def choose_models(names: Sequence[str]) -> list[Path]:
+    """Return the shipped checkpoints whose file names begin with one of `names`; all for none.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    paths = sorted(files.shipped_checkpoints().glob("*.safetensors"))
+    chosen = [path for path in paths if not names or path.name.startswith(tuple(names))]
+    if not chosen:
+        known = ", ".join(path.stem for path in paths)
+        raise ValueError(f"no model is called {', '.join(names)}; there are {known or 'none'}")
+    return chosen
+
+
+def measure(
+    checkpoint: Checkpoint, opened: Session, auto_n: int, test_n: int | None, label: str
+) -> pd.DataFrame:
+    """Return one model's rows: clean, FGSM, PGD and, unless `auto_n` is 0, AutoAttack."""
+    name, data, parts = evaluation.name_of(checkpoint), opened.data, []
+    n = min(2 * auto_n if name == BEST else auto_n, len(data.test))
+    # PGD with restarts is to be compared with AutoAttack: on the same images.
+    attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
+    for attack, count in attacks.items():
+        parts.append(
+            evaluation.accuracy_table(
+                [checkpoint],
+                replace(data, test=data.test.first(count)),
+                (0.0, EPS) if attack == "fgsm" else (EPS,),
+                attack=attack,
+                cells=opened.cells,
+                progress=f"{label}{name}, {attack}",
+            )
+        )
+    if auto_n:
+        sizes = (*SWEEP, EPS) if name == SWEPT else (EPS,)
+        parts.append(auto_attack_rows(checkpoint, data, sizes, n, f"{label}{name}, AutoAttack"))
+    table = pd.concat(parts, ignore_index=True)
+    table.loc[table["test_eps"] == 0, "attack"] = "clean"
+    return table
+
+
+def show(table: pd.DataFrame, console: Console) -> None:
+    """Print accuracies at eps = 8/255, a row per model, the best under AutoAttack first."""
+    title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
+    texts = readme.board_table(table)
+    texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
+    print_table(title, texts, console)

@@ -1,0 +1,202 @@
+"""Retraining and reproducing: from nothing, with a cache of their own, and what is published."""
+
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from conftest import write_lesson
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from advlab import checkpoints, paper, session
+from advlab.data import DataError
+from advlab.training import Recipe
+from advlab.upkeep import publish, runs
+from advlab.upkeep.runs import BatchError
+from advlab.upkeep.train import Options
+
+
+def test_clean_notebook_keeps_what_a_terminal_would_show():
+    pieces = [
+        new_output("stream", name="stdout", text="bar  1%\rbar 50%"),
+        new_output("stream", name="stdout", text="\r       \rdone\n"),
+    ]
+    cell = new_code_cell("x", outputs=pieces, metadata={"papermill": {}, "tags": []})
+    notebook = new_notebook(cells=[cell], metadata={"papermill": {}, "widgets": {}})
+    cleaned = publish.clean_notebook(notebook)
+    assert [output.text for output in cleaned.cells[0].outputs] == ["done\n"]
+    assert not cleaned.metadata
+    assert not cleaned.cells[0].metadata
+
+
+def test_clean_notebook_keeps_a_widget_s_picture_alone():
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "image/png": "abc"}
+    cell = new_code_cell("x", outputs=[new_output("display_data", data=view)])
+    cleaned = publish.clean_notebook(new_notebook(cells=[cell]))
+    assert cleaned.cells[0].outputs[0].data == {"image/png": "abc"}
+
+
+# --- the whole paper from nothing
+
+
+@pytest.fixture
+def whole_run(empty_home, monkeypatch):
+    """A home in which a run leaves its record and a figure; returns what each run was asked for."""
+    asked = []
+
+    def run(lessons, options, *, resume, console):
+        assert tuple(lessons) == publish.PAPER_LESSONS
+        output = Path(options.output_dir)
+        kept = sorted(path.name for path in output.iterdir()) if output.exists() else []
+        asked.append((options, resume, kept, os.environ["ADVLAB_CACHE"]))
+        (output / "figures").mkdir(parents=True, exist_ok=True)
+        (output / "run.json").write_text('{"seconds": {}, "peak_mb": 1}')
+        return output
+
+    monkeypatch.setattr(publish, "run", run)
+    monkeypatch.setattr(
+        publish,
+        "_tables_of_seed",
+        lambda asked: pd.DataFrame({"seed": [asked.seed] * 2, "accuracy": [0.5, asked.seed / 3]}),
+    )
+    return asked
+
+
+def test_reproduce_runs_the_fast_profile_with_a_cache_of_its_own(whole_run, empty_home):
+    before = os.environ["ADVLAB_CACHE"]
+    output = publish.reproduce(dataset="shapes10")
+    assert output == empty_home / "outputs" / "fast-shapes10"
+    options = Options("fast", "shapes10", output_dir=str(output))
+    assert whole_run == [(options, False, [], str(output / "cache"))]
+    assert os.environ["ADVLAB_CACHE"] == before
+    assert not (output / "figures" / "l04_seeds.csv").exists()  # one seed has its tables anyway
+    assert not (empty_home / "figures").exists()
+
+
+@pytest.mark.parametrize(("resume", "kept"), [(False, []), (True, ["figures", "old", "run.json"])])
+def test_reproduce_starts_from_nothing_unless_it_resumes(whole_run, resume, kept):
+    output = publish.reproduce(dataset="shapes10")
+    (output / "old").touch()
+    publish.reproduce(dataset="shapes10", resume=resume)
+    assert whole_run[1][1:3] == (resume, kept)
+
+
+def test_reproduce_writes_the_tables_of_all_seeds(whole_run):
+    output = publish.reproduce(2, dataset="shapes10")
+    table = pd.read_csv(output / "figures" / "l04_seeds.csv")
+    assert table["seed"].tolist() == [0, 0, 1, 1]
+    assert table["accuracy"].tolist() == [0.5, 0, 0.5, 0.333333]
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_reproduce_refuses_no_seeds(whole_run, seeds):
+    with pytest.raises(ValueError, match=f"seeds is {seeds}; train with one seed at least"):
+        publish.reproduce(seeds, dataset="shapes10")
+    assert whole_run == []
+
+
+@pytest.mark.parametrize("dataset", ["shapes10", "auto"])
+def test_other_data_than_cifar10_are_not_published(whole_run, no_network, dataset):
+    output = publish.reproduce(dataset="shapes10")
+    with pytest.raises(BatchError, match=r"--publish: there is no CIFAR-10"):
+        publish.reproduce(dataset=dataset, publish=True)
+    assert (output / "run.json").exists()  # refused before anything is removed
+    assert len(whole_run) == 1
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_publish_copies_the_record_and_the_table_of_seeds(
+    whole_run, empty_home, fake_cifar10, seeds
+):
+    output = session.default_output("fast", "cifar10")
+    figures = empty_home / "figures"
+    publish.reproduce(seeds, data_dir=str(fake_cifar10))
+    for seed in (0, 1):
+        path = output / "checkpoints" / f"cnn-baseline-seed{seed}.safetensors"
+        checkpoints.save(torch.nn.Linear(1, 1), {"seconds": 7.06 + seed}, path)
+    assert not figures.exists()
+    publish.reproduce(seeds, data_dir=str(fake_cifar10), resume=True, publish=True)
+    assert whole_run[0][0].data_dir == str(fake_cifar10)
+    record = json.loads((output / "run.json").read_text())
+    published = json.loads((figures / "reproduce.json").read_text())
+    assert published == record | {"models": {"cnn-baseline-seed0": 7.1}}
+    assert (figures / "l04_seeds.csv").exists() == (seeds > 1)
+    if seeds > 1:
+        table = (output / "figures" / "l04_seeds.csv").read_bytes()
+        assert (figures / "l04_seeds.csv").read_bytes() == table
+
+
+def test_tables_of_a_seed_are_the_papers_two(tiny_shapes, tmp_path, monkeypatch):
+    asked = []
+    zoo = checkpoints.Zoo(
+        tiny_shapes, Recipe("tiny", epochs=1, batch_size=32), 7, tmp_path, progress=False
+    )
+    monkeypatch.setattr(Options, "open_zoo", lambda self: zoo)
+    monkeypatch.setattr(publish, "train_models", lambda make_zoo, wanted: asked.extend(wanted))
+    table = publish._tables_of_seed(Options("fast", "shapes10", seed=7))
+    assert asked[:2] == [("cnn-lstm", 0.0), ("cnn", 0.0)]  # baselines first
+    assert set(asked) == {(arch, eps) for arch in paper.TABLES for eps in paper.TABLE_TRAIN_EPS}
+    assert len(asked) == 10
+    columns = ["architecture", "train_eps", "test_eps"]
+    assert table[columns].to_numpy().tolist() == paper.published()[columns].to_numpy().tolist()
+    assert set(table["seed"]) == {7}
+    assert set(table["attack"]) == {"fgsm-per-image"}
+    assert (table["source"] == table["architecture"] + " baseline").all()
+
+
+# --- retraining
+
+
+@pytest.fixture
+def clone(empty_home, fake_cifar10, monkeypatch):
+    """A clone with one lesson, made-up data and nothing to train; says what it found in its cache.
+
+    The times of its profiles are not written into a README, which it has not.
+    """
+    monkeypatch.setenv("ADVLAB_DATA", str(fake_cifar10))
+    monkeypatch.delenv("ADVLAB_OUTPUT")
+    monkeypatch.setattr(runs, "_train", lambda *args: None)
+    monkeypatch.setattr(publish.readme, "refresh", lambda home: None)
+    code = (
+        "import os, pathlib\n"
+        "cache = pathlib.Path(os.environ['ADVLAB_CACHE'])\n"
+        "print((cache / 'measured').exists())\n"
+        "cache.mkdir(parents=True, exist_ok=True)\n"
+        "(cache / 'measured').touch()\n"
+        "figures = pathlib.Path(os.environ['ADVLAB_OUTPUT']) / 'figures'\n"
+        "figures.mkdir(exist_ok=True)\n"
+        "(figures / 'new.csv').touch()"
+    )
+    write_lesson(empty_home, "01_first", code)
+    return empty_home
+
+
+def test_retrain_reads_no_cache_of_the_user_s_and_publishes(clone):
+    cache = Path(os.environ["ADVLAB_CACHE"])
+    cache.mkdir()
+    (cache / "measured").touch()
+    publish.retrain()
+    folders = [clone / "outputs" / f"{name}-cifar10" for name in ("paper", "lesson", "quick")]
+    for folder in (*folders, clone):
+        executed = nbformat.read(folder / "notebooks" / "01_first.ipynb", as_version=4)
+        assert executed.cells[-1].outputs[0].text.strip() == "False"
+    assert (folders[0] / "cache" / "measured").exists()
+    assert [path.name for path in cache.iterdir()] == ["measured"]
+    assert (clone / "figures" / "new.csv").exists()
+    times = json.loads((clone / "figures" / "times.json").read_text())
+    assert {name: list(parts) for name, parts in times["profiles"].items()} == {
+        "lesson": ["01_first"],
+        "quick": ["01_first"],
+    }
+
+
+def test_retrain_without_cifar10_removes_nothing(clone, monkeypatch, no_network):
+    kept = clone / "outputs" / "paper-cifar10" / "hours of work"
+    kept.mkdir(parents=True)
+    monkeypatch.delenv("ADVLAB_DATA")
+    with pytest.raises(DataError, match="CIFAR-10 is not here"):
+        publish.retrain()
+    assert kept.exists()

@@ -1,0 +1,282 @@
+"""Batch runs, on lessons of two cells: which run, what is kept, and what stops them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import write_lesson
+from filelock import FileLock
+from rich.console import Console
+
+from advlab import paper, session
+from advlab.upkeep import readme, runs
+from advlab.upkeep.runs import BatchError, choose_lessons
+from advlab.upkeep.train import Options
+
+
+@pytest.fixture
+def lessons(empty_home, monkeypatch):
+    """A clone with two lessons that leave traces of their running, and no models to train."""
+    monkeypatch.setattr(runs, "_train", lambda *args: None)
+    for name in ("01_first", "02_second"):
+        write_lesson(empty_home, name, leave_trace(empty_home, name))
+    return empty_home
+
+
+def leave_trace(home: Path, name: str) -> str:
+    return f"open({str(home / name)!r}, 'a').write(word)\nprint(seed)"
+
+
+def run_quick(home: Path, *names: str, seed: int = 0, **more) -> Path:
+    """Run the lessons of `home` on Shapes-10."""
+    options = Options("quick", "shapes10", output_dir=str(home / "out"), seed=seed)
+    return runs.run(names, options, **more)
+
+
+def shown(output: Path, name: str) -> str:
+    """Return what the last cell of an executed lesson printed."""
+    executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
+    return executed.cells[-1].outputs[0].text.strip()
+
+
+def read_record(output: Path) -> dict:
+    return json.loads((output / "run.json").read_text())
+
+
+def test_run_executes_in_order_and_passes_parameters(lessons):
+    output = run_quick(lessons, seed=3, parameters={"word": "loud"})
+    assert (lessons / "01_first").read_text() == (lessons / "02_second").read_text() == "loud"
+    assert shown(output, "02_second") == "3"
+
+
+def test_lessons_see_the_options_in_their_environment(lessons, monkeypatch):
+    monkeypatch.setenv("ADVLAB_PROFILE", "paper")
+    monkeypatch.delenv("ADVLAB_DEVICE", raising=False)
+    names = ["ADVLAB_PROFILE", "ADVLAB_DATASET", "ADVLAB_DEVICE", "ADVLAB_OUTPUT"]
+    write_lesson(lessons, "01_first", f"import os\nprint([os.environ[n] for n in {names}])")
+    output = run_quick(lessons, "01")
+    assert shown(output, "01_first") == str(["quick", "shapes10", "cpu", str(output)])
+    assert os.environ["ADVLAB_PROFILE"] == "paper"
+    assert "ADVLAB_DEVICE" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["02_second", "02", "second", "02_second.ipynb"])
+def test_choose_lessons_takes_short_names(lessons, name):
+    assert list(choose_lessons([name])) == ["02_second"]
+
+
+def test_solutions_run_only_when_asked_for(lessons):
+    name = "solutions/01_first"
+    write_lesson(lessons, name, "print('solved')")
+    assert list(choose_lessons([])) == ["01_first", "02_second"]
+    assert list(choose_lessons(["01", "solutions"])) == ["01_first", name]
+    assert shown(run_quick(lessons, "solutions"), name) == "solved"
+    assert not (lessons / "01_first").exists()
+
+
+def test_only_lessons_beyond_the_paper_need_adversarially_trained_models():
+    options, settings = Options("lesson", "cifar10"), session.PROFILES["lesson"]
+    assert runs.needed_models(choose_lessons(["01"]), options) == settings.models()
+    both = runs.needed_models(choose_lessons(["01", "06"]), options)
+    assert both == settings.models() + settings.robust_models()
+
+
+@pytest.mark.parametrize(
+    ("names", "parameters", "message"),
+    [
+        (["07_seventh"], {}, r"unknown lesson '07_seventh'; there are 01_first, 02_second"),
+        ([], {"wrod": "loud"}, r"unknown parameter 'wrod'; the lessons have .*word"),
+    ],
+)
+def test_what_does_not_exist_is_refused_by_name(lessons, names, parameters, message):
+    with pytest.raises(BatchError, match=message):
+        run_quick(lessons, *names, parameters=parameters)
+
+
+def test_unknown_profile_is_refused_by_name(lessons):
+    with pytest.raises(ValueError, match="'slow'"):
+        runs.run(options=Options("slow", "shapes10"))
+
+
+def test_run_with_defaults_leaves_the_lessons_as_written(lessons):
+    output = run_quick(lessons)
+    executed, source = (
+        nbformat.read(home / "notebooks" / "01_first.ipynb", as_version=4)
+        for home in (output, lessons)
+    )
+    assert [c.source for c in executed.cells] == [c.source for c in source.cells]
+
+
+def test_two_runs_in_one_folder_are_refused(lessons):
+    (lessons / "out").mkdir()
+    with (
+        FileLock(lessons / "out" / ".lock"),
+        pytest.raises(BatchError, match="another run is writing"),
+    ):
+        run_quick(lessons)
+
+
+def test_output_folder_that_cannot_be_written_is_named(lessons):
+    (lessons / "out").write_text("a file in the way")
+    with pytest.raises(OSError, match=r"out.*Free some space|out.*choose a folder"):
+        run_quick(lessons)
+
+
+# --- going on
+
+
+def test_failing_lesson_stops_the_run_and_resume_goes_on(lessons):
+    write_lesson(lessons, "02_second", "raise KeyError('out of cheese')")
+    with pytest.raises(BatchError, match="02_second failed") as failure:
+        run_quick(lessons)
+    assert "out of cheese" in str(failure.value)
+    partly = lessons / "out" / "notebooks" / "02_second.partial.ipynb"
+    assert str(partly) in str(failure.value)
+    assert nbformat.read(partly, as_version=4).cells[1].execution_count == 1
+    write_lesson(lessons, "02_second", "print('mended')")
+    output = run_quick(lessons, resume=True)
+    assert (lessons / "01_first").read_text() == "quiet"  # once, not twice
+    assert shown(output, "02_second") == "mended"
+
+
+def test_run_without_resume_starts_again(lessons):
+    run_quick(lessons, "01")
+    run_quick(lessons, "01")
+    assert (lessons / "01_first").read_text() == "quietquiet"
+
+
+def test_lesson_that_was_edited_since_runs_again_and_the_others_do_not(lessons, capsys):
+    run_quick(lessons)
+    write_lesson(lessons, "02_second", "print('edited')")
+    output = run_quick(lessons, resume=True)
+    printed = capsys.readouterr().out
+    assert re.search(r"01_first +done before", printed)
+    assert re.search(r"02_second +was edited since, and runs again", printed)
+    assert (lessons / "01_first").read_text() == "quiet"
+    assert shown(output, "02_second") == "edited"
+    run_quick(lessons, resume=True)
+    assert len(re.findall("done before", capsys.readouterr().out)) == 2
+
+
+def test_outputs_of_a_notebook_are_no_edit(lessons):
+    output = run_quick(lessons, "01")
+    committed = lessons / "notebooks" / "01_first.ipynb"
+    committed.write_bytes((output / "notebooks" / "01_first.ipynb").read_bytes())
+    run_quick(lessons, "01", resume=True)
+    assert (lessons / "01_first").read_text() == "quiet"
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "torch", "message"),
+    [
+        ({"seed": 2}, "abc", None, "seed 1, now 2"),
+        ({"parameters": {"word": "loud"}}, "abc", None, "word none, now loud"),
+        ({}, "fed", None, "code of advlab abc, now fed"),
+        ({}, "abc", "9.9", r"torch \S+, now 9.9"),
+    ],
+)
+def test_resume_of_another_run_says_what_differs(lessons, monkeypatch, asked, code, torch, message):
+    monkeypatch.setattr(runs, "source_hash", lambda: "abc")
+    output = run_quick(lessons, "01", seed=1)
+    before = (output / "run.json").read_bytes()
+    monkeypatch.setattr(runs, "source_hash", lambda: code)
+    if torch:
+        monkeypatch.setattr(runs.torch, "__version__", torch)
+    with pytest.raises(BatchError, match=rf"the run in .*out was made with {message}\. Go back"):
+        run_quick(lessons, "01", **{"seed": 1, **asked}, resume=True)
+    assert (output / "run.json").read_bytes() == before
+    assert (lessons / "01_first").read_text() == "quiet"
+
+
+def test_code_is_the_package_s_modules(tmp_path, monkeypatch):
+    (tmp_path / "attacks.py").write_text("steps = 20")
+    monkeypatch.setattr(runs.advlab, "__file__", str(tmp_path / "__init__.py"))
+    first = runs.source_hash()
+    (tmp_path / "attacks.py").write_text("steps = 0")
+    assert runs.source_hash() != first
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"settings": {', "[1]", '{"settings": {}, "seconds": {}}']
+)
+def test_damaged_record_is_named_with_the_mend(lessons, content):
+    record = lessons / "out" / "run.json"
+    record.parent.mkdir()
+    record.write_text(content)
+    with pytest.raises(BatchError, match=rf"{re.escape(str(record))} is damaged.* Delete it"):
+        run_quick(lessons, "01", resume=True)
+    run_quick(lessons, "01")
+    assert read_record(lessons / "out")["notebooks"]
+
+
+def test_record_holds_the_most_memory_of_all_parts(lessons):
+    record = read_record(run_quick(lessons))
+    assert record["peak_mb"] > 50  # one interpreter with torch is more
+    assert list(record["seconds"]) == ["01_first", "02_second"]
+    (lessons / "out" / "run.json").write_text(json.dumps(record | {"peak_mb": 1_000_000}))
+    assert read_record(run_quick(lessons, resume=True))["peak_mb"] == 1_000_000
+
+
+def test_killed_run_goes_on_from_the_last_finished_lesson(lessons):
+    write_lesson(lessons, "02_second", "import time\ntime.sleep(600)")
+    code = (
+        "import sys; from pathlib import Path; from advlab import files; from advlab.upkeep import "
+        "runs, train; files.home = lambda: Path(sys.argv[1]); runs._train = lambda *a: None; "
+        "options = train.Options('quick', 'shapes10', output_dir=sys.argv[1] + '/out'); "
+        "runs.run(options=options)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(lessons)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    record = lessons / "out" / "run.json"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if record.is_file() and read_record(record.parent)["notebooks"]:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(read_record(record.parent)["notebooks"]) == ["01_first"]
+    write_lesson(lessons, "02_second", "print('this time')")
+    output = run_quick(lessons, resume=True)
+    assert (lessons / "01_first").read_text() == "quiet"
+    assert shown(output, "02_second") == "this time"
+
+
+# --- the summary
+
+
+def test_summary_compares_only_what_is_fair(tmp_path, capsys):
+    console = Console(width=200)
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for arch, name in readme.TABLES.items():
+        rows = paper.published()
+        rows = rows[rows["architecture"] == arch].drop(columns="loss")
+        rows = rows.assign(data="Shapes-10", recipe="quick", n=500, seed=0, source="x baseline")
+        rows.to_csv(figures / name, index=False)
+    runs.print_summary(tmp_path, console)
+    shown = capsys.readouterr().out
+    assert "Shapes-10" in shown
+    assert "paper's in brackets" not in shown
+    assert "mean absolute difference" not in shown
+    recipe = "quick"
+    for fair in ("paper", "fast"):
+        for name in readme.TABLES.values():
+            text = (figures / name).read_text().replace("Shapes-10", "CIFAR-10")
+            (figures / name).write_text(text.replace(recipe, fair))
+        recipe = fair
+        runs.print_summary(tmp_path, console)
+        shown = capsys.readouterr().out
+        assert "80.4 (80.4)" in shown
+        assert "mean absolute difference 0.00" in shown
