@@ -185,50 +185,46 @@ class Lesson:
         return self.name[:2]
 
 
-def _baselines(*archs: str) -> Callable[[Profile], list[Model]]:
-    return lambda profile: [(arch, 0.0) for arch in archs]
-
-
-def _tables(profile: Profile) -> list[Model]:
-    return [model for model in profile.paper_models() if model[0] != "cnn-lstm-positions"]
-
-
-def _readings(profile: Profile) -> list[Model]:
-    return [model for model in profile.paper_models() if model[1] in (0.0, 0.2)]
-
-
-def _everything(profile: Profile) -> list[Model]:
-    return profile.paper_models() + profile.adversarial_models()
-
-
-def _adversarial(profile: Profile) -> list[Model]:
-    return [("cnn", 0.0), ("cnn", 0.2), *profile.adversarial_models()]
-
-
-def _robust_cnn(profile: Profile) -> list[Model]:
-    return [("cnn", profile.adversarial["robust"])]
-
-
 _LESSONS = (
-    Lesson("01_baseline", "Baseline: the network that will be attacked", _baselines("cnn")),
+    Lesson(
+        "01_baseline",
+        "Baseline: the network that will be attacked",
+        lambda profile: [("cnn", 0.0)],
+    ),
     Lesson(
         "02_fgsm",
         "FGSM: fooling a network with one gradient",
-        _baselines("cnn-lstm", "cnn"),
+        lambda profile: [("cnn-lstm", 0.0), ("cnn", 0.0)],
     ),
-    Lesson("03_augmentation", "Augmentation: attacked images as training data", _baselines("cnn")),
-    Lesson("04_robust_training", "Robust training: the paper's tables, rebuilt", _tables),
+    Lesson(
+        "03_augmentation",
+        "Augmentation: attacked images as training data",
+        lambda profile: [("cnn", 0.0)],
+    ),
+    Lesson(
+        "04_robust_training",
+        "Robust training: the paper's tables, rebuilt",
+        lambda profile: [m for m in profile.paper_models() if m[0] != "cnn-lstm-positions"],
+    ),
     Lesson(
         "05_architecture_comparison",
         "Architecture comparison: does an LSTM help against adversarial examples?",
-        _readings,
+        lambda profile: [m for m in profile.paper_models() if m[1] in (0.0, 0.2)],
     ),
     Lesson(
         "06_defence_on_trial",
         "The defence on trial: what one line of change reveals",
-        _everything,
+        lambda profile: profile.paper_models() + profile.adversarial_models(),
     ),
-    Lesson("07_adversarial_training", "Adversarial training: a defence that holds", _adversarial),
-    Lesson("08_break_it_yourself", "Break it yourself: an open challenge", _robust_cnn),
+    Lesson(
+        "07_adversarial_training",
+        "Adversarial training: a defence that holds",
+        lambda profile: [("cnn", 0.0), ("cnn", 0.2), *profile.adversarial_models()],
+    ),
+    Lesson(
+        "08_break_it_yourself",
+        "Break it yourself: an open challenge",
+        lambda profile: [("cnn", profile.adversarial["robust"])],
+    ),
 )
 LESSONS = {lesson.name: lesson for lesson in _LESSONS}

@@ -335,7 +335,8 @@ def load_folder(folder: Path, size: int = SIDE, seed: int = 0) -> ImageData:
         mixed = [pairs[k] for k in torch.randperm(len(pairs), generator=generator)]
         splits.append(_read_all(*zip(*mixed, strict=True), size))
     key = folder_key(f"folder:{folder}@{size}")
-    return ImageData(DataSpec(key, folder.name, (3, size, size), tuple(parts[0])), *splits)
+    name = f"folder {folder.name}"  # which no other data set is called, a folder "CIFAR-10" neither
+    return ImageData(DataSpec(key, name, (3, size, size), tuple(parts[0])), *splits)
 
 
 # --- choosing one

@@ -32,7 +32,8 @@ CHOICES = ("fgsm", TARGETED, STEPPED, *(name for name in ATTACKS if name != "fgs
 QUICK = (TARGETED, *(attack.name for attack in ATTACKS.values() if attack.one_direction))
 LARGEST_UPLOAD = 10_000_000  # bytes
 LARGEST_EPS = 64  # in steps of 1/255
-# Blue and orange of the Okabe-Ito palette; the numbers beside the bars say the same without colour.
+# By field of `Outcome`, blue and orange of the Okabe-Ito palette; the numbers beside the bars say
+# the same without colour.
 COLOURS = {"before": "#0072B2", "after": "#E69F00"}
 
 
@@ -174,11 +175,8 @@ def _bars(
         name = f"<b>{name} (true)</b>" if k == label else name
         rows.append(f'<tr><td style="white-space:nowrap">{name}</td>')
         for model in models:
-            for answers, colour in (
-                (outcome.before[model], COLOURS["before"]),
-                (outcome.after[model], COLOURS["after"]),
-            ):
-                share = 100 * float(answers[k])
+            for when, colour in COLOURS.items():
+                share = 100 * float(getattr(outcome, when)[model][k])
                 bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
                 rows.append(f'<td style="min-width:150px"><span style="{bar}"></span> ')
                 rows.append(f"{share:.0f} %</td>")
@@ -212,29 +210,19 @@ class AttackExplorer:
                 raise ValueError(f"{name} is {value}; it must be a whole number from 0 to {most}")
         as_picture(data.test.images[index])  # refuses what cannot be drawn
         self.models, self.data = dict(models), data
-        names = list(self.models)
+        names, classes = list(self.models), [(name, k) for k, name in enumerate(data.classes)]
         wide = {"style": {"description_width": "110px"}, "layout": w.Layout(width="360px")}
         self.first = w.Dropdown(options=names, description="model", **wide)
         self.second = w.Dropdown(options=names, value=names[-1], description="beside it", **wide)
         self.source = w.Dropdown(options=names, description="gradient of", **wide)
         self.attack = w.Dropdown(options=CHOICES, description="attack", **wide)
-        self.target = w.Dropdown(
-            options=[(name, k) for k, name in enumerate(data.classes)],
-            description="towards",
-            **wide,
-        )
+        self.target = w.Dropdown(options=classes, description="towards", **wide)
         self.eps = w.IntSlider(eps, 0, LARGEST_EPS, description="eps (of 255)", **wide)
         self.steps = w.IntSlider(20, 1, 200, description="steps", **wide)
         self.index = w.BoundedIntText(index, 0, len(data.test) - 1, description="image", **wide)
-        self.kind = w.Dropdown(
-            options=[("any", -1), *((name, k) for k, name in enumerate(data.classes))],
-            description="of class",
-            **wide,
-        )
+        self.kind = w.Dropdown(options=[("any", -1), *classes], description="of class", **wide)
         self.random = w.Button(description="Random image")
-        self.upload = w.FileUpload(
-            accept=".png,.jpg,.jpeg,.bmp,.gif,.webp", description="Own picture"
-        )
+        self.upload = w.FileUpload(accept="image/*", description="Own picture")
         self.cancel = w.Button(description="Cancel", disabled=True)
         self.progress = w.IntProgress(0, 0, 1, description="attack")
         self.shown, self.message = w.HTML(), w.HTML()
@@ -242,9 +230,9 @@ class AttackExplorer:
         self.outcome: Outcome | None = None
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
-        for control in (
-            self.first, self.second, self.source, self.attack, self.target, self.eps, self.steps,
-        ):  # fmt: skip
+        self._controls = [self.first, self.second, self.source, self.attack, self.target]
+        self._controls += [self.eps, self.steps]
+        for control in self._controls:
             control.observe(lambda _: self.update(), "value")
         self.index.observe(lambda _: self._choose(None), "value")
         self.kind.observe(lambda _: self._draw(), "value")
@@ -255,9 +243,8 @@ class AttackExplorer:
 
     def panel(self) -> w.Widget:
         """Return all controls and pictures as one widget."""
-        controls = [self.first, self.second, self.source, self.attack, self.target, self.eps]
-        controls += [self.steps, self.kind, self.index]
-        controls += [w.HBox([self.random, self.upload]), w.HBox([self.cancel, self.progress])]
+        controls = [*self._controls, self.kind, self.index, w.HBox([self.random, self.upload])]
+        controls += [w.HBox([self.cancel, self.progress])]
         return w.HBox([w.VBox(controls), w.VBox([self.message, self.shown])])
 
     def image(self) -> tuple[Tensor, int | None]:
@@ -284,8 +271,9 @@ class AttackExplorer:
 
     def _run(self, stop: threading.Event) -> None:
         image, label = self.image()
-        models = {name: self.models[name] for name in (self.first.value, self.second.value)}
-        models |= {self.source.value: self.models[self.source.value]}
+        names = [*self._names(), self.source.value]
+        models = {name: self.models[name] for name in names}
+        self.outcome = None
         self.progress.max, self.progress.value = self.steps.value, 0
         self.cancel.disabled, self.message.value = self.attack.value in QUICK, ""
 
@@ -358,9 +346,15 @@ class AttackExplorer:
             self.message.value = html.escape(str(error))
 
     def figure(self) -> Figure:
-        """Return what the panel shows as a figure."""
+        """Return what the panel shows as a figure.
+
+        Raises:
+            ValueError: if the last attack failed or was cancelled; says why.
+        """
         if self._worker is not None:
             self._worker.join()
+        if self.outcome is None:
+            raise ValueError(html.unescape(self.message.value))
         outcome, (_, label) = self.outcome, self.image()
         names = self._names()
         figure = Figure(figsize=(6 + 2.4 * len(names), 3))
@@ -377,12 +371,9 @@ class AttackExplorer:
         places = np.arange(len(chosen))
         classes = [self.data.classes[k] + (" (true)" if k == label else "") for k in chosen]
         for axis, name in zip(axes[3:], names, strict=True):
-            for answers, shift, text in (
-                (outcome.before[name], -0.2, "before"),
-                (outcome.after[name], 0.2, "after"),
-            ):
-                shares = 100 * answers[chosen].numpy()
-                axis.barh(places + shift, shares, 0.4, color=COLOURS[text], label=text)
+            for shift, (when, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
+                shares = 100 * getattr(outcome, when)[name][chosen].numpy()
+                axis.barh(places + shift, shares, 0.4, color=colour, label=when)
             axis.set_yticks(places, classes, fontsize="x-small")
             axis.set(xlabel="probability (%)", xlim=(0, 100))
             axis.set_title(name, fontsize="small")

@@ -99,7 +99,7 @@ def test_catalogue_attacks_any_images_within_eps(name, shape, classes):
     images, _ = make_batch(8, shape=shape)
     labels = balance(model, images)
     for dtype in (torch.float32, torch.bfloat16):
-        given = images.to(dtype).requires_grad_()
+        given = images.detach().to(dtype).requires_grad_()
         before = given.detach().clone()
         for eps in (0.0, 0.03, 1.0):
             attacked = attack(model, given, labels, eps, seed=3)

@@ -412,7 +412,8 @@ def colours(split):
 
 def test_folder_is_split_by_class_the_same_at_every_call(pets, monkeypatch):
     found = load(f"folder:{pets}")
-    assert (found.name, found.classes, found.shape) == ("pets", ("cat", "dog"), (3, 32, 32))
+    assert (found.name, found.classes) == ("folder pets", ("cat", "dog"))
+    assert (found.shape, found.papers) == ((3, 32, 32), False)
     assert torch.bincount(found.train.labels).tolist() == [8, 12]
     assert torch.bincount(found.test.labels).tolist() == [2, 3]
     everything = colours(found.train) + colours(found.test)
@@ -491,7 +492,7 @@ def test_folder_whose_name_ends_like_a_size_can_be_named(pets):
     pets.rename(pets.parent / "me@2")
     with pytest.raises(DataError, match=r"no folder .*me; for .*me@2, add a size: @2@32"):
         load(f"folder:{pets.parent}/me@2")
-    assert load(f"folder:{pets.parent}/me@2@32").name == "me@2"
+    assert load(f"folder:{pets.parent}/me@2@32").name == "folder me@2"
 
 
 def test_two_folders_never_share_a_key(pets, monkeypatch):

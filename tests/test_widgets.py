@@ -1,22 +1,26 @@
 """The attack explorer: what it computes, and what its controls do."""
 
+import base64
 import io
+import re
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_small_cnn
-from PIL import ExifTags, Image
+from conftest import OTHER_KINDS, make_batch, make_small_cnn
+from PIL import Image
 
-from advlab import data, widgets
 from advlab.attacks import fgsm
-from advlab.widgets import ATTACKS, AttackExplorer, CancelledError, attack_one, read_upload
+from advlab.catalogue import ATTACKS
+from advlab.data import DataSpec, ImageData, Split
+from advlab.datasets import Shapes10
+from advlab.widgets import CHOICES, AttackExplorer, CancelledError, attack_one
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    return data.Shapes10(100, 60)
+    return Shapes10(100, 60)
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def picture(size, kind="PNG"):
     return written.getvalue()
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", CHOICES)
 def test_outcome_says_what_was_done(attack, models, shapes):
     images, labels = shapes.test.batch(slice(0, 1))
     target = (int(labels[0]) + 1) % 10
@@ -87,7 +91,7 @@ def test_models_keep_their_mode(models, shapes):
     image = shapes.test.batch(slice(0, 1))[0][0]
     models["one"].train()
     models["two"].eval()
-    for attack in ATTACKS:
+    for attack in CHOICES:
         attack_one(models, "one", image, 0, attack, 0.1, target=1)
     assert models["one"].training
     assert not models["two"].training
@@ -107,63 +111,21 @@ def test_an_attack_can_be_stopped(models, shapes):
         attack_one(models, "one", image, label, "pgd", 1e-4, steps=50, report=report)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("size", [(96, 32), (32, 96)])
-def test_upload_is_cut_to_its_central_square(kind, size):
-    drawn, written = Image.new("RGB", size, (0, 0, 255)), io.BytesIO()
-    left, top = ((length - 32) // 2 for length in size)
-    drawn.paste((255, 0, 0), (left, top, left + 32, top + 32))
-    drawn.save(written, kind, quality=100, subsampling=0)
-    found = read_upload(written.getvalue())
-    assert found.shape == (3, 32, 32)
-    assert float(found[0].min()) > 0.98
-    assert float(found[1:].max()) < 0.02
+def pictures_of(explorer):
+    """Return the three pictures that the panel shows."""
+    found = re.findall(r'src="data:image/png;base64,([^"]*)"', explorer.shown.value)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(one)))) for one in found]
 
 
-def test_upload_is_turned_as_its_camera_was_held():
-    drawn, written = Image.new("RGB", (64, 64), (0, 0, 0)), io.BytesIO()
-    drawn.paste((255, 255, 255), (0, 0, 32, 64))
-    exif = drawn.getexif()
-    exif[ExifTags.Base.Orientation] = 6  # to be shown turned right: its left side is the top
-    drawn.save(written, "JPEG", exif=exif)
-    found = read_upload(written.getvalue())
-    assert float(found[:, :14].min()) > 0.9
-    assert float(found[:, 18:].max()) < 0.1
-
-
-def damaged_exif():
-    """Return a JPEG whose EXIF data hold a text where a number goes, over which Pillow stumbles."""
-    written, exif = io.BytesIO(), Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    exif[ExifTags.Base.XResolution] = 72.5
-    Image.new("RGB", (8, 8)).save(written, "JPEG", exif=exif)
-    return written.getvalue().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture", picture((8, 8))[:40], damaged_exif()])
-def test_upload_that_is_no_picture_is_refused(content):
-    with pytest.raises(ValueError, match="not a PNG or JPEG"):
-        read_upload(content)
-
-
-def test_upload_with_16_bits_a_pixel_is_refused():
-    written = io.BytesIO()
-    Image.fromarray(np.full((40, 40), 20_000, dtype=np.uint16)).save(written, "PNG")
-    with pytest.raises(ValueError, match="16 bits a pixel; save it with 8"):
-        read_upload(written.getvalue())
-
-
-def test_upload_that_is_too_large_is_refused():
-    with pytest.raises(ValueError, match="11 MB"):
-        read_upload(b" " * 11_000_000)
-
-
-def test_slider_changes_what_is_shown(explorer):
-    before = explorer.numbers.value, explorer.pictures[2].value
+def test_slider_changes_what_is_shown(explorer, shapes):
+    before = explorer.shown.value
+    assert np.array_equal(pictures_of(explorer)[0], shapes.test.images[0].permute(1, 2, 0))
     explorer.eps.value = 40
-    assert "L-inf 40.0/255" in explorer.numbers.value
-    assert (explorer.numbers.value, explorer.pictures[2].value) != before
-    assert explorer.bars.value.count("<tr>") == 11
+    assert "L-inf 40.0/255" in explorer.shown.value
+    assert explorer.shown.value != before
+    assert explorer.shown.value.count("<tr>") == 11
+    original, _, attacked = (picture.astype(int) for picture in pictures_of(explorer))
+    assert abs(attacked - original).max() == 40
 
 
 def test_bad_choice_is_told_in_the_panel(explorer):
@@ -171,17 +133,52 @@ def test_bad_choice_is_told_in_the_panel(explorer):
     explorer.target.value = label
     explorer.attack.value = "fgsm towards a class"
     assert "cannot be attacked" in explorer.message.value
+    with pytest.raises(ValueError, match="1 of 1 targets are the image's own class"):
+        explorer.figure()
     explorer.target.value = (label + 1) % 10
     assert explorer.message.value == ""
 
 
-def test_pgd_runs_beside_and_is_finished_for_the_figure(explorer):
-    explorer.attack.value = "pgd"
+@pytest.mark.parametrize("attack", ["pgd", "pgd-50x3", "mi-fgsm"])
+def test_slow_attack_runs_beside_and_is_finished_for_the_figure(attack, explorer):
+    explorer.attack.value = attack
+    assert explorer._worker is not None
     figure = explorer.figure()
     assert explorer.cancel.disabled
     assert explorer.progress.value == explorer.progress.max
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[2:] == ["attacked, eps 8/255", "one", "two"]
+    assert explorer.steps.disabled is (attack != "pgd")
+    explorer.attack.value = "noise"
+    assert explorer._worker is None
+
+
+@pytest.mark.parametrize(("shape", "classes"), OTHER_KINDS[:4])
+def test_any_images_and_classes_are_shown(shape, classes):
+    images, labels = make_batch(8, classes, shape=shape)
+    names = tuple(f"class {k}" for k in range(classes))
+    split = Split((255 * images).byte(), labels)
+    networks = {str(k): make_small_cnn(k, shape, classes) for k in range(2)}
+    explorer = AttackExplorer(networks, ImageData(DataSpec("x", "X", shape, names), split, split))
+    assert f"class {int(labels[0])} (true)" in re.sub("</?b>", "", explorer.shown.value)
+    assert explorer.shown.value.count("<tr>") == 1 + min(classes, 10)
+    assert [found.shape for found in pictures_of(explorer)] == [(*shape[1:], 3)] * 3
+    shown = [len(axis.patches) for axis in explorer.figure().axes]
+    assert shown[3:] == 2 * [2 * min(classes, 10)]
+    upload(explorer, picture((50, 40)))
+    assert explorer.outcome.original.shape == shape
+    for attack in ATTACKS:
+        explorer.attack.value = attack
+        explorer.figure()
+        assert "cannot be attacked" not in explorer.message.value
+
+
+def test_images_that_cannot_be_drawn_are_refused():
+    images, labels = make_batch(8, shape=(4, 8, 8))
+    split = Split((255 * images).byte(), labels)
+    data = ImageData(DataSpec("x", "X", (4, 8, 8), tuple("0123456789")), split, split)
+    with pytest.raises(ValueError, match=r"\(4, 8, 8\); only 1 or 3 channels can be drawn"):
+        AttackExplorer({"one": make_small_cnn(0, (4, 8, 8))}, data)
 
 
 def test_random_image_is_of_the_wanted_class(explorer, shapes):
@@ -212,9 +209,13 @@ def test_own_picture_is_attacked_too(explorer):
     assert explorer.image()[1] is None
 
 
-def test_upload_that_fails_is_told_in_the_panel(explorer):
-    upload(explorer, b"x")
-    assert "not a PNG" in explorer.message.value
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"x", "this is no PNG, JPEG, "), (b" " * 11_000_000, "has 11 MB")]
+)
+def test_upload_that_fails_is_told_in_the_panel(explorer, content, told):
+    upload(explorer, content)
+    assert told in explorer.message.value
+    assert explorer.own is None
 
 
 def test_every_control_has_a_name(explorer):
@@ -239,9 +240,3 @@ def test_what_the_controls_cannot_show_is_refused(wrong, models, shapes):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be a whole number from 0 to"):
         AttackExplorer(models, shapes, **wrong)
-
-
-def test_pixels_are_enlarged_unchanged():
-    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    shown = Image.open(io.BytesIO(widgets._png(image.float() / 255, 2)))
-    assert torch.equal(torch.from_numpy(np.array(shown)).permute(2, 0, 1)[:, ::2, 1::2], image)
