@@ -15,10 +15,10 @@ from typer.core import TyperGroup
 
 from advlab import datasets, evaluation, files, lab, paper
 from advlab.catalogue import ARCHITECTURES, ATTACKS, DATASETS
-from advlab.checkpoints import load_weights
 from advlab.machine import DEVICES, pick_device
 from advlab.recipes import PROFILES
 from advlab.upkeep import doctor as checkup
+from advlab.upkeep.targets import is_target, open_target, parse_eps
 from advlab.upkeep.train import Options
 
 console = Console()
@@ -70,11 +70,24 @@ Profile = Annotated[ProfileName, typer.Option(help="How much of everything.")]
 Dataset = Annotated[
     str,
     typer.Option(
-        help=f"{', '.join(DATASETS)}, folder:PATH[@SIZE], or auto: CIFAR-10 if to be had."
+        "--dataset",
+        "--data",
+        help=f"{', '.join(DATASETS)}, folder:PATH[@SIZE], or auto: CIFAR-10 if to be had.",
     ),
 ]
 DataDir = Annotated[str, typer.Option(help="Folder that holds the files of the data set.")]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute; auto: a GPU if there is one.")]
+OWN, SHIPPED = "Your own model (with TARGET)", "The shipped models"
+TARGET_HELP = (
+    "FILE.py:FUNCTION, which returns an nn.Module: the file is imported and its code runs, so "
+    "name only files that you trust; or a weights file of one of our architectures"
+)
+Arch = Annotated[
+    ArchName | None, typer.Option(help="Architecture of a weights file that does not say it.")
+]
+OwnWeights = Annotated[
+    Path | None, typer.Option(help="Weights for FUNCTION's model: any .pth or .safetensors.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run finished.")]
 
 
@@ -167,28 +180,74 @@ def bench(
 
 @app.command()
 def audit(
-    checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="Beginnings of checkpoints' names; all for none.")
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"{TARGET_HELP}; or beginnings of shipped models' names; all for none."
+        ),
     ] = None,
+    weights: OwnWeights = None,
+    arch: Arch = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Another TARGET, from which attacks are transferred.", rich_help_panel=OWN
+        ),
+    ] = None,
+    eps: Annotated[
+        str, typer.Option(help="Size of the attacks: 8/255 or 0.03.", rich_help_panel=OWN)
+    ] = "8/255",
+    n: Annotated[
+        int, typer.Option("-n", "--images", min=1, help="Test images.", rich_help_panel=OWN)
+    ] = 500,
+    autoattack: Annotated[
+        bool, typer.Option("--autoattack", help="AutoAttack too (long).", rich_help_panel=OWN)
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of noise and random starts.", rich_help_panel=OWN)
+    ] = 0,
+    output_dir: Annotated[
+        str,
+        typer.Option(
+            help="Folder of the report; auto: outputs/audit/TARGET-DATASET.", rich_help_panel=OWN
+        ),
+    ] = "auto",
+    auto_n: Annotated[
+        int,
+        typer.Option(min=0, help="Images for AutoAttack; 0: none.", rich_help_panel=SHIPPED),
+    ] = 1_000,
+    test_n: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images for FGSM and PGD-20; all for none.", rich_help_panel=SHIPPED
+        ),
+    ] = None,
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish",
+            help="Write figures/audit.csv, which the lessons show.",
+            rich_help_panel=SHIPPED,
+        ),
+    ] = False,
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",
     device: Device = DeviceName.auto,
-    auto_n: Annotated[
-        int, typer.Option(min=0, help="Test images for AutoAttack; 0 leaves it out.")
-    ] = 1_000,
-    test_n: Annotated[
-        int | None, typer.Option(min=1, help="Test images for FGSM and PGD-20; all for none.")
-    ] = None,
-    publish: Annotated[
-        bool, typer.Option("--publish", help="Write figures/audit.csv, which the lessons show.")
-    ] = False,
 ) -> None:
-    """Attack the shipped models white box: FGSM, PGD-20, AutoAttack (hours; resumes by itself)."""
-    from advlab.upkeep import trial
+    """Put a classifier of your own on trial and write a report; or all shipped models (hours)."""
+    from advlab.upkeep import report, trial
 
     places = {"dataset": dataset, "data_dir": data_dir, "device": device.value}
-    numbers = {"auto_n": auto_n, "test_n": test_n}
-    trial.run(checkpoints or (), **places, **numbers, publish=publish, console=console)
+    names = targets or []
+    if not any(map(is_target, names)):
+        numbers = {"auto_n": auto_n, "test_n": test_n}
+        trial.run(names, **places, **numbers, publish=publish, console=console)
+        return
+    if len(names) > 1:
+        raise ValueError(f"{len(names)} targets; a report is of one: give each its own command")
+    settings = report.Settings(parse_eps(eps), n, seed, autoattack)
+    own = {"weights": weights, "arch": arch and arch.value, "source": source}
+    report.run(names[0], settings, **own, **places, output_dir=output_dir, console=console)
 
 
 @challenge.callback()
@@ -256,13 +315,12 @@ def doctor() -> None:
 
 @app.command()
 def evaluate(
-    weights: Annotated[list[Path], typer.Argument(help=".safetensors or .pth files.")],
-    arch: Annotated[
-        ArchName | None, typer.Option(help="The network; our own files name theirs.")
-    ] = None,
+    targets: Annotated[list[str], typer.Argument(help=f"{TARGET_HELP}; one or more.")],
+    weights: OwnWeights = None,
+    arch: Arch = None,
     source: Annotated[
-        Path | None,
-        typer.Option(help="Weights whose gradient makes the attacked images; else each its own."),
+        str | None,
+        typer.Option(help="A TARGET whose gradient makes the attacked images; else each its own."),
     ] = None,
     attack: Annotated[
         AttackName, typer.Option(help="; ".join(f"{a.name}: {a.about}" for a in ATTACKS.values()))
@@ -272,18 +330,22 @@ def evaluate(
     device: Device = DeviceName.auto,
     test_n: Annotated[int | None, typer.Option(min=1, help="Test images; all for none.")] = None,
 ) -> None:
-    """Print the accuracy of any weights, clean and attacked."""
+    """Print the accuracy of any classifier, clean and attacked."""
     where = pick_device(lab.setting(device.value, "ADVLAB_DEVICE", "auto"))
     found = lab.resolve_data(dataset, data_dir)
     images = datasets.load(*found, train_n=1, test_n=test_n).to(where)
-    kind = arch and arch.value, images.shape, len(images.classes)
-    targets = [load_weights(path, *kind) for path in weights]
-    maker = load_weights(source, *kind) if source else None
-    for checkpoint in [*targets, maker] if maker else targets:
-        checkpoint.model.to(where)
+    kind = arch and arch.value
+    opened = [open_target(text, images, weights, kind) for text in targets]
+    names = [checkpoint.name for checkpoint in opened]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"two targets are called {', '.join(sorted(twice))}, and a table could not tell them "
+            "apart; rename a file, or evaluate them one by one"
+        )
+    maker = open_target(source, images, arch=kind) if source else None
     how = {"attack": attack.value, "source": maker, "progress": "evaluating"}
-    table = evaluation.accuracy_table(targets, images, paper.TEST_EPS, **how)
-    made_by = f"transfer from {source.name}" if source else "white box"
+    table = evaluation.accuracy_table(opened, images, paper.TEST_EPS, **how)
+    made_by = f"transfer from {maker.name}" if maker else "white box"
     _say(f"accuracy % on {len(images.test):,} {images.name} test images; {attack}, {made_by}")
     percent = table.assign(accuracy=100 * table["accuracy"])
     wide = percent.pivot(index="model", columns="test_eps", values="accuracy")

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from advlab.catalogue import ATTACKS
 from typer.testing import CliRunner
 
 from advlab import __main__, cli, models, recipes
+from advlab.catalogue import ATTACKS
 from advlab.upkeep import doctor, publish, runs, trial
 from advlab.upkeep.train import Options
 

@@ -8,14 +8,14 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from advlab.lab import Lab
-from advlab.recipes import Recipe
-from advlab.store import Store, Zoo
 from conftest import write_lesson
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from advlab import checkpoints, lab, paper, recipes
 from advlab.data import DataError
+from advlab.lab import Lab
+from advlab.recipes import Recipe
+from advlab.store import Store, Zoo
 from advlab.upkeep import publish, runs
 from advlab.upkeep.runs import BatchError
 from advlab.upkeep.train import Options

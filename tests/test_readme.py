@@ -6,11 +6,11 @@ import re
 import nbformat
 import pandas as pd
 import pytest
-from advlab.catalogue import Lesson
 from conftest import write_lesson
 from nbformat.v4 import new_markdown_cell
 
 from advlab import files
+from advlab.catalogue import Lesson
 from advlab.upkeep import readme
 
 ROOT = files.repository()

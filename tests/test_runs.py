@@ -11,12 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from advlab.catalogue import LESSONS
 from conftest import write_lesson
 from filelock import FileLock
 from rich.console import Console
 
 from advlab import paper, recipes
+from advlab.catalogue import LESSONS
 from advlab.upkeep import readme, runs
 from advlab.upkeep.runs import BatchError, choose_lessons
 from advlab.upkeep.train import Options

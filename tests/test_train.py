@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from advlab.recipes import Recipe
-from advlab.store import Zoo
 
 from advlab import datasets, lab
+from advlab.recipes import Recipe
+from advlab.store import Zoo
 from advlab.upkeep import train
 from advlab.upkeep.processes import environment
 from advlab.upkeep.train import Options, train_models

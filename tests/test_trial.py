@@ -5,14 +5,14 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from advlab.lab import Lab
-from advlab.recipes import Profile
-from advlab.store import Store
 from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import autoattack, evaluation, files, lab
 from advlab.cli import app
+from advlab.lab import Lab
+from advlab.recipes import Profile
+from advlab.store import Store
 from advlab.upkeep import trial
 
 
