@@ -167,19 +167,7 @@ def test_foreign_weights_are_called_by_their_file(trained, shapes, tmp_path):
     assert table["train_eps"].isna().all()
 
 
-def test_table_shows_progress_only_when_asked(trained, shapes, capsys):
-    accuracy_table(trained[:1], shapes, [0.0])
-    assert capsys.readouterr() == ("", "")
-
-
 # --- one image at a time
-
-
-def test_holds_counts_what_evaluate_counts(small_cnn):
-    images, labels = make_batch(130)
-    found = holds(small_cnn, images, labels)
-    assert found.dtype == torch.bool
-    assert int(found.sum()) == evaluate(small_cnn, images, labels)[0]
 
 
 def test_pgd_in_a_table_is_pgd(trained, shapes):
@@ -277,7 +265,6 @@ def test_minimal_eps_refuses_a_range_that_is_none(small_cnn, largest):
 SAMPLE = [
     ("table1_cnn", "cnn baseline", "fgsm-per-image", 0.0),
     ("table2_cnn_lstm", "cnn-lstm eps=0.2", "fgsm-per-image", 0.0),
-    ("l02_accuracy", "cnn baseline", "fgsm", 0.003),
     ("l02_noise", "cnn baseline", "noise", 0.02),
     ("l05_transfer_per_image", "cnn-lstm-positions baseline", "fgsm-per-image", 0.04),
     ("l06_transfer_and_white_box", "cnn eps=0.2", "fgsm-per-image", 0.04),
