@@ -138,8 +138,9 @@ def _render(figure: Figure) -> bytes:
 
 
 def setting(value: str | None, variable: str, default: str) -> str:
-    """Return `value`, or for None, "" and "auto" the environment's `variable` or `default`."""
-    return os.environ.get(variable) or default if value in (None, "", "auto") else value
+    """Return the first of `value` and the environment's `variable` that says more than "auto"."""
+    said = (value, os.environ.get(variable))
+    return next((one for one in said if one not in (None, "", "auto")), default)
 
 
 def resolve_data(dataset: str, data_dir: str) -> tuple[str, Path | None]:

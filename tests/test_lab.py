@@ -85,6 +85,8 @@ def test_environment_is_read_for_auto(empty_home, no_network, monkeypatch, left_
     monkeypatch.setenv("ADVLAB_DATASET", "shapes10")
     made = start(left_out, left_out)
     assert (made.profile, made.data.name) == ("quick", "Shapes-10")
+    monkeypatch.setenv("ADVLAB_PROFILE", left_out or "auto")  # says no more than the argument
+    assert start("auto", "shapes10").profile == "lesson"
 
 
 def test_argument_beats_the_environment(empty_home, no_network, monkeypatch, tmp_path):
