@@ -2,7 +2,7 @@
 
 Under `SecondDevice("cuda")`, ``device=``, ``.to()`` and ``.device`` answer as if it were there, and
 an operator that is given tensors of both devices raises `MixedDevicesError`, as on a real GPU.
-A tensor lies where its storage is marked to lie, so views, parameters and in-place operators need
+A tensor lies where its storage was said to lie, so views, parameters and in-place operators need
 nothing of their own. It holds for one thread.
 """
 
@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+# Weak references, which keep no memory but the address: no other storage can get the same.
+SECOND: set[StorageWeakRef] = set()
 
 
 class MixedDevicesError(RuntimeError):
@@ -21,7 +25,7 @@ class MixedDevicesError(RuntimeError):
 
 def is_second(tensor: Tensor) -> bool:
     """Tell whether a tensor lies on the second device."""
-    return getattr(tensor.untyped_storage(), "second", False)
+    return StorageWeakRef(tensor.untyped_storage()) in SECOND
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -30,8 +34,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _mark(value: Any) -> None:
-    for tensor in tensors_in(value):
-        tensor.untyped_storage().second = True
+    SECOND.update(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors_in(value))
 
 
 class _Operators(TorchDispatchMode):
@@ -76,6 +79,7 @@ class SecondDevice(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self.operators.__exit__(*error)
+        SECOND.clear()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, asked = kwargs or {}, [False] if func is Tensor.cpu else []

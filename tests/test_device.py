@@ -183,6 +183,7 @@ def without_a_driver(monkeypatch):
     monkeypatch.setattr(widgets.threading, "Thread", thread)
     for module in ("store", "training"):
         monkeypatch.setattr(f"advlab.{module}.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: True)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
         monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
