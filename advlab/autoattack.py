@@ -130,7 +130,8 @@ def _attack(
     def logits(x: Tensor) -> Tensor:
         return model(x.contiguous(memory_format=fastest_layout(model)))
 
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+    gpus = [images.device] if images.device.type == "cuda" else []  # their code seeds those, too
+    with torch.random.fork_rng(gpus, device_type="cuda"):
         where = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "device": str(images.device)}
         attacker = _authors_code()(logits, eps=eps, seed=seed, **where)
         attacker.attacks_to_run = attacks  # some of them are as in the standard, too

@@ -56,7 +56,7 @@ def test_evaluate_takes_a_source(weights, trained):
     command += ["--attack", "fgsm-per-image", "--dataset", "shapes10", "--test-n", "20"]
     result = runner.invoke(cli.app, command)
     assert result.exit_code == 0, result.output
-    assert f"transfer from {trained[1].path.name}" in result.output
+    assert f"transfer from {trained[1].path.stem}" in result.output
 
 
 @pytest.mark.parametrize(

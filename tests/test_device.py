@@ -234,7 +234,7 @@ def test_the_second_device_refuses_what_a_gpu_would():
 def test_every_public_function_of_tensors_is_tried():
     inside = {"check_batch", "check_device", "check_logits", "check_targets", "eval_mode", "key"}
     inside |= {"gradient_mode", "recurrent_gradients", "per_image_statistics_mode", "load_into"}
-    inside |= {"fastest_layout", "as_picture", "show_image", "amplified", "audit"}
+    inside |= {"fastest_layout", "as_picture", "show_image", "amplified", "audit", "as_bytes"}
     on_cpu, written = {"read_state", "read_tensors", "read_upload"}, Path(__file__).read_text()
     for name in ("attacks", "audit", "autoattack", "catalogue", "checkpoints", "data", "evaluation",
                  "forward", "plots", "store", "training", "transforms", "widgets"):  # fmt: skip

@@ -166,7 +166,7 @@ def test_auto_is_the_best_device_there_is(monkeypatch, cuda, mps, best):
 
 def test_lesson_on_a_folder_of_pictures(empty_home, small_profiles, pictures, tmp_path):
     made = start("quick", pictures(), progress=False)
-    assert (made.data.name, made.data.classes) == ("pets", ("cats", "dogs"))
+    assert (made.data.name, made.data.classes) == ("folder pets", ("cats", "dogs"))
     assert (len(made.data.train), len(made.data.test)) == (14, 2)
     assert "This is pets, not CIFAR-10" in str(made)
     table = accuracy_table([made.zoo.get("cnn", 0.1)], made.data, [0.0, 0.1], store=made.store)

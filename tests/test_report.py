@@ -406,4 +406,4 @@ def test_a_folder_of_pictures_of_three_classes(mine, tmp_path):
     assert set(found.accuracies["n"]) == {6}
     text = (tmp_path / "out" / "report.md").read_text()
     assert str(tmp_path) not in text
-    assert dict(rows_of(text, "Settings"))["data"] == "own pictures"
+    assert dict(rows_of(text, "Settings"))["data"] == "folder own pictures"
