@@ -51,6 +51,12 @@ class Attack:
     gradient: bool = True
     board: bool = False
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether its code is of this package, so that `store.key` notices an edit."""
+        function = getattr(self.function, "func", self.function)
+        return function.__module__.startswith("advlab.")
+
     def direction(
         self, model: Classifier, images: Tensor, labels: Tensor, *, seed: int = 0
     ) -> Tensor:

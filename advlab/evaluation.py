@@ -180,7 +180,8 @@ def accuracy_table(
         source: The model whose gradient makes the attacked images, shown to every target
             (transfer). None: each target's own gradient (white box).
         seed: Of noise and random starts.
-        store: Where what was measured is kept; None keeps nothing.
+        store: Where what was measured is kept; None keeps nothing, and nothing is kept of an attack
+            whose code is not of this package.
         progress: Label of a tqdm bar; None shows none.
 
     Returns:
@@ -193,7 +194,9 @@ def accuracy_table(
     """
     for eps in test_eps:
         check_eps(eps)
-    bench = _Bench(data, attack_named(attack), seed, store or Store(None))
+    chosen = attack_named(attack)
+    kept = store if store and chosen.is_ours else Store(None)
+    bench = _Bench(data, chosen, seed, kept)
     made_on = source.name if source else WHITE_BOX
     rows = []
     with progress_bar(progress, len(targets) * len(test_eps), "measurement") as bar:

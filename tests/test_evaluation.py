@@ -12,10 +12,11 @@ from torch import nn
 
 from advlab import datasets, evaluation, files
 from advlab.attacks import fgsm, pgd
-from advlab.catalogue import ATTACKS
+from advlab.catalogue import ATTACKS, Attack
 from advlab.checkpoints import load, load_weights
 from advlab.evaluation import accuracy_table, confusion, evaluate, holds, minimal_eps, wilson
 from advlab.forward import predict
+from advlab.store import Store
 
 # --- Wilson intervals
 
@@ -157,6 +158,19 @@ def test_table_refuses_bad_eps_and_attack_before_measuring(trained, shapes):
         accuracy_table([None, *trained], shapes, [0.0, 1.2])
     with pytest.raises(ValueError, match="unknown attack 'cw'; choose one of fgsm"):
         accuracy_table(trained, shapes, [0.1], attack="cw")
+
+
+def test_nothing_is_kept_of_an_attack_whose_code_nobody_can_hash(
+    trained, shapes, tmp_path, monkeypatch
+):
+    kept, found = tmp_path / "kept", []
+    for shade in (0.1, 0.9):  # it is edited in between
+        attack = Attack("grey", "", lambda m, x, y, eps, seed, s=shade: x.new_full(x.shape, s))
+        monkeypatch.setitem(ATTACKS, "grey", attack)
+        table = accuracy_table(trained[:1], shapes, [0.1], attack="grey", store=Store(kept))
+        found.append(table["loss"][0])
+    assert found[0] != found[1]
+    assert not kept.exists()
 
 
 def test_foreign_weights_are_called_by_their_file(trained, shapes, tmp_path):

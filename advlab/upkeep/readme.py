@@ -71,7 +71,7 @@ def results_block(home: Path) -> str:
         )
     gap = paper.compare(pd.concat(every))["difference"].abs()
     parts.append(
-        f"Over the {len(gap)} cells the mean absolute difference is {gap.mean():.2f} points, the "
+        f"Over the {len(gap)} entries the mean absolute difference is {gap.mean():.2f} points, the "
         f"largest {gap.max():.2f}."
     )
     return "\n\n".join(parts)

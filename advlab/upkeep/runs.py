@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from traitlets.config import Config
 
@@ -259,8 +260,8 @@ def run(
     output = Path(options.output_dir)
     for name in lessons:
         files.make_folder((output / "notebooks" / name).parent)
-    if options.dataset == "shapes10":
-        _announce_shapes(console)
+    if not datasets.are_papers(options.dataset):
+        _announce(options.dataset, console)
     path = output / "run.json"
     try:
         with FileLock(output / ".lock", timeout=0):
@@ -280,13 +281,14 @@ def run(
     return output
 
 
-def _announce_shapes(console: Console) -> None:
-    console.rule("[bold]Shapes-10 stands in for CIFAR-10")
-    console.print(
-        "CIFAR-10 is neither here nor to be downloaded (or Shapes-10 was asked for). The "
-        "lessons run on the\nbuilt-in Shapes-10; nothing compares with the paper. README.md, "
-        "section Data, says how to point at CIFAR-10."
-    )
+def _announce(dataset: str, console: Console) -> None:
+    """Say which data stand in for the paper's."""
+    console.rule(f"[bold]The lessons run on {escape(dataset)}: nothing compares with the paper")
+    if dataset == "shapes10":
+        console.print(
+            f"{paper.DATA} is neither here nor to be downloaded (or Shapes-10 was asked for). "
+            f"README.md, section\nData, says how to point at {paper.DATA}."
+        )
 
 
 def _train(
@@ -345,7 +347,7 @@ def print_summary(output: Path, console: Console) -> None:
         if fair:
             gap = paper.compare(rows)["difference"].abs()
             console.print(
-                f"{len(gap)} cells: mean absolute difference {gap.mean():.2f} points, "
+                f"{len(gap)} entries: mean absolute difference {gap.mean():.2f} points, "
                 f"largest {gap.max():.2f}."
             )
         else:
