@@ -11,8 +11,11 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import REAL_DATA, shared_folder
+from PIL import Image
 
 from advlab import files
 from advlab.upkeep.readme import time_line
@@ -160,6 +163,23 @@ def test_all_lessons_run_by_papermill(environment, tmp_path):
     for stem in ("fig1_fgsm", "fig4_cnn_accuracy", "fig7_cnn_lstm_loss"):
         assert 0 < (figures / f"{stem}.png").stat().st_size < 150_000
     assert (ROOT / "figures" / "fig1_fgsm.png").is_file()
+
+
+def test_lessons_run_on_a_folder_of_pictures(environment, tmp_path):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("left", "right", "both")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 90, (30, 40, 3), dtype=np.uint8)
+            pixels[:, :20] += 120 * (k != 1)
+            pixels[:, 20:] += 120 * (k != 0)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    command = [sys.executable, "-m", "advlab", "run", "02", "05", "--profile", "quick"]
+    command += ["--dataset", f"folder:{tmp_path / 'pictures'}@40", "--output-dir", "out"]
+    shown = run_command(command, environment, tmp_path)
+    assert "nothing compares with the paper" in " ".join(shown.split())
+    table = pd.read_csv(tmp_path / "out" / "figures" / "fig2_accuracies.csv")
+    assert (set(table["data"]), set(table["n"])) == ({"folder pictures"}, {12})
 
 
 @pytest.mark.parametrize("path", [*LESSONS, *SOLUTIONS], ids=lambda p: f"{p.parent.name}-{p.stem}")
