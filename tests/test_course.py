@@ -248,9 +248,12 @@ SUBTLE = {
     "any image": ("a6", ".float().mean() > 0.5", ".any()", ["partly-test"]),
     "FGSM of the package": (
         "a2", "    return (images + eps * image_gradient(model, images, labels)", PACKAGE_FGSM,
-        ["size-test"],
+        ["size-test", "direction-test", "clamp-test", "leaves-test"],
     ),
-    "PGD of the package": ("a6", "    start =", PACKAGE_PGD + "    start =", ["ball-test"]),
+    "PGD of the package": (
+        "a6", "    start =", PACKAGE_PGD + "    start =",
+        ["ball-test", "walk-test", "strong-test", "worst-test"],
+    ),
 }  # fmt: skip
 IN_PLACE = "torch.empty_like(images).uniform_(-eps, eps, generator=generator)"
 LOOP = """    made = [
