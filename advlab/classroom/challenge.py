@@ -182,6 +182,5 @@ def score(path: Path, *, dataset: str = "auto", data_dir: str = "auto") -> dict[
     rows = pd.DataFrame([row])
     if board.is_file():
         rows = pd.concat([pd.read_csv(board), rows], ignore_index=True)
-    with files.atomic_write(board) as temporary:
-        rows.to_csv(temporary, index=False, float_format="%.6g")
+    files.write_table(board, rows)
     return row

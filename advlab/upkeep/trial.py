@@ -52,6 +52,8 @@ def run(
 ) -> pd.DataFrame:
     """Measure the shipped models under white-box attacks at eps = 8/255; print and write a table.
 
+    A row of what is printed is a model, the best under AutoAttack first.
+
     Args:
         names: File names of checkpoints, or beginnings of them ("cnn-eps"); all for none.
         dataset, data_dir, device: As in `lab.start`.
@@ -78,9 +80,11 @@ def run(
         parts.append(measure(load(path), opened, auto_n, test_n, label))
     table = pd.concat(parts, ignore_index=True)
     folder = files.home() / ("figures" if publish else "outputs/audit")
-    with files.atomic_write(folder / "audit.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-    show(table, console)
+    files.write_table(folder / "audit.csv", table)
+    title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
+    texts = readme.board_table(table)
+    texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
+    print_table(title, texts, console)
     console.print(f"Written: {folder / 'audit.csv'}", soft_wrap=True, markup=False)
     return table
 
@@ -109,27 +113,13 @@ def measure(
     # PGD with restarts is to be compared with AutoAttack: on the same images.
     attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
     for attack, count in attacks.items():
-        parts.append(
-            evaluation.accuracy_table(
-                [checkpoint],
-                replace(data, test=data.test.first(count)),
-                (0.0, EPS) if attack == "fgsm" else (EPS,),
-                attack=attack,
-                store=opened.store,
-                progress=f"{label}{name}, {attack}",
-            )
-        )
+        some = replace(data, test=data.test.first(count))
+        sizes = (0.0, EPS) if attack == "fgsm" else (EPS,)
+        how = {"attack": attack, "store": opened.store, "progress": f"{label}{name}, {attack}"}
+        parts.append(evaluation.accuracy_table([checkpoint], some, sizes, **how))
     if auto_n:
         sizes = (*SWEEP, EPS) if name == SWEPT else (EPS,)
         parts.append(auto_attack_rows(checkpoint, opened, sizes, n, f"{label}{name}, AutoAttack"))
     table = pd.concat(parts, ignore_index=True)
     table.loc[table["test_eps"] == 0, "attack"] = "clean"
     return table
-
-
-def show(table: pd.DataFrame, console: Console) -> None:
-    """Print accuracies at eps = 8/255, a row per model, the best under AutoAttack first."""
-    title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
-    texts = readme.board_table(table)
-    texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
-    print_table(title, texts, console)
