@@ -13,12 +13,12 @@ import yaml
 from rich.console import Console
 from typer.core import TyperGroup
 
-from advlab import datasets, evaluation, files, lab, paper
+from advlab import evaluation, files, paper
 from advlab.catalogue import ARCHITECTURES, ATTACKS, DATASETS
-from advlab.machine import DEVICES, pick_device
+from advlab.machine import DEVICES
 from advlab.recipes import PROFILES
 from advlab.upkeep import doctor as checkup
-from advlab.upkeep.targets import is_target, open_target, parse_eps
+from advlab.upkeep.targets import is_target, open_data, open_target, parse_eps
 from advlab.upkeep.train import Options
 
 console = Console()
@@ -331,9 +331,7 @@ def evaluate(
     test_n: Annotated[int | None, typer.Option(min=1, help="Test images; all for none.")] = None,
 ) -> None:
     """Print the accuracy of any classifier, clean and attacked."""
-    where = pick_device(lab.setting(device.value, "ADVLAB_DEVICE", "auto"))
-    found = lab.resolve_data(dataset, data_dir)
-    images = datasets.load(*found, train_n=1, test_n=test_n).to(where)
+    images = open_data(dataset, data_dir, device.value, test_n)
     kind = arch and arch.value
     opened = [open_target(text, images, weights, kind) for text in targets]
     names = [checkpoint.name for checkpoint in opened]
