@@ -5,6 +5,7 @@ Each option is a parameter of its command, however many that makes.
 
 from collections.abc import Iterable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,8 @@ Dataset = Annotated[
 ]
 DataDir = Annotated[str, typer.Option(help="Folder that holds the files of the data set.")]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute; auto: a GPU if there is one.")]
-OWN, SHIPPED = "Your own model (with TARGET)", "The shipped models"
+own_option = partial(typer.Option, rich_help_panel="Your own model (with TARGET)")
+shipped_option = partial(typer.Option, rich_help_panel="The shipped models")
 TARGET_HELP = (
     "FILE.py:FUNCTION, which returns an nn.Module: the file is imported and its code runs, so "
     "name only files that you trust; or a weights file of one of our architectures"
@@ -189,46 +191,21 @@ def audit(
     weights: OwnWeights = None,
     arch: Arch = None,
     source: Annotated[
-        str | None,
-        typer.Option(
-            help="Another TARGET, from which attacks are transferred.", rich_help_panel=OWN
-        ),
+        str | None, own_option(help="Another TARGET, from which attacks are transferred.")
     ] = None,
-    eps: Annotated[
-        str, typer.Option(help="Size of the attacks: 8/255 or 0.03.", rich_help_panel=OWN)
-    ] = "8/255",
-    n: Annotated[
-        int, typer.Option("-n", "--images", min=1, help="Test images.", rich_help_panel=OWN)
-    ] = 500,
-    autoattack: Annotated[
-        bool, typer.Option("--autoattack", help="AutoAttack too (long).", rich_help_panel=OWN)
-    ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of noise and random starts.", rich_help_panel=OWN)
-    ] = 0,
+    eps: Annotated[str, own_option(help="Size of the attacks: 8/255 or 0.03.")] = "8/255",
+    n: Annotated[int, own_option("-n", "--images", min=1, help="Test images.")] = 500,
+    autoattack: Annotated[bool, own_option("--autoattack", help="AutoAttack too (long).")] = False,
+    seed: Annotated[int, own_option(min=0, help="Of noise and random starts.")] = 0,
     output_dir: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the report; auto: outputs/audit/TARGET-DATASET.", rich_help_panel=OWN
-        ),
+        str, own_option(help="Folder of the report; auto: outputs/audit/TARGET-DATASET.")
     ] = "auto",
-    auto_n: Annotated[
-        int,
-        typer.Option(min=0, help="Images for AutoAttack; 0: none.", rich_help_panel=SHIPPED),
-    ] = 1_000,
+    auto_n: Annotated[int, shipped_option(min=0, help="Images for AutoAttack; 0: none.")] = 1_000,
     test_n: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Images for FGSM and PGD-20; all for none.", rich_help_panel=SHIPPED
-        ),
+        int | None, shipped_option(min=1, help="Images for FGSM and PGD-20; all for none.")
     ] = None,
     publish: Annotated[
-        bool,
-        typer.Option(
-            "--publish",
-            help="Write figures/audit.csv, which the lessons show.",
-            rich_help_panel=SHIPPED,
-        ),
+        bool, shipped_option("--publish", help="Write figures/audit.csv, which the lessons show.")
     ] = False,
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",

@@ -64,27 +64,21 @@ def load_function(target: str) -> nn.Module:
     path = Path(name).expanduser().absolute()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {name}")
-    with _importing_from(path.parent):
+    sys.path.insert(0, str(path.parent))
+    try:
         with _own_errors(f"importing {name}", path):
             module = _import(path)
         maker = _function_of(module, function, name)
         with _own_errors(f"{function}() in {name}", path):
             model = maker()
+    finally:
+        sys.path.remove(str(path.parent))
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{function}() in {name} returned {type(model).__name__}; it must return the model, an "
             "nn.Module"
         )
     return model.eval()
-
-
-@contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 @contextmanager

@@ -25,20 +25,6 @@ SWEPT, SWEEP = "cnn eps=0.2", (1 / 255, 2 / 255, 4 / 255)
 BEST = "cnn robust"
 
 
-def auto_attack_rows(
-    checkpoint: Checkpoint, opened: Lab, sizes: Sequence[float], n: int, progress: str
-) -> pd.DataFrame:
-    """Return a row per eps, as from `evaluation.accuracy_table`, for AutoAttack on `n` images."""
-    images, labels = opened.data.test.first(n).batch(slice(None))
-    where = {"store": opened.store, "progress": progress}
-    rows = []
-    for eps in sizes:
-        held = autoattack.auto_attack(checkpoint.model, images, labels, eps, **where)
-        how = opened.data.name, eps, "autoattack", evaluation.WHITE_BOX
-        rows.append(evaluation.result_row(checkpoint, *how, (int(held.sum()), math.nan), n))
-    return pd.DataFrame(rows)
-
-
 def run(
     names: Sequence[str] = (),
     *,
@@ -118,8 +104,13 @@ def measure(
         how = {"attack": attack, "store": opened.store, "progress": f"{label}{name}, {attack}"}
         parts.append(evaluation.accuracy_table([checkpoint], some, sizes, **how))
     if auto_n:
-        sizes = (*SWEEP, EPS) if name == SWEPT else (EPS,)
-        parts.append(auto_attack_rows(checkpoint, opened, sizes, n, f"{label}{name}, AutoAttack"))
+        batch = data.test.first(n).batch(slice(None))
+        where = {"store": opened.store, "progress": f"{label}{name}, AutoAttack"}
+        for eps in (*SWEEP, EPS) if name == SWEPT else (EPS,):
+            held = int(autoattack.auto_attack(checkpoint.model, *batch, eps, **where).sum())
+            how = data.name, eps, "autoattack", evaluation.WHITE_BOX
+            row = evaluation.result_row(checkpoint, *how, (held, math.nan), n)
+            parts.append(pd.DataFrame([row]))
     table = pd.concat(parts, ignore_index=True)
     table.loc[table["test_eps"] == 0, "attack"] = "clean"
     return table
