@@ -322,8 +322,7 @@ def evaluate(
     table = evaluation.accuracy_table(opened, images, paper.TEST_EPS, **how)
     made_by = f"transfer from {maker.name}" if maker else "white box"
     _say(f"accuracy % on {len(images.test):,} {images.name} test images; {attack}, {made_by}")
-    percent = table.assign(accuracy=100 * table["accuracy"])
-    wide = percent.pivot(index="model", columns="test_eps", values="accuracy")
+    wide = 100 * table.pivot(index="model", columns="test_eps", values="accuracy")
     _say(wide.to_string(float_format="%.1f"))
     for row in table[table["test_eps"] == 0].itertuples():
         interval = f"{100 * row.low:.1f} to {100 * row.high:.1f}"

@@ -111,7 +111,6 @@ def grade(
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time; None for one a core.
         marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
-        console: Where to print.
 
     Returns:
         A row per graded cell: student, assignment, cell, points, score (empty where a person

@@ -70,7 +70,6 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
 
     Args:
         resume: Keep the models and lessons that an interrupted retraining finished.
-        console: Where to print.
 
     Raises:
         BatchError: as `runs.run`.
@@ -133,7 +132,6 @@ def reproduce(
         dataset, data_dir: As in `lab.start`.
         resume: Keep what an interrupted run finished.
         publish: Copy the table of seeds and the run's clock into the repository's figures/.
-        console: Where to print.
 
     Returns:
         The output folder, outputs/fast-DATASET.

@@ -59,7 +59,6 @@ def audit_model(
         data: Its first test images are used.
         name: What the report calls the model.
         output: Folder of the report.
-        settings: None for the defaults.
         source: Another model, from which attacks are transferred; None leaves that line out.
         progress: Label of AutoAttack's bar; None shows none.
 
@@ -156,11 +155,9 @@ def run(
 
     Args:
         target, weights, arch: As in `targets.open_target`: a function is imported and run.
-        settings: None for the defaults.
         source: Another target, from which attacks are transferred.
         dataset, data_dir, device: As in `lab.start`.
         output_dir: Folder of the report; "auto": outputs/audit/TARGET-DATASET.
-        console: Where to print.
 
     Raises:
         ValueError, OSError, ImportError, DataError: as `targets.open_target`, `audit_model` and

@@ -233,7 +233,6 @@ def run(
         parameters: More parameters of the lessons.
         resume: Go on with the folder's earlier run: a lesson that it finished is kept, unless its
             notebook was edited since.
-        console: Where to print.
 
     Returns:
         The output folder: notebooks/, figures/ and run.json.

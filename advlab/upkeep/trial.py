@@ -47,7 +47,6 @@ def run(
             as many for the model `BEST`); 0 leaves both out.
         test_n: Images for FGSM and PGD-20; None for all.
         publish: Write figures/audit.csv of the repository, not outputs/audit/audit.csv.
-        console: Where to print.
 
     Raises:
         ValueError: if no checkpoint is called so, or other data than CIFAR-10 or a part of the
