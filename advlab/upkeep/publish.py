@@ -80,11 +80,16 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     output = lab.default_output("paper", "cifar10")
     if not resume and output.exists():
         shutil.rmtree(output)
-    everything = [*lesson_files(), *solution_files()]
+    everything = lesson_files() | solution_files()
     options = Options("paper", "cifar10", output_dir=str(output))
     with environment(ADVLAB_CACHE=str(output / "cache")):
         run(everything, options, resume=resume, console=console)
-    _publish(output, files.home())
+    _copy((output / "checkpoints").glob("*-seed0.safetensors"), files.shipped_checkpoints())
+    _copy((output / "figures").iterdir(), files.home() / "figures")
+    for name in everything:
+        executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
+        text = nbformat.writes(clean_notebook(executed)) + "\n"
+        files.write_bytes(files.home() / "notebooks" / f"{name}.ipynb", text.encode())
     times: dict[str, Any] = {"machine": machine(), "processes": cores(), "profiles": {}}
     for profile in ("lesson", "quick"):
         console.print(f"Timing profile {profile}")
@@ -98,16 +103,6 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
     readme.refresh(files.home())
     console.print("Refreshed data/checkpoints, notebooks, figures and README.md.")
-
-
-def _publish(output: Path, home: Path) -> None:
-    """Move the results of a full run to where the repository keeps them."""
-    _copy((output / "checkpoints").glob("*-seed0.safetensors"), home / "data" / "checkpoints")
-    _copy((output / "figures").iterdir(), home / "figures")
-    for name in lesson_files() | solution_files():
-        executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
-        text = nbformat.writes(clean_notebook(executed)) + "\n"
-        files.write_bytes(home / "notebooks" / f"{name}.ipynb", text.encode())
 
 
 def _copy(paths: Iterable[Path], folder: Path) -> None:
@@ -131,7 +126,8 @@ def reproduce(
             tables go to figures/l04_seeds.csv as well.
         dataset, data_dir: As in `lab.start`.
         resume: Keep what an interrupted run finished.
-        publish: Copy the table of seeds and the run's clock into the repository's figures/.
+        publish: Copy the table of seeds and the run's clock, with the seconds of each model's
+            training, into the repository's figures/.
 
     Returns:
         The output folder, outputs/fast-DATASET.
@@ -155,18 +151,14 @@ def reproduce(
             table = pd.concat([_tables_of_seed(replace(options, seed=k)) for k in range(seeds)])
             files.write_table(output / "figures" / "l04_seeds.csv", table)
     if publish:
-        _publish_clock(output, files.home() / "figures")
+        record = json.loads((output / "run.json").read_text())
+        models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
+        record["models"] = {path.stem: round(read_metadata(path)["seconds"], 1) for path in models}
+        clock = files.home() / "figures" / "reproduce.json"
+        files.write_bytes(clock, json.dumps(record, indent=2).encode())
         if seeds > 1:
             _copy([output / "figures" / "l04_seeds.csv"], files.home() / "figures")
     return output
-
-
-def _publish_clock(output: Path, figures: Path) -> None:
-    """Write the record of a run and the seconds of its models' trainings to reproduce.json."""
-    record = json.loads((output / "run.json").read_text())
-    models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
-    record["models"] = {path.stem: round(read_metadata(path)["seconds"], 1) for path in models}
-    files.write_bytes(figures / "reproduce.json", json.dumps(record, indent=2).encode())
 
 
 def _tables_of_seed(options: Options) -> pd.DataFrame:
