@@ -73,7 +73,7 @@ Dataset = Annotated[
     typer.Option(
         "--dataset",
         "--data",
-        help=f"{', '.join(DATASETS)}, folder:PATH[@SIZE], or auto: CIFAR-10 if to be had.",
+        help=f"{', '.join(DATASETS)}, folder:PATH\\[@SIZE], or auto: CIFAR-10 if to be had.",
     ),
 ]
 DataDir = Annotated[str, typer.Option(help="Folder that holds the files of the data set.")]
