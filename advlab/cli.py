@@ -5,6 +5,7 @@ Each option is a parameter of its command, however many that makes.
 
 from collections.abc import Iterable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +14,12 @@ import yaml
 from rich.console import Console
 from typer.core import TyperGroup
 
-from advlab import datasets, evaluation, files, lab, paper
+from advlab import evaluation, files, paper
 from advlab.catalogue import ARCHITECTURES, ATTACKS, DATASETS
-from advlab.machine import DEVICES, pick_device
+from advlab.machine import DEVICES
 from advlab.recipes import PROFILES
 from advlab.upkeep import doctor as checkup
-from advlab.upkeep.targets import is_target, open_target, parse_eps
+from advlab.upkeep.targets import is_target, open_data, open_target, parse_eps
 from advlab.upkeep.train import Options
 
 console = Console()
@@ -72,12 +73,13 @@ Dataset = Annotated[
     typer.Option(
         "--dataset",
         "--data",
-        help=f"{', '.join(DATASETS)}, folder:PATH[@SIZE], or auto: CIFAR-10 if to be had.",
+        help=f"{', '.join(DATASETS)}, folder:PATH\\[@SIZE], or auto: CIFAR-10 if to be had.",
     ),
 ]
 DataDir = Annotated[str, typer.Option(help="Folder that holds the files of the data set.")]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute; auto: a GPU if there is one.")]
-OWN, SHIPPED = "Your own model (with TARGET)", "The shipped models"
+own_option = partial(typer.Option, rich_help_panel="Your own model (with TARGET)")
+shipped_option = partial(typer.Option, rich_help_panel="The shipped models")
 TARGET_HELP = (
     "FILE.py:FUNCTION, which returns an nn.Module: the file is imported and its code runs, so "
     "name only files that you trust; or a weights file of one of our architectures"
@@ -189,46 +191,21 @@ def audit(
     weights: OwnWeights = None,
     arch: Arch = None,
     source: Annotated[
-        str | None,
-        typer.Option(
-            help="Another TARGET, from which attacks are transferred.", rich_help_panel=OWN
-        ),
+        str | None, own_option(help="Another TARGET, from which attacks are transferred.")
     ] = None,
-    eps: Annotated[
-        str, typer.Option(help="Size of the attacks: 8/255 or 0.03.", rich_help_panel=OWN)
-    ] = "8/255",
-    n: Annotated[
-        int, typer.Option("-n", "--images", min=1, help="Test images.", rich_help_panel=OWN)
-    ] = 500,
-    autoattack: Annotated[
-        bool, typer.Option("--autoattack", help="AutoAttack too (long).", rich_help_panel=OWN)
-    ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of noise and random starts.", rich_help_panel=OWN)
-    ] = 0,
+    eps: Annotated[str, own_option(help="Size of the attacks: 8/255 or 0.03.")] = "8/255",
+    n: Annotated[int, own_option("-n", "--images", min=1, help="Test images.")] = 500,
+    autoattack: Annotated[bool, own_option("--autoattack", help="AutoAttack too (long).")] = False,
+    seed: Annotated[int, own_option(min=0, help="Of noise and random starts.")] = 0,
     output_dir: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the report; auto: outputs/audit/TARGET-DATASET.", rich_help_panel=OWN
-        ),
+        str, own_option(help="Folder of the report; auto: outputs/audit/TARGET-DATASET.")
     ] = "auto",
-    auto_n: Annotated[
-        int,
-        typer.Option(min=0, help="Images for AutoAttack; 0: none.", rich_help_panel=SHIPPED),
-    ] = 1_000,
+    auto_n: Annotated[int, shipped_option(min=0, help="Images for AutoAttack; 0: none.")] = 1_000,
     test_n: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Images for FGSM and PGD-20; all for none.", rich_help_panel=SHIPPED
-        ),
+        int | None, shipped_option(min=1, help="Images for FGSM and PGD-20; all for none.")
     ] = None,
     publish: Annotated[
-        bool,
-        typer.Option(
-            "--publish",
-            help="Write figures/audit.csv, which the lessons show.",
-            rich_help_panel=SHIPPED,
-        ),
+        bool, shipped_option("--publish", help="Write figures/audit.csv, which the lessons show.")
     ] = False,
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",
@@ -331,9 +308,7 @@ def evaluate(
     test_n: Annotated[int | None, typer.Option(min=1, help="Test images; all for none.")] = None,
 ) -> None:
     """Print the accuracy of any classifier, clean and attacked."""
-    where = pick_device(lab.setting(device.value, "ADVLAB_DEVICE", "auto"))
-    found = lab.resolve_data(dataset, data_dir)
-    images = datasets.load(*found, train_n=1, test_n=test_n).to(where)
+    images = open_data(dataset, data_dir, device.value, test_n)
     kind = arch and arch.value
     opened = [open_target(text, images, weights, kind) for text in targets]
     names = [checkpoint.name for checkpoint in opened]
@@ -347,8 +322,7 @@ def evaluate(
     table = evaluation.accuracy_table(opened, images, paper.TEST_EPS, **how)
     made_by = f"transfer from {maker.name}" if maker else "white box"
     _say(f"accuracy % on {len(images.test):,} {images.name} test images; {attack}, {made_by}")
-    percent = table.assign(accuracy=100 * table["accuracy"])
-    wide = percent.pivot(index="model", columns="test_eps", values="accuracy")
+    wide = 100 * table.pivot(index="model", columns="test_eps", values="accuracy")
     _say(wide.to_string(float_format="%.1f"))
     for row in table[table["test_eps"] == 0].itertuples():
         interval = f"{100 * row.low:.1f} to {100 * row.high:.1f}"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def test_missed_target_says_so(kind, figure, text):
     value, ratio = (1.0, figure) if kind == "ratio" else (figure, math.nan)
     row = once("p", "w", "a", value, "u", ratio=ratio, target=6, target_of=kind)
     assert measure.cells(row)[-1] == text
-    assert measure.cells(next(measure.to_table([row]).itertuples())) == measure.cells(row)
+    assert measure.cells(next(pd.DataFrame([row]).itertuples())) == measure.cells(row)
 
 
 # --- equal images

@@ -138,9 +138,9 @@ def test_no_eps_is_named(text, told):
         targets.parse_eps(text)
 
 
-def test_eps_0_is_no_audit():
+def test_eps_0_is_no_audit(labelled, tmp_path):
     with pytest.raises(ValueError, match="eps is 0"):
-        report.Settings(eps=0.0)
+        audit(tmp_path, *labelled, settings=report.Settings(eps=0.0))
 
 
 def test_a_target_is_told_from_the_name_of_a_shipped_model():

@@ -276,4 +276,4 @@ def test_summary_compares_only_what_is_fair(tmp_path, capsys):
         runs.print_summary(tmp_path, console)
         shown = capsys.readouterr().out
         assert "80.4 (80.4)" in shown
-        assert "mean absolute difference 0.00" in shown
+        assert "mean absolute difference is 0.00" in shown

@@ -4,12 +4,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
 from advlab.upkeep.processes import PeakMemory
@@ -114,11 +113,6 @@ def compare(
 ) -> list[Row]:
     """Time `ways` side by side and return their rows; `more` as in `to_rows`."""
     return to_rows(part, what, ways, side_by_side(ways, rounds), unit, **more)
-
-
-def to_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return rows as a tidy table."""
-    return pd.DataFrame([asdict(row) for row in rows])
 
 
 def cells(row: Any) -> list[str]:

@@ -3,7 +3,6 @@
 Each comparison takes turns on the same images. Ratios carry over to other machines, seconds do not.
 """
 
-import io
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,11 +13,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from advlab import datasets, files, lab, plots
 from advlab.bench import footprint, parts, rivals
-from advlab.bench.measure import Row, cells, to_table
+from advlab.bench.measure import Row, cells
 from advlab.bench.whole_paper import whole_part
 from advlab.upkeep import readme, runs
 from advlab.upkeep.processes import KEEP_MEMORY, environment
@@ -71,11 +70,10 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
 def show(table: pd.DataFrame, console: Console) -> None:
     """Print the benchmark's table, a block for each part, with its notes below."""
     for part, rows in table.groupby("part", sort=False):
-        shown = Table(title=f"\n[bold]{part}", title_justify="left", box=None, padding=(0, 1, 0, 0))
-        for name in ("task", "way"):
-            shown.add_column(name)
-        for name in ("median", "", "ratio", "ceiling", "target"):
-            shown.add_column(name, justify="right")
+        figures = ("median", "", "ratio", "ceiling", "target")
+        columns = ["task", "way", *(Column(name, justify="right") for name in figures)]
+        look = {"title_justify": "left", "box": None, "padding": (0, 1, 0, 0)}
+        shown = Table(*columns, title=f"\n[bold]{part}", **look)
         for row in rows.itertuples():
             shown.add_row(*cells(row))
         console.print(shown)
@@ -98,7 +96,6 @@ def run(
         output_dir: Where to write; "auto": outputs/bench in the repository.
         rounds: Measurements of each way.
         publish: Write into the repository's figures/ and refresh the README.
-        console: Where to print.
 
     Raises:
         ValueError: if `rounds` is below 1, or other data than CIFAR-10 are to be published.
@@ -112,15 +109,14 @@ def run(
         raise ValueError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
     chosen = lab.setting(output_dir, "", "") or files.home() / "outputs" / "bench"
     output = files.home() / "figures" if publish else Path(chosen).expanduser().absolute()
-    table = to_table(measure_apart(name, root, rounds))
-    table = table.assign(machine=runs.machine(), torch=torch.__version__, data=name)
+    table = pd.DataFrame(measure_apart(name, root, rounds)).assign(
+        machine=runs.machine(), torch=torch.__version__, data=name
+    )
     show(table, console)
-    with files.atomic_write(output / "bench.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.5g")
+    files.write_table(output / "bench.csv", table)
     plots.use_style()
-    drawn = io.BytesIO()
-    plots.ratios(table).savefig(drawn, format="png", dpi=110)
-    files.write_bytes(output / "bench.png", drawn.getvalue())
+    with files.atomic_write(output / "bench.png") as temporary:
+        plots.ratios(table).savefig(temporary, format="png", dpi=110)
     if publish:
         readme.refresh(files.home())
     console.print(f"Written: {output / 'bench.csv'} and bench.png", soft_wrap=True, markup=False)

@@ -102,26 +102,26 @@ def check_attack(images: Tensor, labels: Tensor, originals: Tensor, true: Tensor
     return images
 
 
-def score_attack(path: Path, images: Tensor, labels: Tensor, dataset: str, data_dir: str) -> dict:
-    """Return the row of an attack: how many images the robust CNN still gets right."""
+def score_attack(
+    images: Tensor, labels: Tensor, dataset: str, data_dir: str
+) -> tuple[str, int, int, int]:
+    """Count the images that the robust CNN still gets right; results as in `score_defence`."""
     lesson = lab.start("lesson", dataset, data_dir=data_dir, device="cpu")
     test = lesson.data.test.first(min(ATTACKED, len(lesson.data.test)))
     shown = check_attack(images, labels, test.images, test.labels)
-    target = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"])
-    reference = ATTACKS["pgd-20"](target.model, *test.batch(slice(None)), EPS)
+    target = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"]).model
+    reference = ATTACKS["pgd-20"](target, *test.batch(slice(None)), EPS)
     reference = (255 * reference).round() / 255  # as every submission
-    return _row(
-        path,
-        "attack",
-        lesson.data.name,
-        int(evaluation.holds(target.model, shown, test.labels).sum()),
-        int(evaluation.holds(target.model, reference, test.labels).sum()),
-        len(test),
-    )
+    held = [int(evaluation.holds(target, x, test.labels).sum()) for x in (shown, reference)]
+    return lesson.data.name, *held, len(test)
 
 
-def score_defence(path: Path) -> dict[str, Any]:
-    """Return the row of a defence: Shapes-10 images right under all of three PGD attacks."""
+def score_defence(path: Path) -> tuple[str, int, int, int]:
+    """Count the Shapes-10 images that a defence gets right under all of three PGD attacks.
+
+    Returns:
+        The data; how many images hold, and how many of them with the reference; of how many.
+    """
     try:
         checkpoint = load_weights(path, "cnn")
     except CheckpointError as error:
@@ -130,7 +130,7 @@ def score_defence(path: Path) -> dict[str, Any]:
     lesson = lab.start("lesson", "shapes10", device="cpu")
     reference = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"])
     held = [_worst_case(c.model, *test.batch(slice(None))) for c in (checkpoint, reference)]
-    return _row(path, "defence", "Shapes-10", *held, len(test))
+    return "Shapes-10", *held, len(test)
 
 
 def _worst_case(model: torch.nn.Module, images: Tensor, labels: Tensor) -> int:
@@ -140,24 +140,6 @@ def _worst_case(model: torch.nn.Module, images: Tensor, labels: Tensor) -> int:
         made = pgd(model, images, labels, EPS, alpha=EPS / 8, steps=20, restarts=2, loss=loss)
         held &= evaluation.holds(model, made, labels)
     return int(held.sum())
-
-
-def _row(path: Path, kind: str, name: str, correct: int, reference: int, n: int) -> dict[str, Any]:
-    low, high = evaluation.wilson(correct, n)
-    return {
-        "file": path.name,
-        "kind": kind,
-        "data": name,
-        "accuracy": correct / n,
-        "low": low,
-        "high": high,
-        "reference": reference / n,
-        "better": correct < reference if kind == "attack" else correct > reference,
-        "correct": correct,
-        "n": n,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        "scored": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def score(path: Path, *, dataset: str = "auto", data_dir: str = "auto") -> dict[str, Any]:
@@ -177,11 +159,26 @@ def score(path: Path, *, dataset: str = "auto", data_dir: str = "auto") -> dict[
     if not path.is_file():
         raise SubmissionError(f"there is no file {path}")
     attack = read_attack(path)
-    row = score_attack(path, *attack, dataset, data_dir) if attack else score_defence(path)
+    found = score_attack(*attack, dataset, data_dir) if attack else score_defence(path)
+    name, correct, reference, n = found
+    low, high = evaluation.wilson(correct, n)
+    row = {
+        "file": path.name,
+        "kind": "attack" if attack else "defence",
+        "data": name,
+        "accuracy": correct / n,
+        "low": low,
+        "high": high,
+        "reference": reference / n,
+        "better": correct < reference if attack else correct > reference,
+        "correct": correct,
+        "n": n,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "scored": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     board = files.home() / "outputs" / "challenge" / "leaderboard.csv"
     rows = pd.DataFrame([row])
     if board.is_file():
         rows = pd.concat([pd.read_csv(board), rows], ignore_index=True)
-    with files.atomic_write(board) as temporary:
-        rows.to_csv(temporary, index=False, float_format="%.6g")
+    files.write_table(board, rows)
     return row

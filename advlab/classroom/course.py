@@ -19,7 +19,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 
 from advlab import files
 from advlab.classroom import feedback, grading
@@ -111,7 +111,6 @@ def grade(
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time; None for one a core.
         marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
-        console: Where to print.
 
     Returns:
         A row per graded cell: student, assignment, cell, points, score (empty where a person
@@ -156,12 +155,7 @@ def _grade_all(
 ) -> dict[Submission, dict[str, Any]]:
     """Return the scores of all submissions (see `grading.grade_one`), in the order of `found`."""
     names, graded = sources(), {one: {} for one in found}
-    with (
-        Progress(console=console) as progress,
-        ThreadPoolExecutor(jobs) as pool,
-        ExitStack() as stack,
-    ):
-        bar = progress.add_task("grading", total=len(found))
+    with ThreadPoolExecutor(jobs) as pool, ExitStack() as stack:
         tasks = {
             pool.submit(grading.grade_one, one, names[one.assignment], output, hide): one
             for one in found
@@ -169,9 +163,8 @@ def _grade_all(
         # When it is interrupted: begin no more, and do not wait for those that run.
         stack.callback(grading.kill_running)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        for task in as_completed(tasks):
+        for task in track(as_completed(tasks), "grading", len(tasks), console=console):
             graded[tasks[task]] = task.result()
-            progress.advance(bar)
     return graded
 
 

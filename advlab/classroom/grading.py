@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,12 @@ import nbformat
 from advlab import files
 from advlab.classroom.sandbox import sandboxed
 from advlab.classroom.submissions import CourseError, Submission
+from advlab.store import code_hash
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
-GRADER = (  # modules that a score depends on
-    __name__,
-    "advlab.classroom.merging",
-    "advlab.classroom.run_submission",
-    "advlab.classroom.sandbox",
-    "advlab.upkeep.processes",
-)
+# The modules whose code decides a score.
+GRADER = [f"classroom/{name}" for name in ("grading", "merging", "run_submission", "sandbox")]
+GRADER += ["upkeep/processes"]
 _running: set[int] = set()  # process groups of submissions
 
 
@@ -106,9 +102,9 @@ def grade_one(
 
 def _identity(one: Submission, source: Path, *, sandbox: bool) -> str:
     """Return a hash of what a score depends on: the notebook, its source, the code that grades."""
-    digest = sha256(bytes([sandbox]))
-    for path in (one.path, source, *(find_spec(name).origin for name in GRADER)):
-        with Path(path).open("rb") as opened:
+    digest = sha256(f"{sandbox} {code_hash(*GRADER)}".encode())
+    for path in (one.path, source):
+        with path.open("rb") as opened:
             digest.update(file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 

@@ -6,11 +6,9 @@ Torch and what stands on it are imported by the checks alone: they tell when tha
 import importlib
 import os
 import platform
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
@@ -33,10 +31,6 @@ class Check(NamedTuple):
     detail: str
 
 
-def _python() -> Check:
-    return Check(sys.version_info >= (3, 11), "Python", f"{platform.python_version()} (>= 3.11)")
-
-
 def check_package(requirement: Requirement) -> Check:
     """Check that a package is installed in a version that fits `requirement`."""
     try:
@@ -48,95 +42,84 @@ def check_package(requirement: Requirement) -> Check:
     return Check(fits, requirement.name, found + mend)
 
 
-def _packages() -> Iterator[Check]:
-    for text in requires("advlab") or []:
-        requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield check_package(requirement)
-
-
-def _torchvision() -> Check:
+def _torchvision() -> tuple[bool, str]:
     importlib.import_module("advlab._torchvision")
     import torch
     import torchvision
     from torchvision.extension import _has_ops
 
     if _has_ops():
-        return Check(True, "torchvision import", "works beside this torch")
+        return True, "works beside this torch"
     pair = f"torch {torch.__version__} beside torchvision {torchvision.__version__}"
     if torch.version.cuda is None:
         pair += " (CPU-only torch beside PyPI's torchvision, which is linked against CUDA)"
-    return Check(True, "torchvision import", f"{pair}. {WITHOUT_OPERATORS}")
+    return True, f"{pair}. {WITHOUT_OPERATORS}"
 
 
-def _data() -> Check:
+def _data() -> tuple[bool, str]:
     from advlab import datasets
 
     root = datasets.find_cifar10()
     if root is None:
-        return Check(True, "CIFAR-10", "not here; it is downloaded, or Shapes-10 stands in")
+        return True, "not here; it is downloaded, or Shapes-10 stands in"
     datasets.DATASETS["cifar10"].check(root)
-    return Check(True, "CIFAR-10", f"{root / datasets.CIFAR10_FOLDER}, every MD5 right")
+    return True, f"{root / datasets.CIFAR10_FOLDER}, every MD5 right"
 
 
-def _checkpoints() -> Check:
+def _checkpoints() -> tuple[bool, str]:
     from advlab import checkpoints, files
 
     paths = sorted(files.shipped_checkpoints().glob("*.safetensors"))
     for path in paths:
         checkpoints.load(path)
     if not paths:
-        return Check(False, "checkpoints", f"none in {files.shipped_checkpoints()}; git checkout")
-    return Check(True, "checkpoints", f"{len(paths)} trained models, all intact")
+        return False, f"none in {files.shipped_checkpoints()}; git checkout"
+    return True, f"{len(paths)} trained models, all intact"
 
 
-def _device() -> Check:
+def _device() -> tuple[bool, str]:
     from advlab import machine
 
     device = machine.pick_device()
-    fast = machine.has_fast_bf16(device)
-    return Check(
-        True, "device", f"{device.type}, trains in {'bfloat16' if fast else 'float32 (no bf16)'}"
-    )
+    precision = "bfloat16" if machine.has_fast_bf16(device) else "float32 (no bf16)"
+    return True, f"{device.type}, trains in {precision}"
 
 
-def free_memory_gb() -> float | None:
-    """Return the memory that is free for a new program, in GB; None where it cannot be told."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        return int(found.group(1)) / 1e6 if found else None
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return None
+def free_memory_gb() -> float:
+    """Return the memory that is free for a new program, in GB."""
+    import psutil
+
+    return psutil.virtual_memory().available / 1e9
 
 
-def _memory() -> Check:
+def _memory() -> tuple[bool, str]:
     free = free_memory_gb()
-    if free is None:
-        return Check(True, "free memory", "cannot be told on this system")
-    return Check(
-        free >= MINIMUM_MEMORY_GB, "free memory", f"{free:.1f} GB (>= {MINIMUM_MEMORY_GB} GB)"
-    )
-
-
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    """Run `check`; a check that raises has failed, and its message is the detail."""
-    try:
-        return check()
-    except Exception as error:
-        return Check(False, name, str(error).splitlines()[0] if str(error) else repr(error))
+    return free >= MINIMUM_MEMORY_GB, f"{free:.1f} GB (>= {MINIMUM_MEMORY_GB} GB)"
 
 
 def run_checks() -> list[Check]:
-    """Return every check of Python, packages, data, checkpoints, processor and memory."""
-    checks = [_python(), *_packages()]
-    checks.append(_guarded("torchvision import", _torchvision))
-    checks.append(_guarded("CIFAR-10", _data))
-    checks.append(_guarded("checkpoints", _checkpoints))
-    checks.append(_guarded("device", _device))
-    checks.append(Check(True, "cores", f"{os.cpu_count()}, {platform.machine()}"))
-    checks.append(_guarded("free memory", _memory))
+    """Return every check of Python, packages, data, checkpoints, processor and memory.
+
+    One that raises has failed, and its message is the detail.
+    """
+    python = f"{platform.python_version()} (>= 3.11)"
+    checks = [Check(sys.version_info >= (3, 11), "Python", python)]
+    for requirement in map(Requirement, requires("advlab") or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            checks.append(check_package(requirement))
+    for name, check in {
+        "torchvision import": _torchvision,
+        "CIFAR-10": _data,
+        "checkpoints": _checkpoints,
+        "device": _device,
+        "cores": lambda: (True, f"{os.cpu_count()}, {platform.machine()}"),
+        "free memory": _memory,
+    }.items():
+        try:
+            ok, detail = check()
+        except Exception as error:
+            ok, detail = False, str(error).splitlines()[0] if str(error) else repr(error)
+        checks.append(Check(ok, name, detail))
     return checks
 
 

@@ -117,6 +117,7 @@ class Report:
 
     def markdown(self) -> str:
         """Return it as Markdown; the figure is report.png beside it."""
+        checklist = self.checklist.map(lambda value: escape(str(value)))
         alarms = self.checklist.loc[self.checklist["verdict"] == "ALARM", "check"]
         settings = pd.DataFrame(self.settings.items(), columns=["setting", "value"])
         meant = [f"- **{check}.** {' '.join(MEANING[check])}" for check in alarms]
@@ -124,7 +125,7 @@ class Report:
             f"# Audit of {escape(self.name)}",
             f"**{escape(self.summary)}**",
             "## Checklist",
-            _table(self.checklist.map(_emphasised), "left left left right"),
+            _table(checklist.mask(checklist == "ALARM", "**ALARM**"), "left left left right"),
             "An alarm does not prove that the model is weak, but that its figures cannot be "
             "trusted before somebody has found out why. A list without alarms does not prove that "
             "the model is robust.",
@@ -199,10 +200,6 @@ def size(eps: float) -> str:
     steps = 255 * eps
     whole = eps > 0 and abs(steps - round(steps)) < 1e-6
     return f"{eps:.4g} ({round(steps)}/255)" if whole else f"{eps:.4g}"
-
-
-def _emphasised(value: Any) -> str:
-    return "**ALARM**" if value == "ALARM" else escape(str(value))
 
 
 def _readable(accuracies: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ Neither command reads a cache of the user's: what was measured before must not b
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,6 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
 
     Args:
         resume: Keep the models and lessons that an interrupted retraining finished.
-        console: Where to print.
 
     Raises:
         BatchError: as `runs.run`.
@@ -80,11 +80,16 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     output = lab.default_output("paper", "cifar10")
     if not resume and output.exists():
         shutil.rmtree(output)
-    everything = [*lesson_files(), *solution_files()]
+    everything = lesson_files() | solution_files()
     options = Options("paper", "cifar10", output_dir=str(output))
     with environment(ADVLAB_CACHE=str(output / "cache")):
         run(everything, options, resume=resume, console=console)
-    _publish(output, files.home())
+    _copy((output / "checkpoints").glob("*-seed0.safetensors"), files.shipped_checkpoints())
+    _copy((output / "figures").iterdir(), files.home() / "figures")
+    for name in everything:
+        executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
+        text = nbformat.writes(clean_notebook(executed)) + "\n"
+        files.write_bytes(files.home() / "notebooks" / f"{name}.ipynb", text.encode())
     times: dict[str, Any] = {"machine": machine(), "processes": cores(), "profiles": {}}
     for profile in ("lesson", "quick"):
         console.print(f"Timing profile {profile}")
@@ -100,16 +105,9 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     console.print("Refreshed data/checkpoints, notebooks, figures and README.md.")
 
 
-def _publish(output: Path, home: Path) -> None:
-    """Move the results of a full run to where the repository keeps them."""
-    for path in sorted((output / "checkpoints").glob("*-seed0.safetensors")):
-        files.write_bytes(home / "data" / "checkpoints" / path.name, path.read_bytes())
-    for path in sorted((output / "figures").iterdir()):
-        files.write_bytes(home / "figures" / path.name, path.read_bytes())
-    for name in lesson_files() | solution_files():
-        executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
-        text = nbformat.writes(clean_notebook(executed)) + "\n"
-        files.write_bytes(home / "notebooks" / f"{name}.ipynb", text.encode())
+def _copy(paths: Iterable[Path], folder: Path) -> None:
+    for path in paths:
+        files.write_bytes(folder / path.name, path.read_bytes())
 
 
 def reproduce(
@@ -128,8 +126,8 @@ def reproduce(
             tables go to figures/l04_seeds.csv as well.
         dataset, data_dir: As in `lab.start`.
         resume: Keep what an interrupted run finished.
-        publish: Copy the table of seeds and the run's clock into the repository's figures/.
-        console: Where to print.
+        publish: Copy the table of seeds and the run's clock, with the seconds of each model's
+            training, into the repository's figures/.
 
     Returns:
         The output folder, outputs/fast-DATASET.
@@ -151,22 +149,16 @@ def reproduce(
         run(PAPER_LESSONS, options, resume=resume, console=console or Console())
         if seeds > 1:
             table = pd.concat([_tables_of_seed(replace(options, seed=k)) for k in range(seeds)])
-            with files.atomic_write(output / "figures" / "l04_seeds.csv") as temporary:
-                table.to_csv(temporary, index=False, float_format="%.6g")
+            files.write_table(output / "figures" / "l04_seeds.csv", table)
     if publish:
-        _publish_clock(output, files.home() / "figures")
+        record = json.loads((output / "run.json").read_text())
+        models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
+        record["models"] = {path.stem: round(read_metadata(path)["seconds"], 1) for path in models}
+        clock = files.home() / "figures" / "reproduce.json"
+        files.write_bytes(clock, json.dumps(record, indent=2).encode())
         if seeds > 1:
-            table = (output / "figures" / "l04_seeds.csv").read_bytes()
-            files.write_bytes(files.home() / "figures" / "l04_seeds.csv", table)
+            _copy([output / "figures" / "l04_seeds.csv"], files.home() / "figures")
     return output
-
-
-def _publish_clock(output: Path, figures: Path) -> None:
-    """Write the record of a run and the seconds of its models' trainings to reproduce.json."""
-    record = json.loads((output / "run.json").read_text())
-    models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
-    record["models"] = {path.stem: round(read_metadata(path)["seconds"], 1) for path in models}
-    files.write_bytes(figures / "reproduce.json", json.dumps(record, indent=2).encode())
 
 
 def _tables_of_seed(options: Options) -> pd.DataFrame:
@@ -174,19 +166,12 @@ def _tables_of_seed(options: Options) -> pd.DataFrame:
     archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
     wanted = [(arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs]
     train_models(options.open_zoo, wanted)
-    opened = options.open()
-    zoo = opened.zoo
-    return pd.concat(
-        [
-            evaluation.accuracy_table(
-                [zoo.get(arch, eps) for eps in paper.TABLE_TRAIN_EPS],
-                zoo.data,
-                paper.TEST_EPS,
-                attack="fgsm-per-image",
-                source=zoo.get(arch),
-                store=opened.store,
-                progress=f"tables of seed {options.seed}, {arch}",
-            )
-            for arch in paper.TABLES
-        ]
-    )
+    opened, tables = options.open(), []
+    for arch in paper.TABLES:
+        models = [opened.zoo.get(arch, eps) for eps in paper.TABLE_TRAIN_EPS]
+        how = {"attack": "fgsm-per-image", "source": opened.zoo.get(arch), "store": opened.store}
+        label = f"tables of seed {options.seed}, {arch}"
+        tables.append(
+            evaluation.accuracy_table(models, opened.data, paper.TEST_EPS, **how, progress=label)
+        )
+    return pd.concat(tables)

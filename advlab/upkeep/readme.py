@@ -46,6 +46,26 @@ def paper_table(rows: pd.DataFrame, arch: str, beside: bool = True) -> pd.DataFr
     return texts.rename(columns="eps {:g}".format)
 
 
+def caption(rows: pd.DataFrame, arch: str, beside: bool = True) -> str:
+    """Return what a `paper_table` is of, in a sentence or two."""
+    first, number = rows.iloc[0], 1 + list(TABLES).index(arch)
+    whose = ", ours and in brackets the paper's" if beside else ""
+    return (
+        f"Table {number}, {arch}: accuracy in %{whose}. {first['n']:,} {first['data']} test "
+        f"images, FGSM crafted on the {first['source']} with per-image statistics (the paper's "
+        f"attack), recipe `{first['recipe']}`, seed {first['seed']}."
+    )
+
+
+def mean_difference(rows: pd.DataFrame) -> str:
+    """Return in a sentence how far our accuracies are from the paper's."""
+    gap = paper.compare(rows)["difference"].abs()
+    return (
+        f"Over the {len(gap)} entries the mean absolute difference is {gap.mean():.2f} points, the "
+        f"largest {gap.max():.2f}."
+    )
+
+
 def board_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies of `evaluation.board` in %: texts, with the number of images."""
     board, counts = evaluation.board(rows), rows.groupby("attack")["n"].agg(["min", "max"])
@@ -59,22 +79,13 @@ def board_table(rows: pd.DataFrame) -> pd.DataFrame:
 def results_block(home: Path) -> str:
     """Return Tables 1 and 2 beside the paper's, with what they were measured on."""
     parts, every = [], []
-    for number, (arch, name) in enumerate(TABLES.items(), 1):
+    for arch, name in TABLES.items():
         rows = pd.read_csv(home / "figures" / name)
         every.append(rows)
-        first, table = rows.iloc[0], paper_table(rows, arch).rename(index=paper.eps_label)
-        parts.append(
-            f"**Table {number}, {arch}**: accuracy in %, ours and in brackets the paper's. "
-            f"{first['n']:,} {first['data']} test images, FGSM crafted on the {first['source']} "
-            f"with per-image statistics (the paper's attack), recipe `{first['recipe']}`, seed "
-            f"{first['seed']}.\n\n{markdown(table.reset_index(names='trained with'))}"
-        )
-    gap = paper.compare(pd.concat(every))["difference"].abs()
-    parts.append(
-        f"Over the {len(gap)} entries the mean absolute difference is {gap.mean():.2f} points, the "
-        f"largest {gap.max():.2f}."
-    )
-    return "\n\n".join(parts)
+        table = paper_table(rows, arch).rename(index=paper.eps_label)
+        head, _, rest = caption(rows, arch).partition(":")
+        parts.append(f"**{head}**:{rest}\n\n{markdown(table.reset_index(names='trained with'))}")
+    return "\n\n".join([*parts, mean_difference(pd.concat(every))])
 
 
 def speed_block(home: Path) -> str:

@@ -10,19 +10,18 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import advlab
-from advlab import datasets, files, lab
-from advlab.attacks import check_eps, input_gradient
+from advlab import files, lab
+from advlab.attacks import input_gradient
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
 from advlab.checkpoints import weights_hash
 from advlab.data import ImageData
 from advlab.evaluation import wilson
-from advlab.machine import pick_device
 from advlab.upkeep.pages import Report, interval, size
-from advlab.upkeep.targets import check_fit, open_target
+from advlab.upkeep.targets import check_fit, first_names, open_data, open_target
 
 APGD_T_OUTPUTS = 4  # its loss compares so many logits
 
@@ -32,23 +31,15 @@ class Settings:
     """What is asked of the audit.
 
     Args:
-        eps: Size of the attacks, L-inf, in units of the pixel range [0, 1].
+        eps, seed: As in `audit.Trial`.
         n: Test images at most, the first ones.
-        seed: Of noise and random starts.
         autoattack: Whether to run AutoAttack too (minutes to hours).
-
-    Raises:
-        ValueError: if `eps` is not above 0 and at most 1.
     """
 
     eps: float = 8 / 255
     n: int = 500
     seed: int = 0
     autoattack: bool = False
-
-    def __post_init__(self) -> None:
-        if check_eps(self.eps) == 0:
-            raise ValueError("eps is 0, which attacks nothing; choose a size such as 8/255")
 
 
 def audit_model(
@@ -68,7 +59,6 @@ def audit_model(
         data: Its first test images are used.
         name: What the report calls the model.
         output: Folder of the report.
-        settings: None for the defaults.
         source: Another model, from which attacks are transferred; None leaves that line out.
         progress: Label of AutoAttack's bar; None shows none.
 
@@ -82,9 +72,14 @@ def audit_model(
     outputs = check_fit(model, data)
     if source is not None:
         check_fit(source, data)
-    used = data.test.first(min(settings.n, len(data.test)))
-    images, labels = used.batch(slice(None))
-    _check_gradient(model, images[:1], labels[:1])
+    images, labels = data.test.first(min(settings.n, len(data.test))).batch(slice(None))
+    try:
+        input_gradient(model, images[:1], labels[:1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"no gradient passes through the model, and the audit needs it: {error}. Take no_grad, "
+            "detach and NumPy out of its forward"
+        ) from error
     trial = Trial(model, images, labels, source, settings.eps, settings.seed)
     held = None
     if settings.autoattack:
@@ -95,27 +90,16 @@ def audit_model(
         correct, n = int(held.sum()), len(held)
         row = ("AutoAttack", settings.eps, correct / n, *wilson(correct, n), correct, n)
         accuracies.loc[len(accuracies)] = row
-    commonest = float(labels.bincount().max()) / len(labels)
-    facts = _facts(model, data, settings, outputs, len(labels))
-    report = Report(name, _summary(checklist, accuracies, commonest), checklist, accuracies, facts)
+    facts = _facts(trial, data, outputs, settings.autoattack)
+    report = Report(name, _summary(trial, checklist, accuracies), checklist, accuracies, facts)
     report.write(output)
     return report
 
 
-def _check_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    try:
-        input_gradient(model, images, labels)
-    except RuntimeError as error:
-        raise ValueError(
-            f"no gradient passes through the model, and the audit needs it: {error}. Take no_grad, "
-            "detach and NumPy out of its forward"
-        ) from error
-
-
-def _summary(checklist: pd.DataFrame, accuracies: pd.DataFrame, commonest: float) -> str:
+def _summary(trial: Trial, checklist: pd.DataFrame, accuracies: pd.DataFrame) -> str:
     """Return the first line: whether the model has learned at all, and how many lines passed."""
-    clean = accuracies.iloc[0]
-    verdicts = list(checklist["verdict"])
+    clean, verdicts = accuracies.iloc[0], list(checklist["verdict"])
+    commonest = float(trial.labels.bincount().max()) / len(trial.labels)
     text = f"Of {len(verdicts)} lines, {verdicts.count('pass')} pass, {verdicts.count('ALARM')} "
     text += f"raise an alarm, {verdicts.count('not run')} were not run."
     if clean.low > commonest:
@@ -127,29 +111,27 @@ def _summary(checklist: pd.DataFrame, accuracies: pd.DataFrame, commonest: float
     )
 
 
-def _facts(
-    model: nn.Module, data: ImageData, settings: Settings, outputs: int, n: int
-) -> dict[str, str]:
+def _facts(trial: Trial, data: ImageData, outputs: int, autoattack: bool) -> dict[str, str]:
     """Return what was measured, on what and with what: a line each."""
-    shown = ", ".join(data.classes[:10]) + (", ..." if len(data.classes) > 10 else "")
     parts = "APGD-CE, APGD-T, FAB-T and Square (5,000 queries)"
     if outputs < APGD_T_OUTPUTS:
         parts = "APGD-CE, FAB-T and Square (5,000 queries); APGD-T was left out: it compares "
         parts += f"{APGD_T_OUTPUTS} logits, the model has {outputs}"
     packages = f"advlab {advlab.__version__}, torch {torch.__version__}, torchvision "
     packages += f"{version('torchvision')}, Python {platform.python_version()}"
+    classes = f"{len(data.classes)} ({first_names(data.classes)})"
     return {
-        "model": type(model).__name__,
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "hash of the weights": weights_hash(model),
+        "model": type(trial.model).__name__,
+        "parameters": f"{sum(p.numel() for p in trial.model.parameters()):,}",
+        "hash of the weights": weights_hash(trial.model),
         "data": data.name,
-        "images": f"the first {n:,} test images, {data.shape}",
-        "classes": f"{len(data.classes)} ({shown}); the model has {outputs} outputs",
+        "images": f"the first {len(trial.labels):,} test images, {data.shape}",
+        "classes": f"{classes}; the model has {outputs} outputs",
         "norm": "L-inf, in units of the pixel range [0, 1]",
-        "eps": size(settings.eps),
-        "seed": str(settings.seed),
-        "device": data.test.images.device.type,
-        "AutoAttack": parts if settings.autoattack else "not run",
+        "eps": size(trial.eps),
+        "seed": str(trial.seed),
+        "device": trial.images.device.type,
+        "AutoAttack": parts if autoattack else "not run",
         "versions": packages,
     }
 
@@ -173,24 +155,20 @@ def run(
 
     Args:
         target, weights, arch: As in `targets.open_target`: a function is imported and run.
-        settings: None for the defaults.
         source: Another target, from which attacks are transferred.
         dataset, data_dir, device: As in `lab.start`.
         output_dir: Folder of the report; "auto": outputs/audit/TARGET-DATASET.
-        console: Where to print.
 
     Raises:
         ValueError, OSError, ImportError, DataError: as `targets.open_target`, `audit_model` and
             `datasets.load`.
     """
     console, settings = console or Console(), settings or Settings()
-    where = pick_device(lab.setting(device, "ADVLAB_DEVICE", "auto"))
-    key, root = lab.resolve_data(dataset, data_dir)
-    data = datasets.load(key, root, train_n=1, test_n=settings.n).to(where)
+    data = open_data(dataset, data_dir, device, settings.n)
     opened = open_target(target, data, weights, arch)
     maker = open_target(source, data, arch=arch).model if source else None
     name = Path(target).name + (f", weights {weights.name}" if weights else "")
-    place = re.sub(r"[^\w.-]+", "-", f"{name}-{datasets.folder_key(key)}")
+    place = re.sub(r"[^\w.-]+", "-", f"{name}-{data.spec.key}")
     chosen = lab.setting(output_dir, "", "")
     output = Path(chosen).expanduser() if chosen else files.home() / "outputs" / "audit" / place
     how = {"settings": settings, "source": maker, "progress": "AutoAttack"}
@@ -201,9 +179,7 @@ def run(
 
 def show(report: Report, folder: Path, console: Console) -> None:
     """Print the first line, the checklist, and the folder where the report lies."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("verdict", "check", "measured"):
-        table.add_column(column)
+    table = Table("verdict", "check", "measured", box=None, padding=(0, 2, 0, 0))
     for row in report.checklist.itertuples():
         style = {"ALARM": "bold red", "pass": "green"}.get(row.verdict, "dim")
         table.add_row(f"[{style}]{row.verdict}[/]", row.check, row.measured)

@@ -130,33 +130,15 @@ def notebook_hash(path: Path) -> str:
 
 def _new_record(options: Options, parameters: Mapping[str, Any]) -> dict[str, Any]:
     asked = {name: getattr(options, name) for name in ("profile", "dataset", "seed", "device")}
+    code = {"torch": torch.__version__, "code of advlab": code_hash()}
     record = {
-        "settings": asked | dict(parameters),
-        "code": code_hash(),
-        "torch": torch.__version__,
+        "settings": {**asked, **parameters, **code},  # what must be the same for a run to go on
         "machine": machine(),
         "processes": cores(),
         "notebooks": {},  # what each finished lesson said
         "seconds": {},  # of each finished part
     }
     return json.loads(json.dumps(record, default=str))  # as it comes back from the file
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-        _origin(record), dict(record["notebooks"]), dict(record["seconds"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BatchError(
-            f"--resume: {path} is damaged, or of another version of advlab ({error!r}). Delete it "
-            "and start again without --resume"
-        ) from error
-    return record
-
-
-def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be the same for a run to go on."""
-    return {**record["settings"], "torch": record["torch"], "code of advlab": record["code"]}
 
 
 def open_record(path: Path, fresh: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -169,8 +151,15 @@ def open_record(path: Path, fresh: dict[str, Any], resume: bool) -> dict[str, An
     if not (resume and path.is_file()):
         _write_record(fresh, path)
         return fresh
-    record = _read_record(path)
-    then, now = _origin(record), _origin(fresh)
+    try:
+        record = json.loads(path.read_text())
+        then, now = dict(record["settings"]), fresh["settings"]
+        dict(record["notebooks"]), dict(record["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BatchError(
+            f"--resume: {path} is damaged, or of another version of advlab ({error!r}). Delete it "
+            "and start again without --resume"
+        ) from error
     changed = [
         f"{name} {then.get(name, 'none')}, now {now.get(name, 'none')}"
         for name in {**then, **now}
@@ -244,7 +233,6 @@ def run(
         parameters: More parameters of the lessons.
         resume: Go on with the folder's earlier run: a lesson that it finished is kept, unless its
             notebook was edited since.
-        console: Where to print.
 
     Returns:
         The output folder: notebooks/, figures/ and run.json.
@@ -329,45 +317,27 @@ def _run_lessons(
 # --- the summary
 
 
-def read_tables(output: Path) -> pd.DataFrame | None:
-    """Return the rows of Tables 1 and 2 that lesson 04 wrote into `output`; None if it did not."""
-    paths = [output / "figures" / name for name in readme.TABLES.values()]
-    if not all(path.is_file() for path in paths):
-        return None
-    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
-
-
 def print_summary(output: Path, console: Console) -> None:
-    """Print Tables 1 and 2 (beside the paper's where that is fair) and where everything lies."""
-    rows = read_tables(output)
-    if rows is not None:
+    """Print Tables 1 and 2, if lesson 04 wrote them, and where everything lies.
+
+    The paper's numbers stand beside them where that is fair.
+    """
+    paths = [output / "figures" / name for name in readme.TABLES.values()]
+    if all(path.is_file() for path in paths):
+        rows = pd.concat(map(pd.read_csv, paths), ignore_index=True)
         fair = set(rows["data"]) == {paper.DATA} and set(rows["recipe"]) <= {"paper", "fast"}
-        for number, arch in enumerate(readme.TABLES, 1):
-            _print_paper_table(rows[rows["architecture"] == arch], arch, number, fair, console)
+        for arch, own in rows.groupby("architecture"):
+            table = readme.paper_table(own, arch, beside=fair)
+            table = table.rename(index=lambda eps: f"{eps:g}" if eps else "baseline")
+            title = readme.caption(own, arch, beside=fair)
+            print_table(f"\n{title}", table.rename_axis("trained"), console)
         if fair:
-            gap = paper.compare(rows)["difference"].abs()
-            console.print(
-                f"{len(gap)} entries: mean absolute difference {gap.mean():.2f} points, "
-                f"largest {gap.max():.2f}."
-            )
+            console.print(readme.mean_difference(rows))
         else:
             what = f"{rows['data'].iloc[0]}, recipe {rows['recipe'].iloc[0]}"
             console.print(f"These are numbers of {what}; they compare with nothing in the paper.")
     for folder, what in (("notebooks", "executed notebooks"), ("figures", "figures and tables")):
         console.print(f"{what:<20} {output / folder}", soft_wrap=True, markup=False)
-
-
-def _print_paper_table(
-    rows: pd.DataFrame, arch: str, number: int, fair: bool, console: Console
-) -> None:
-    first, table = rows.iloc[0], readme.paper_table(rows, arch, beside=fair)
-    title = (
-        f"Table {number}: {arch}, accuracy % on {first['n']:,} {first['data']} test images, FGSM "
-        f"from the {first['source']}, per-image statistics, seed {first['seed']}"
-        + (" (the paper's in brackets)" if fair else "")
-    )
-    table = table.rename(index=lambda eps: f"{eps:g}" if eps else "baseline")
-    print_table(f"\n{title}", table.rename_axis("trained"), console)
 
 
 def print_table(title: str, table: pd.DataFrame, console: Console) -> None:

@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import nn
 
+from advlab import datasets, lab
 from advlab.attacks import check_eps
 from advlab.checkpoints import Checkpoint, load_into, load_weights, read_state, weights_hash
 from advlab.data import ImageData
 from advlab.forward import check_logits, predict
+from advlab.machine import pick_device
 
 WEIGHTS = (".safetensors", ".pth", ".pt")
 
@@ -62,27 +64,21 @@ def load_function(target: str) -> nn.Module:
     path = Path(name).expanduser().absolute()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {name}")
-    with _importing_from(path.parent):
+    sys.path.insert(0, str(path.parent))
+    try:
         with _own_errors(f"importing {name}", path):
             module = _import(path)
         maker = _function_of(module, function, name)
         with _own_errors(f"{function}() in {name}", path):
             model = maker()
+    finally:
+        sys.path.remove(str(path.parent))
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{function}() in {name} returned {type(model).__name__}; it must return the model, an "
             "nn.Module"
         )
     return model.eval()
-
-
-@contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 @contextmanager
@@ -164,13 +160,25 @@ def check_fit(model: nn.Module, data: ImageData) -> int:
     if outputs is not None and outputs < len(data.classes):
         raise ValueError(
             f"the model has {outputs} outputs, {data.name} has {len(data.classes)} classes "
-            f"({_first(data.classes)}); choose the data that it was made for (--dataset)"
+            f"({first_names(data.classes)}); choose the data that it was made for (--dataset)"
         )
     return check_logits(logits, labels).shape[1]
 
 
-def _first(names: tuple[str, ...], most: int = 10) -> str:
+def first_names(names: Sequence[str], most: int = 10) -> str:
+    """Return names as a text: the first `most`, and that there are more."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def open_data(dataset: str, data_dir: str, device: str, test_n: int | None) -> ImageData:
+    """Load the first test images of the data that a command asks for, and one training image.
+
+    Args:
+        dataset, data_dir, device: As in `lab.start`.
+        test_n: How many at most; None for all.
+    """
+    where = pick_device(lab.setting(device, "ADVLAB_DEVICE", "auto"))
+    return datasets.load(*lab.resolve_data(dataset, data_dir), train_n=1, test_n=test_n).to(where)
 
 
 def open_target(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from advlab import lab
 from advlab.lab import Lab
 from advlab.machine import cores, pick_device, progress_bar
-from advlab.recipes import Model, Recipe, profile_for
+from advlab.recipes import Model, Recipe, file_stem, profile_for
 from advlab.store import Zoo
 from advlab.training import hold_out
 from advlab.upkeep.processes import KEEP_MEMORY, environment
@@ -116,9 +116,7 @@ def train_models(make_zoo: Callable[[], Zoo], wanted: list[Model], jobs: int | N
     missing = [m for m in wanted if zoo.find(*m) is None]
     if not missing:
         return 0
-    images = {
-        zoo.file_name(*m).removesuffix(".safetensors"): _images_to_train(zoo, m) for m in missing
-    }
+    images = {file_stem(*m, zoo.seed): _images_to_train(zoo, m) for m in missing}
     on_cpu = _device(zoo).type == "cpu"
     del zoo  # and its images: the workers have their own
     jobs = min(jobs or (cores() if on_cpu else 1), len(missing))

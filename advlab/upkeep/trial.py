@@ -25,20 +25,6 @@ SWEPT, SWEEP = "cnn eps=0.2", (1 / 255, 2 / 255, 4 / 255)
 BEST = "cnn robust"
 
 
-def auto_attack_rows(
-    checkpoint: Checkpoint, opened: Lab, sizes: Sequence[float], n: int, progress: str
-) -> pd.DataFrame:
-    """Return a row per eps, as from `evaluation.accuracy_table`, for AutoAttack on `n` images."""
-    images, labels = opened.data.test.first(n).batch(slice(None))
-    where = {"store": opened.store, "progress": progress}
-    rows = []
-    for eps in sizes:
-        held = autoattack.auto_attack(checkpoint.model, images, labels, eps, **where)
-        how = opened.data.name, eps, "autoattack", evaluation.WHITE_BOX
-        rows.append(evaluation.result_row(checkpoint, *how, (int(held.sum()), math.nan), n))
-    return pd.DataFrame(rows)
-
-
 def run(
     names: Sequence[str] = (),
     *,
@@ -52,6 +38,8 @@ def run(
 ) -> pd.DataFrame:
     """Measure the shipped models under white-box attacks at eps = 8/255; print and write a table.
 
+    A row of what is printed is a model, the best under AutoAttack first.
+
     Args:
         names: File names of checkpoints, or beginnings of them ("cnn-eps"); all for none.
         dataset, data_dir, device: As in `lab.start`.
@@ -59,7 +47,6 @@ def run(
             as many for the model `BEST`); 0 leaves both out.
         test_n: Images for FGSM and PGD-20; None for all.
         publish: Write figures/audit.csv of the repository, not outputs/audit/audit.csv.
-        console: Where to print.
 
     Raises:
         ValueError: if no checkpoint is called so, or other data than CIFAR-10 or a part of the
@@ -78,9 +65,11 @@ def run(
         parts.append(measure(load(path), opened, auto_n, test_n, label))
     table = pd.concat(parts, ignore_index=True)
     folder = files.home() / ("figures" if publish else "outputs/audit")
-    with files.atomic_write(folder / "audit.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-    show(table, console)
+    files.write_table(folder / "audit.csv", table)
+    title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
+    texts = readme.board_table(table)
+    texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
+    print_table(title, texts, console)
     console.print(f"Written: {folder / 'audit.csv'}", soft_wrap=True, markup=False)
     return table
 
@@ -109,27 +98,18 @@ def measure(
     # PGD with restarts is to be compared with AutoAttack: on the same images.
     attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
     for attack, count in attacks.items():
-        parts.append(
-            evaluation.accuracy_table(
-                [checkpoint],
-                replace(data, test=data.test.first(count)),
-                (0.0, EPS) if attack == "fgsm" else (EPS,),
-                attack=attack,
-                store=opened.store,
-                progress=f"{label}{name}, {attack}",
-            )
-        )
+        some = replace(data, test=data.test.first(count))
+        sizes = (0.0, EPS) if attack == "fgsm" else (EPS,)
+        how = {"attack": attack, "store": opened.store, "progress": f"{label}{name}, {attack}"}
+        parts.append(evaluation.accuracy_table([checkpoint], some, sizes, **how))
     if auto_n:
-        sizes = (*SWEEP, EPS) if name == SWEPT else (EPS,)
-        parts.append(auto_attack_rows(checkpoint, opened, sizes, n, f"{label}{name}, AutoAttack"))
+        batch = data.test.first(n).batch(slice(None))
+        where = {"store": opened.store, "progress": f"{label}{name}, AutoAttack"}
+        for eps in (*SWEEP, EPS) if name == SWEPT else (EPS,):
+            held = int(autoattack.auto_attack(checkpoint.model, *batch, eps, **where).sum())
+            how = data.name, eps, "autoattack", evaluation.WHITE_BOX
+            row = evaluation.result_row(checkpoint, *how, (held, math.nan), n)
+            parts.append(pd.DataFrame([row]))
     table = pd.concat(parts, ignore_index=True)
     table.loc[table["test_eps"] == 0, "attack"] = "clean"
     return table
-
-
-def show(table: pd.DataFrame, console: Console) -> None:
-    """Print accuracies at eps = 8/255, a row per model, the best under AutoAttack first."""
-    title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
-    texts = readme.board_table(table)
-    texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
-    print_table(title, texts, console)
