@@ -6,7 +6,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
-from advlab.attacks import check_size
+from advlab.attacks import check_eps
 from advlab.checkpoints import weights_hash
 from advlab.data import check_batch
 from advlab.forward import CHUNK, Classifier, check_device, gradient_mode, holds, predict
@@ -65,7 +65,7 @@ def auto_attack(
     check_device(model, images)
     _authors_code()
     asked = {
-        "eps": check_size(eps, norm, images.shape[1:]),
+        "eps": check_eps(eps, "eps", norm, images.shape[1:]),
         "norm": norm,
         "attacks": _choose(attacks, outputs=predict(model, images[:1]).shape[1]),
         "seed": seed,

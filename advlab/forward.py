@@ -192,13 +192,9 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
 def evaluate(model: Classifier, images: Tensor, labels: Tensor) -> tuple[int, float]:
     """Return (number of correct images, mean cross entropy) of `model`.
 
-    Args:
-        model: Maps images to logits.
-        images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64.
-
     Raises:
-        ValueError, TypeError: if images, labels or logits are not as above.
+        ValueError, TypeError: if images or labels are not as in `check_batch`, or the model does
+            not return logits (N, classes).
     """
     check_batch(images, labels)
     logits = check_logits(predict(model, images), labels).cpu()  # not every GPU has float64

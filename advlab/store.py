@@ -32,7 +32,7 @@ from advlab.checkpoints import (
     save,
     weights_hash,
 )
-from advlab.data import ImageData
+from advlab.data import ImageData, check_name
 from advlab.machine import has_fast_bf16
 from advlab.recipes import Recipe, Training, file_stem
 from advlab.training import AugmentedSet, fit, hold_out, measure_on_test
@@ -152,10 +152,7 @@ class Zoo:
 
     def identity(self, arch: str, training: Training = 0.0) -> dict[str, Any]:
         """Return what a checkpoint must say of itself to be this model."""
-        if arch not in models.ARCHITECTURES:
-            raise ValueError(
-                f"unknown architecture {arch!r}; choose one of {', '.join(models.ARCHITECTURES)}"
-            )
+        check_name("architecture", arch, models.ARCHITECTURES)
         if isinstance(training, Recipe):
             recipe, train_eps = training, training.eps
         else:

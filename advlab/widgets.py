@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from advlab.attacks import fgsm, pgd
 from advlab.catalogue import ATTACKS
-from advlab.data import ImageData, to_float
+from advlab.data import ImageData, check_name, to_float
 from advlab.datasets import read_picture
 from advlab.forward import predict
 from advlab.plots import as_picture, show_image
@@ -103,10 +103,8 @@ def attack_one(
     Raises:
         ValueError: if there is no such attack or source, or eps or steps is out of range.
     """
-    if attack not in CHOICES:
-        raise ValueError(f"unknown attack {attack!r}; choose one of {', '.join(CHOICES)}")
-    if source not in models:
-        raise ValueError(f"unknown source {source!r}; choose one of {', '.join(models)}")
+    check_name("attack", attack, CHOICES)
+    check_name("source", source, models)
     x, y = image[None], torch.tensor([label], device=image.device)
     maker = _Watched(models[source], report)
     if eps == 0:
