@@ -72,9 +72,8 @@ class Recipe:
         check_name("optimiser", self.optimiser, ("adam", "sgd"))
         check_name("adversary", self.adversary, ADVERSARIES)
         if self.on_the_fly and not (check_eps(self.eps) > 0 and check_eps(self.alpha, "alpha") > 0):
-            raise ValueError(
-                f"eps is {self.eps} and alpha {self.alpha}; {self.adversary} needs both above 0"
-            )
+            told = f"eps is {self.eps} and alpha {self.alpha}"
+            raise ValueError(f"{told}; {self.adversary} needs both above 0")
         for name in ("average", "warm_up"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
@@ -227,11 +226,7 @@ SMALL = Profile(QUICK, train_n=4_000, test_n=2_000, sweep=_SHORT_SWEEP, adversar
 
 
 def profile_for(name: str, papers: bool) -> Profile:
-    """Return what a profile means.
-
-    Args:
-        name: One of `PROFILES`.
-        papers: Whether the data are the paper's.
+    """Return what a profile means on data that are the paper's (`papers`) or not.
 
     Raises:
         ValueError: if there is no such profile.

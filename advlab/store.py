@@ -56,7 +56,7 @@ def code_hash(*modules: str, package: Path = PACKAGE) -> str:
     is written into the files afterwards.
 
     Args:
-        modules: Names without "advlab."; all modules and rooms of the package for none.
+        modules: Names without "advlab."; none for all modules and rooms of the package.
         package: Its folder.
     """
     paths = [package / f"{name}.py" for name in modules] or sorted(package.rglob("*.py"))
@@ -95,10 +95,7 @@ class Store:
         self.folder = folder
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the result called `name` (see `key`); compute and keep it if it is not there.
-
-        A damaged file counts as none.
-        """
+        """Return the result called `name` (see `key`), computing it if no intact file holds it."""
         if self.folder is None:
             return compute()
         path = self.folder / name[:2] / f"{name}.json"
@@ -249,21 +246,29 @@ class Zoo:
             files.make_folder(self.folder)
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
-                    _save_directions(self._craft(source.model), path)
+                    self._craft(source.model, path)
             # Of one architecture at a time, the others gone before these come: they fill 154 MB.
             self._directions.clear()
             signs = read_tensors(path)["directions"]
             self._directions[arch] = signs.to(self.data.train.images.device)
         return self._directions[arch]
 
-    def _craft(self, model: torch.nn.Module) -> Tensor:
-        """Craft the directions of all training images, a few at a time to spare memory."""
+    def _craft(self, model: torch.nn.Module, path: Path) -> None:
+        """Craft the directions of all training images into a file, sparing memory.
+
+        A few images at a time, and straight to the file: the signs fill 154 MB, and each worker is
+        crafting at this time.
+        """
         signs = torch.empty(self.data.train.images.shape, dtype=torch.int8)
         for start in range(0, len(signs), 1_000):
             part = slice(start, start + 1_000)
             batch = self.data.train.batch(part)
             signs[part] = fgsm_direction(model, *batch, per_image_statistics=True).cpu()
-        return signs
+        with files.atomic_write(path) as temporary:
+            try:
+                safetensors.torch.save_file({"directions": signs}, temporary)
+            except SafetensorError as error:
+                raise OSError(None, str(error)) from error
 
     def _train(self, arch: str, training: Training, path: Path) -> None:
         identity = self.identity(arch, training)
@@ -288,8 +293,7 @@ class Zoo:
             progress=name if self.progress else None,
             on_epoch=(lambda row: self.on_epoch(name, row)) if self.on_epoch else None,
         )
-        seconds = sum(row["seconds"] for row in history)
-        n = len(self.data.test)
+        seconds, n = sum(row["seconds"] for row in history), len(self.data.test)
         accuracy = measure_on_test(model, self.data.test)["test_accuracy"]
         measured = {
             "shape": shape,
@@ -307,12 +311,3 @@ class Zoo:
             "versions": {name: version(name) for name in ("advlab", "torch", "torchvision")},
         }
         save(model, {**identity, **measured}, path)
-
-
-def _save_directions(signs: Tensor, path: Path) -> None:
-    # Straight to the file: 154 MB, and each worker is crafting at this time.
-    with files.atomic_write(path) as temporary:
-        try:
-            safetensors.torch.save_file({"directions": signs}, temporary)
-        except SafetensorError as error:
-            raise OSError(None, str(error)) from error

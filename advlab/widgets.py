@@ -9,6 +9,7 @@ import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import ipywidgets as w
@@ -89,7 +90,7 @@ def attack_one(
     """Attack one image with the gradient of `source`, and ask every model before and after.
 
     Args:
-        models: By name, what maps images to logits; the first is the one asked about 8 bits.
+        models: By name; the first is the one asked about 8 bits.
         source: Name of the model whose gradient is used.
         image: (C, H, W) float in [0, 1].
         label: The true class.
@@ -165,21 +166,18 @@ def _bars(
     outcome: Outcome, models: Sequence[str], classes: Sequence[str], label: int | None
 ) -> str:
     """Return a table of probabilities before and after, a column per model, as HTML."""
-    rows = ["<tr><th></th>"]
-    rows += [f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in models]
-    rows.append("</tr>")
+    heads = (f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in models)
+    told = f"<tr><th></th>{''.join(heads)}</tr>"
     for k in likeliest(outcome, label):
         name = html.escape(classes[k])
         name = f"<b>{name} (true)</b>" if k == label else name
-        rows.append(f'<tr><td style="white-space:nowrap">{name}</td>')
-        for model in models:
-            for when, colour in COLOURS.items():
-                share = 100 * float(getattr(outcome, when)[model][k])
-                bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
-                rows.append(f'<td style="min-width:150px"><span style="{bar}"></span> ')
-                rows.append(f"{share:.0f} %</td>")
-        rows.append("</tr>")
-    return "<table>" + "".join(rows) + "</table>"
+        told += f'<tr><td style="white-space:nowrap">{name}</td>'
+        for model, (when, colour) in product(models, COLOURS.items()):
+            share = 100 * float(getattr(outcome, when)[model][k])
+            bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
+            told += f'<td style="min-width:150px"><span style="{bar}"></span> {share:.0f} %</td>'
+        told += "</tr>"
+    return f"<table>{told}</table>"
 
 
 class AttackExplorer:

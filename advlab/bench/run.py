@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from advlab import datasets, files, lab, plots
-from advlab.bench import footprint, parts, rivals
+from advlab.bench import footprint, parts, picture, rivals
 from advlab.bench.measure import Row, cells, to_table
 from advlab.bench.whole_paper import whole_part
 from advlab.upkeep import readme, runs
@@ -119,7 +119,7 @@ def run(
         table.to_csv(temporary, index=False, float_format="%.5g")
     plots.use_style()
     drawn = io.BytesIO()
-    plots.ratios(table).savefig(drawn, format="png", dpi=110)
+    picture.ratios(table).savefig(drawn, format="png", dpi=110)
     files.write_bytes(output / "bench.png", drawn.getvalue())
     if publish:
         readme.refresh(files.home())
