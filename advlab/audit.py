@@ -234,13 +234,5 @@ CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = 
 
 
 def audit(model: Classifier, images: Tensor, labels: Tensor, **options: Any) -> pd.DataFrame:
-    """Run the checklist on a model.
-
-    Args:
-        model, images, labels: As in `Trial`.
-        options: source, eps and seed, as there.
-
-    Returns:
-        As `Trial.checklist`.
-    """
+    """Run the checklist on a model: arguments as of `Trial`, a table as of `Trial.checklist`."""
     return Trial(model, images, labels, **options).checklist()

@@ -67,8 +67,11 @@ def recurrent_gradients(model: Classifier, device: torch.device) -> Iterator[Non
     """
     # Not `cudnn.flags`: it also sets, and may refuse to read, what the caller chose for TF32.
     before = torch.backends.cudnn.enabled
+    may_recur = not isinstance(model, nn.Module) or any(  # a function could hide such layers
+        isinstance(module, nn.RNNBase) for module in model.modules()
+    )
     try:
-        if device.type == "cuda" and _may_recur(model):
+        if device.type == "cuda" and may_recur:
             torch.backends.cudnn.enabled = False
         yield
     finally:
@@ -86,13 +89,6 @@ def gradient_mode(model: Classifier, device: torch.device) -> Iterator[None]:
         eval_mode(model),
     ):
         yield
-
-
-def _may_recur(model: Classifier) -> bool:
-    """Tell whether `model` has recurrent layers, or is a function that could hide some."""
-    if not isinstance(model, nn.Module):
-        return True
-    return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 def _normalise_per_image(module: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> Tensor:

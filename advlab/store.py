@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +84,7 @@ def key(kind: str, *asked: Any) -> str:
     return hashlib.sha256(json.dumps(identity, default=plain).encode()).hexdigest()[:24]
 
 
+@dataclass(frozen=True)
 class Store:
     """Measured results, each a small file under its key: a checksum, and the result as JSON.
 
@@ -91,8 +92,7 @@ class Store:
         folder: Where they are kept; None keeps none.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    folder: Path | None
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the result called `name` (see `key`), computing it if no intact file holds it."""
@@ -113,6 +113,7 @@ def _checksum(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
 
 
+@dataclass(eq=False, repr=False)
 class Zoo:
     """The trained models of one data set, recipe and seed: load what is there, train what is not.
 
@@ -131,21 +132,15 @@ class Zoo:
         on_epoch: Called with a model's file stem and each epoch's figures.
     """
 
-    def __init__(
-        self,
-        data: ImageData,
-        recipe: Recipe,
-        seed: int,
-        folder: Path,
-        *,
-        shipped: Path | None = None,
-        progress: bool = True,
-        on_epoch: Callable[[str, dict[str, float]], None] | None = None,
-    ) -> None:
-        self.data, self.recipe, self.seed = data, recipe, seed
-        self.folder, self.shipped = folder, shipped
-        self.progress, self.on_epoch = progress, on_epoch
-        self._directions: dict[str, Tensor] = {}
+    data: ImageData
+    recipe: Recipe
+    seed: int
+    folder: Path
+    _: KW_ONLY
+    shipped: Path | None = None
+    progress: bool = True
+    on_epoch: Callable[[str, dict[str, float]], None] | None = None
+    _directions: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def identity(self, arch: str, training: Training = 0.0) -> dict[str, Any]:
         """Return what a checkpoint must say of itself to be this model."""

@@ -135,13 +135,6 @@ def attack_one(
     )
 
 
-def amplified(outcome: Outcome) -> tuple[Tensor, int]:
-    """Return the signed change as a picture, grey for none, and how often it was multiplied."""
-    change = outcome.attacked - outcome.original
-    factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
-    return 0.5 + factor * change, factor
-
-
 def likeliest(outcome: Outcome, label: int | None, most: int = 10) -> list[int]:
     """Return the numbers of up to `most` classes: the true one, and those of high probability."""
     shares = torch.stack([*outcome.before.values(), *outcome.after.values()]).amax(0)
@@ -226,8 +219,8 @@ class AttackExplorer:
         self.outcome: Outcome | None = None
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
-        self._controls = [self.first, self.second, self.source, self.attack, self.target]
-        self._controls += [self.eps, self.steps]
+        self._controls = [self.first, self.second, self.source]
+        self._controls += [self.attack, self.target, self.eps, self.steps]
         for control in self._controls:
             control.observe(lambda _: self.update(), "value")
         self.index.observe(lambda _: self._choose(None), "value")
@@ -296,15 +289,23 @@ class AttackExplorer:
 
     def _show(self, label: int | None) -> None:
         outcome = self.outcome
-        picture, factor = amplified(outcome)
-        pictures = _picture(outcome.original, "original")
-        pictures += _picture(picture, f"change x {factor} (grey: none)")
-        pictures += _picture(outcome.attacked, "attacked")
+        pictures = "".join(_picture(image, title) for title, image in self._views().items())
         self.shown.value = (
             f"{pictures}<p>L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of "
             f"{html.escape(self.first.value)} {'is the same' if outcome.survives else 'is another'}"
             f" after saving in 8 bits</p>{_bars(outcome, self._names(), self.data.classes, label)}"
         )
+
+    def _views(self) -> dict[str, Tensor]:
+        """Return the pictures to show, by title; the change is signed, and grey where none is."""
+        outcome = self.outcome
+        change = outcome.attacked - outcome.original
+        factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
+        return {
+            "original": outcome.original,
+            f"change x {factor} (grey: none)": 0.5 + factor * change,
+            f"attacked, eps {self.eps.value}/255": outcome.attacked,
+        }
 
     def _names(self) -> list[str]:
         """Return the names of the models that are shown side by side: two, or one twice chosen."""
@@ -355,13 +356,7 @@ class AttackExplorer:
         names = self._names()
         figure = Figure(figsize=(6 + 2.4 * len(names), 3))
         axes = figure.subplots(1, 3 + len(names), width_ratios=[1] * 3 + [1.4] * len(names))
-        picture, factor = amplified(outcome)
-        shown = {
-            "original": outcome.original,
-            f"change x {factor}": picture,
-            f"attacked, eps {self.eps.value}/255": outcome.attacked,
-        }
-        for axis, (title, image) in zip(axes, shown.items(), strict=False):
+        for axis, (title, image) in zip(axes, self._views().items(), strict=False):
             show_image(axis, image.clamp(0, 1), title)
         chosen = likeliest(outcome, label)
         places = np.arange(len(chosen))
@@ -370,12 +365,10 @@ class AttackExplorer:
             for shift, (when, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
                 shares = 100 * getattr(outcome, when)[name][chosen].numpy()
                 axis.barh(places + shift, shares, 0.4, color=colour, label=when)
-            axis.set_yticks(places, classes, fontsize="x-small")
+            axis.set_yticks(places, classes if axis is axes[3] else [], fontsize="x-small")
             axis.set(xlabel="probability (%)", xlim=(0, 100))
             axis.set_title(name, fontsize="small")
             axis.invert_yaxis()
-        for axis in axes[4:]:
-            axis.set_yticks(places, [])
         axes[-1].legend(fontsize="x-small")
         figure.suptitle(
             f"{self.attack.value}, gradient of {self.source.value}; L-inf {outcome.linf:.1f}/255, "
