@@ -45,12 +45,13 @@ def check_eps(
         shape: For "l2", (C, H, W) of an image: black lies sqrt(C * H * W) from white.
 
     Raises:
-        ValueError: if there is no such norm, or no two images are so far apart in it.
+        ValueError: if there is no such norm, or `eps` is not from 0 to the distance of black from
+            white, which is 1 for "linf".
     """
     check_name("norm", norm, NORMS)
-    value, largest = float(eps), 1.0 if norm == "linf" else math.sqrt(math.prod(shape))
-    if 0 <= value <= largest:
-        return value
+    largest = 1.0 if norm == "linf" else math.sqrt(math.prod(shape))
+    if 0 <= float(eps) <= largest:
+        return float(eps)
     if norm == "linf":
         raise ValueError(
             f"{name} is {eps}; it must be a number from 0 to 1, in units of the pixel range [0, 1] "

@@ -288,7 +288,8 @@ class Zoo:
             progress=name if self.progress else None,
             on_epoch=(lambda row: self.on_epoch(name, row)) if self.on_epoch else None,
         )
-        seconds, n = sum(row["seconds"] for row in history), len(self.data.test)
+        seconds = sum(row["seconds"] for row in history)
+        n = len(self.data.test)
         accuracy = measure_on_test(model, self.data.test)["test_accuracy"]
         measured = {
             "shape": shape,

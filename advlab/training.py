@@ -138,7 +138,8 @@ def attack_batch(
     Returns:
         Attacked images, like `images`; no gradient flows through them.
     """
-    x, eps = images, recipe.eps
+    eps = recipe.eps
+    x = images
     if recipe.adversary != "fgsm":
         noise = torch.rand(images.shape, generator=generator).to(images.device)
         x = torch.add(images, noise.mul_(2).sub_(1), alpha=eps).clamp_(0, 1)
