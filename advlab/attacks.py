@@ -9,15 +9,16 @@ left as it was found: each module's own mode, its buffers and its parameters' ``
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advlab.data import check_batch
+from advlab.data import check_batch, check_name
 from advlab.forward import (
     CHUNK,
     Classifier,
@@ -32,60 +33,42 @@ NORMS = ("linf", "l2")
 LOSSES = ("ce", "dlr", "margin")
 
 
-def check_eps(eps: float, name: str = "eps") -> float:
-    """Return `eps` as a float.
+def check_eps(
+    eps: float, name: str = "eps", norm: str = "linf", shape: Sequence[int] = (1,)
+) -> float:
+    """Return an eps or alpha as a float.
 
     Args:
-        eps: A size in units of the pixel range.
+        eps: A size in units of the pixel range [0, 1]; for "l2" a length over all pixels.
         name: What the error calls it.
+        norm: One of `NORMS`.
+        shape: For "l2", (C, H, W) of an image: black lies sqrt(C * H * W) from white.
 
     Raises:
-        ValueError: if `eps` is not a number from 0 to 1.
+        ValueError: if there is no such norm, or `eps` is not from 0 to the distance of black from
+            white, which is 1 for "linf".
     """
-    value = float(eps)
-    if not math.isfinite(value) or not 0 <= value <= 1:
+    check_name("norm", norm, NORMS)
+    largest = 1.0 if norm == "linf" else math.sqrt(math.prod(shape))
+    if 0 <= float(eps) <= largest:
+        return float(eps)
+    if norm == "linf":
         raise ValueError(
             f"{name} is {eps}; it must be a number from 0 to 1, in units of the pixel range [0, 1] "
             "(8 steps of an 8-bit image are 8/255)"
         )
-    return value
-
-
-def check_size(value: float, norm: str, shape: torch.Size, name: str = "eps") -> float:
-    """Return an eps or alpha of `norm` as a float.
-
-    Args:
-        value: A size in units of the pixel range [0, 1]; for "l2" a length over all pixels.
-        norm: One of `NORMS`.
-        shape: (C, H, W) of an image: the L2 distance of black from white is sqrt(C * H * W).
-        name: What the error calls it.
-
-    Raises:
-        ValueError: if there is no such norm, or no two images are so far apart.
-    """
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(NORMS)}")
-    if norm == "linf":
-        return check_eps(value, name)
-    largest = math.sqrt(math.prod(shape))
-    if not math.isfinite(value) or not 0 <= value <= largest:
-        raise ValueError(
-            f"{name} is {value}; as an L2 length of images in [0, 1] it must be a number from 0 to "
-            f"{largest:.1f}. Usual is 0.5; lengths of 8-bit images must be divided by 255"
-        )
-    return float(value)
+    raise ValueError(
+        f"{name} is {eps}; as an L2 length of images in [0, 1] it must be a number from 0 to "
+        f"{largest:.1f}. Usual is 0.5; lengths of 8-bit images must be divided by 255"
+    )
 
 
 def check_targets(targeted: Tensor, labels: Tensor) -> Tensor:
     """Return the classes that a targeted attack aims at.
 
-    Args:
-        targeted: (N,) int64, none the true class.
-        labels: (N,) int64, the true classes.
-
     Raises:
         TypeError: if `targeted` is no int64 tensor.
-        ValueError: if its shape is wrong, a class is negative or is the image's own.
+        ValueError: if it is not (N,) like `labels`, a class is negative or is the image's own.
     """
     if not isinstance(targeted, Tensor) or targeted.dtype != torch.int64:
         kind = targeted.dtype if isinstance(targeted, Tensor) else type(targeted).__name__
@@ -141,7 +124,7 @@ def input_gradient(
     Args:
         model: Maps images to logits (N, classes); any callable.
         images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64.
+        labels: (N,) int64, the true classes.
         per_image_statistics: Normalise by each image's own statistics, as the paper's attack did,
             not by the running ones (see `forward.per_image_statistics_mode`).
 
@@ -177,7 +160,7 @@ def perturb(images: Tensor, direction: Tensor, eps: float) -> Tensor:
     Args:
         images: (N, C, H, W) float in [0, 1].
         direction: The same shape, signs.
-        eps: Size of the step, from 0 to 1, in units of the pixel range.
+        eps: Size of the step, as in `check_eps`.
 
     Raises:
         ValueError: if `eps` is out of range or the shapes differ.
@@ -202,20 +185,16 @@ def fgsm(
     """Attack `images` with one step of size `eps` (paper, section 1.1).
 
     Args:
-        model: Maps images to logits (N, classes); any callable.
-        images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64, the true classes.
-        eps: Size of the step, from 0 to 1, in units of the pixel range.
+        model, images, labels, per_image_statistics: As in `input_gradient`.
+        eps: As in `perturb`.
         targeted: (N,) int64, classes to move towards, not the true ones; None moves away from the
             true class, wherever that leads.
-        per_image_statistics: As in `input_gradient`.
 
     Returns:
         Attacked images, the same shape and dtype, in [0, 1] and at most `eps` from `images`.
 
     Raises:
-        ValueError: if `eps` or a value is out of range, or a shape is wrong.
-        TypeError: if a dtype is wrong.
+        ValueError, TypeError: as `input_gradient`, `perturb` and `check_targets`.
     """
     check_eps(eps)
     away = 1
@@ -246,16 +225,12 @@ def attack_loss(
     Raises:
         ValueError: if there is no such loss, or too few classes for it.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
+    check_name("loss", loss, LOSSES)
     if loss == "dlr" and logits.shape[1] < 4:
         raise ValueError(f'"dlr" needs 4 logits or more, there are {logits.shape[1]}; use "margin"')
-    if loss == "ce":
-        if targeted is None:
-            return F.cross_entropy(logits, labels, reduction="none")
-        return -F.cross_entropy(logits, targeted, reduction="none")
-    if loss == "margin":
-        return _margin(logits, labels) if targeted is None else -_margin(logits, targeted)
+    if loss != "dlr":
+        measure = _margin if loss == "margin" else partial(F.cross_entropy, reduction="none")
+        return measure(logits, labels) if targeted is None else -measure(logits, targeted)
     best = logits.topk(4, dim=1).values
     if targeted is None:
         return _margin(logits, labels) / (best[:, 0] - best[:, 2] + 1e-12)
@@ -351,12 +326,10 @@ def pgd(
     Twelve parameters: those by which every attack library of the field calls PGD.
 
     Args:
-        model: Maps images to logits (N, classes); any callable.
-        images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64, the true classes.
-        eps: Largest change, in units of the pixel range: of a pixel (from 0 to 1) for "linf", of
-            the image as a whole (a length, from 0 to sqrt(C * H * W)) for "l2".
-        alpha: Size of a step, the same units, above 0.
+        model, images, labels: As in `input_gradient`.
+        eps: Largest change: of a pixel for "linf", of the image as a whole for "l2" (see
+            `check_eps`).
+        alpha: Size of a step, in the same units, above 0.
         steps: How many steps.
         random_start: Begin at a random point within `eps` of each image, not at the image.
         restarts: How often to begin anew, with the images that still hold.
@@ -366,7 +339,7 @@ def pgd(
         seed: Of the random starts.
 
     Returns:
-        Attacked images, the same shape and dtype, in [0, 1] and at most `eps` from `images`.
+        As `fgsm`.
 
     Raises:
         ValueError: if a number is out of range, a shape is wrong, there is no such norm or loss, a
@@ -374,8 +347,8 @@ def pgd(
         TypeError: if a dtype is wrong.
     """
     check_batch(images, labels)
-    check_size(eps, norm, images.shape[1:])
-    if not check_size(alpha, norm, images.shape[1:], "alpha") > 0:
+    check_eps(eps, "eps", norm, images.shape[1:])
+    if not check_eps(alpha, "alpha", norm, images.shape[1:]) > 0:
         raise ValueError(f"alpha is {alpha}; a step must have a size above 0")
     if steps < 1:
         raise ValueError(f"steps is {steps}; PGD needs at least 1")

@@ -108,15 +108,8 @@ class Trial:
     def square(self) -> float | None:
         """Accuracy under Square, which asks for no gradient; None without its package."""
         try:
-            held = auto_attack(
-                self.model,
-                self.images,
-                self.labels,
-                self.eps,
-                attacks=["square"],
-                seed=self.seed,
-                queries=1_000,
-            )
+            options = {"attacks": ["square"], "seed": self.seed, "queries": 1_000}
+            held = auto_attack(self.model, self.images, self.labels, self.eps, **options)
         except ImportError:
             return None
         return float(held.float().mean())
@@ -147,21 +140,23 @@ class Trial:
     def accuracies(self) -> pd.DataFrame:
         """Return what was measured, a row each: test, eps, accuracy, low, high, correct, n."""
         eps, n = self.eps, len(self.images)
-        found: list[tuple[str, float, float | None]] = [("clean", 0.0, self.clean)]
-        found += [("noise", eps, self.noise)]
-        found += [("FGSM", eps * k / 4, v) for k, v in enumerate(self.sweep, 1)]
-        found += [("PGD, 20 steps", eps, self.iterated)]
-        found += [("PGD, 100 steps x 2", eps, self.converged), ("PGD, 20 steps", HUGE, self.huge)]
-        sizes = (eps, *TRANSFER_SIZES)
-        found += [("FGSM, transfer", s, v) for s, v in zip(sizes, self.transfer, strict=False)]
-        if self.white > self.near:
-            found += [("Square, 1,000 queries", eps, self.square)]
+        quarters = [("FGSM", eps * k / 4, value) for k, value in enumerate(self.sweep, 1)]
+        sizes = (eps, *TRANSFER_SIZES) if self.source else ()
+        found: list[tuple[str, float, float | None]] = [
+            ("clean", 0.0, self.clean),
+            ("noise", eps, self.noise),
+            *quarters,
+            ("PGD, 20 steps", eps, self.iterated),
+            ("PGD, 100 steps x 2", eps, self.converged),
+            ("PGD, 20 steps", HUGE, self.huge),
+            *(("FGSM, transfer", s, v) for s, v in zip(sizes, self.transfer, strict=True)),
+            ("Square, 1,000 queries", eps, self.square if self.white > self.near else None),
+        ]
         rows = []
         for test, size, value in found:
             if value is not None:
                 correct = round(value * n)
-                low, high = wilson(correct, n)
-                rows.append((test, size, correct / n, low, high, correct, n))
+                rows.append((test, size, correct / n, *wilson(correct, n), correct, n))
         columns = ["test", "eps", "accuracy", "low", "high", "correct", "n"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -239,13 +234,5 @@ CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = 
 
 
 def audit(model: Classifier, images: Tensor, labels: Tensor, **options: Any) -> pd.DataFrame:
-    """Run the checklist on a model.
-
-    Args:
-        model, images, labels: As in `Trial`.
-        options: source, eps and seed, as there.
-
-    Returns:
-        As `Trial.checklist`.
-    """
+    """Run the checklist on a model: arguments as of `Trial`, a table as of `Trial.checklist`."""
     return Trial(model, images, labels, **options).checklist()

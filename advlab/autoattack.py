@@ -6,7 +6,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
-from advlab.attacks import check_size
+from advlab.attacks import check_eps
 from advlab.checkpoints import weights_hash
 from advlab.data import check_batch
 from advlab.forward import CHUNK, Classifier, check_device, gradient_mode, holds, predict
@@ -42,12 +42,9 @@ def auto_attack(
     Args:
         model: The attacked model. Nothing is kept of one whose code is neither PyTorch's nor ours:
             nobody could tell whether it was edited.
-        images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64, the true classes.
-        eps: Largest change, as in `attacks.pgd`.
+        images, labels, eps, norm: As in `attacks.pgd`.
         attacks: Some of `PARTS`; None for all four, and with fewer than four classes for all but
             "apgd-t", whose loss compares four logits.
-        norm: "linf" or "l2".
         seed: Of every random start.
         queries: How often Square may ask the model, per image; 5,000 is the standard.
         store: Where finished parts are kept; None keeps none.
@@ -65,7 +62,7 @@ def auto_attack(
     check_device(model, images)
     _authors_code()
     asked = {
-        "eps": check_size(eps, norm, images.shape[1:]),
+        "eps": check_eps(eps, "eps", norm, images.shape[1:]),
         "norm": norm,
         "attacks": _choose(attacks, outputs=predict(model, images[:1]).shape[1]),
         "seed": seed,

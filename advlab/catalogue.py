@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from advlab.attacks import fgsm_direction, mifgsm, perturb, pgd, rfgsm
-from advlab.data import check_batch
+from advlab.data import check_batch, check_name
 from advlab.datasets import DATASETS
 from advlab.forward import Classifier, holds
 from advlab.models import ARCHITECTURES
@@ -73,13 +73,11 @@ class Attack:
     def __call__(
         self, model: Classifier, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0
     ) -> Tensor:
-        """Return `images` attacked within `eps`.
+        """Return `images` attacked within `eps`, from 0 to 1.
 
         Args:
-            model: The model whose gradient is used, if one is.
-            images: (N, C, H, W) float in [0, 1].
-            labels: (N,) int64, the true classes.
-            eps: From 0 to 1.
+            model, images, labels: As in `attacks.input_gradient`.
+            eps: Size of the attack.
             seed: Of noise and random starts.
         """
         check_batch(images, labels)
@@ -161,13 +159,8 @@ ATTACKS = {attack.name: attack for attack in _ATTACKS}
 
 
 def attack_named(name: str) -> Attack:
-    """Return the attack of that name.
-
-    Raises:
-        ValueError: if there is none; names those that there are.
-    """
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(ATTACKS)}")
+    """Return the attack of that name; a ValueError names those that there are."""
+    check_name("attack", name, ATTACKS)
     return ATTACKS[name]
 
 

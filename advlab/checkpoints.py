@@ -219,11 +219,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn
 
 
 def _build(metadata: Mapping[str, Any], path: Path) -> nn.Module:
-    """Return an untrained model like the one that was saved (older files are of CIFAR-10).
-
-    Raises:
-        CheckpointError: if the metadata do not say what can be built.
-    """
+    """Return an untrained model like the one that was saved (older files are of CIFAR-10)."""
     shape, classes = metadata.get("shape", CIFAR_SHAPE), metadata.get("classes", 10)
     try:
         return models.build(metadata.get("arch"), shape=shape, classes=classes)

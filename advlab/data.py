@@ -5,6 +5,7 @@ batch is then one indexing operation and needs no worker processes.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,22 @@ TOLERANCE = 1e-6
 
 class DataError(RuntimeError):
     """A data set that is missing, damaged or cannot be downloaded."""
+
+
+def check_name(kind: str, name: object, known: Iterable[str]) -> None:
+    """Check that there is a thing of this name.
+
+    Args:
+        kind: What the error calls it ("attack").
+        name: What was asked for.
+        known: The names that there are.
+
+    Raises:
+        ValueError: if there is none; says which ones there are.
+    """
+    known = list(known)
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -17,33 +17,16 @@ from advlab.attacks import check_eps, perturb
 from advlab.catalogue import ATTACKS, Attack, attack_named
 from advlab.checkpoints import Checkpoint
 from advlab.data import ImageData
-from advlab.forward import Classifier, evaluate, holds, predict
+from advlab.forward import Classifier, evaluate, holds
+from advlab.forward import predict as predict  # lessons find all that they ask a model here
 from advlab.machine import progress_bar
 from advlab.store import Store, key
 
-__all__ = [
-    "accuracy_table",
-    "board",
-    "confusion",
-    "evaluate",
-    "holds",
-    "minimal_eps",
-    "predict",
-    "result_row",
-    "wilson",
-]
 WHITE_BOX = "white box"
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a proportion.
-
-    Args:
-        correct: Successes.
-        n: Trials, at least 1.
-
-    Returns:
-        (low, high), fractions.
+    """Return (low, high), fractions: the 95 % Wilson interval of `correct` successes in `n` trials.
 
     Raises:
         ValueError: if not 0 <= correct <= n, or n is 0.
@@ -62,7 +45,7 @@ def confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> pd
     """Return counts: a row per true class, a column per predicted class.
 
     Args:
-        labels, predictions: (N,) int64, both below the number of classes.
+        labels, predictions: (N,) int64.
         classes: Names.
 
     Raises:
@@ -91,11 +74,7 @@ def result_row(
 ) -> dict[str, Any]:
     """Return a row of `accuracy_table`: what was measured, on what, and its 95 % interval.
 
-    Args:
-        target: The model.
-        data_name, test_eps, attack, source: On what.
-        found: Correct images, and their mean cross entropy (NaN where it was not computed).
-        n: Images.
+    `found` are the correct images of `n`, and the mean cross entropy (NaN where not computed).
     """
     correct, loss = found
     low, high = wilson(correct, n)
@@ -136,11 +115,10 @@ class _Bench:
             how += _identity(source) if self.attack.gradient else ()
         on = [self.data.test_md5, len(self.labels), self.images.device.type]
         name = key("measurement", _identity(target), how, float(eps), on)
-        correct, loss = self.store.remember(name, lambda: self._measure(target, source, eps))
+        correct, loss = self.store.remember(
+            name, lambda: evaluate(target.model, self._attacked(source, eps), self.labels)
+        )
         return int(correct), float(loss)
-
-    def _measure(self, target: Checkpoint, source: Checkpoint, eps: float) -> tuple[int, float]:
-        return evaluate(target.model, self._attacked(source, eps), self.labels)
 
     def _attacked(self, source: Checkpoint, eps: float) -> Tensor:
         batch = self.images, self.labels
@@ -244,9 +222,7 @@ def minimal_eps(
     """Return for each image the smallest eps, in steps of 1/255, at which `attack` succeeds.
 
     Args:
-        model: The attacked model, white box.
-        images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64, the true classes.
+        model, images, labels: As in `attacks.input_gradient`; the model is attacked white box.
         attack: One of `catalogue.ATTACKS`.
         largest: The last eps that is tried, in steps of 1/255.
         seed: Of noise and random starts.

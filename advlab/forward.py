@@ -67,8 +67,11 @@ def recurrent_gradients(model: Classifier, device: torch.device) -> Iterator[Non
     """
     # Not `cudnn.flags`: it also sets, and may refuse to read, what the caller chose for TF32.
     before = torch.backends.cudnn.enabled
+    may_recur = not isinstance(model, nn.Module) or any(  # a function could hide such layers
+        isinstance(module, nn.RNNBase) for module in model.modules()
+    )
     try:
-        if device.type == "cuda" and _may_recur(model):
+        if device.type == "cuda" and may_recur:
             torch.backends.cudnn.enabled = False
         yield
     finally:
@@ -86,13 +89,6 @@ def gradient_mode(model: Classifier, device: torch.device) -> Iterator[None]:
         eval_mode(model),
     ):
         yield
-
-
-def _may_recur(model: Classifier) -> bool:
-    """Tell whether `model` has recurrent layers, or is a function that could hide some."""
-    if not isinstance(model, nn.Module):
-        return True
-    return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 def _normalise_per_image(module: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> Tensor:
@@ -192,13 +188,9 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
 def evaluate(model: Classifier, images: Tensor, labels: Tensor) -> tuple[int, float]:
     """Return (number of correct images, mean cross entropy) of `model`.
 
-    Args:
-        model: Maps images to logits.
-        images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64.
-
     Raises:
-        ValueError, TypeError: if images, labels or logits are not as above.
+        ValueError, TypeError: if images or labels are not as in `check_batch`, or the model does
+            not return logits (N, classes).
     """
     check_batch(images, labels)
     logits = check_logits(predict(model, images), labels).cpu()  # not every GPU has float64

@@ -152,9 +152,7 @@ def resolve_data(dataset: str, data_dir: str) -> tuple[str, Path | None]:
 def default_output(profile: str, dataset: str) -> Path:
     """Return where results go unless told otherwise: outputs/PROFILE-DATASET in the repository.
 
-    Args:
-        profile: Of the run.
-        dataset: As `resolve_data` returns it.
+    `dataset` is as `resolve_data` returns it.
     """
     return files.home() / "outputs" / f"{profile}-{datasets.folder_key(dataset)}"
 

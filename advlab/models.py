@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from advlab.data import check_name
+
 # (output channels, stride) of the six 3x3 convolutions that both models share.
 CONVOLUTIONS = ((32, 1), (32, 2), (64, 1), (64, 2), (64, 1), (128, 2))
 SEQUENCES = ("channel_groups", "positions")
@@ -48,8 +50,6 @@ def positions(shape: Shape) -> int:
 class CNN(nn.Module):
     """The paper's CNN (section 6.2): 308,256 parameters with its 64 outputs.
 
-    Its `memory_format` tells in which layout of the images it is fastest.
-
     Args:
         num_outputs: Width of the last layer. The paper's 64 "neurons" are the logits themselves:
             ten of them have a label, 54 never do. With 10 outputs the model has 197,610 parameters.
@@ -73,8 +73,6 @@ class CNN(nn.Module):
 class CNNLSTM(nn.Module):
     """The paper's CNN-LSTM hybrid (section 6.3): 293,994 parameters.
 
-    Its `memory_format` tells in which layout of the images it is fastest.
-
     Args:
         num_classes: Width of the last layer.
         sequence: How the (128, h, w) feature map becomes h * w time steps of 128 numbers, 16 of
@@ -96,8 +94,7 @@ class CNNLSTM(nn.Module):
         shape: Shape = CIFAR_SHAPE,
     ) -> None:
         super().__init__()
-        if sequence not in SEQUENCES:
-            raise ValueError(f"sequence is {sequence!r}; choose one of {', '.join(SEQUENCES)}")
+        check_name("sequence", sequence, SEQUENCES)
         self.sequence = sequence
         self.steps = positions(shape)
         self.cnn = nn.Sequential(*convolutions(shape[0]))
@@ -162,8 +159,7 @@ def build(arch: str, seed: int = 0, shape: Shape = CIFAR_SHAPE, classes: int = 1
     Raises:
         ValueError: if there is no such architecture, or a number is out of range.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+    check_name("architecture", arch, ARCHITECTURES)
     if classes < 2:
         raise ValueError(f"classes is {classes}; a classifier needs at least 2")
     with torch.random.fork_rng(devices=[]):
@@ -172,7 +168,7 @@ def build(arch: str, seed: int = 0, shape: Shape = CIFAR_SHAPE, classes: int = 1
 
 
 def fastest_layout(model: Callable[[Tensor], Tensor]) -> torch.memory_format:
-    """Return the memory format in which to give images to `model`.
+    """Return the layout of the images in which `model` is fastest, its own `memory_format`.
 
     Models that do not say get the usual one: ``x.view(len(x), -1)`` fails on any other.
     """

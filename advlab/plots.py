@@ -76,9 +76,8 @@ def image_grid(
     for i, image in enumerate(images):
         show_image(axes.flat[i], image, titles[i] if titles else "")
     for row, label in enumerate(row_labels or []):
-        axes[row, 0].text(
-            -0.15, 0.5, label, transform=axes[row, 0].transAxes, ha="right", va="center"
-        )
+        axis = axes[row, 0]
+        axis.text(-0.15, 0.5, label, transform=axis.transAxes, ha="right", va="center")
     return figure
 
 
@@ -105,25 +104,18 @@ def fgsm_equation(
 
 
 def learning_curves(histories: dict[str, pd.DataFrame]) -> Figure:
-    """Draw loss and accuracy per epoch, training and test, one colour per model.
-
-    Args:
-        histories: Name to a table as from `training.fit`.
-    """
+    """Draw loss and accuracy per epoch (tables as from `training.fit`), one colour per model."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     colours = sns.color_palette("colorblind", len(histories))
     for (name, history), colour in zip(histories.items(), colours, strict=True):
         for axis, kind, scale in zip(axes, ("loss", "accuracy"), (1, 100), strict=True):
             for split, style in (("train", "--o"), ("test", "-s")):
                 if f"{split}_{kind}" in history:
-                    values, label = scale * history[f"{split}_{kind}"], f"{name}, {split}"
-                    axis.plot(
-                        history["epoch"], values, style, color=colour, markersize=4, label=label
-                    )
-    for axis in axes:
+                    shown = {"color": colour, "markersize": 4, "label": f"{name}, {split}"}
+                    axis.plot(history["epoch"], scale * history[f"{split}_{kind}"], style, **shown)
+    for axis, unit in zip(axes, ("cross entropy", "accuracy (%)"), strict=True):
+        axis.set(xlabel="epoch", ylabel=unit)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set(xlabel="epoch", ylabel="cross entropy")
-    axes[1].set(xlabel="epoch", ylabel="accuracy (%)")
     axes[1].legend(fontsize="small")
     return figure
 
@@ -170,8 +162,7 @@ def curves(
     scale = 100 if value == "accuracy" else 1
     sequential = hue == "train_eps"
     groups = list(table.groupby(hue, sort=sequential))
-    name = "plasma" if sequential else "colorblind"
-    palette = sns.color_palette(name, len(groups) + (1 if sequential else 0))
+    palette = sns.color_palette("plasma" if sequential else "colorblind", len(groups) + sequential)
     figure, axis = plt.subplots(figsize=(7.2, 4.0))
     for i, (key, rows) in enumerate(groups):
         colour = "black" if sequential and key == 0 else palette[i]
@@ -186,10 +177,9 @@ def curves(
             axis.plot(theirs["test_eps"], scale * theirs[value], ":", color=colour, linewidth=2)
     if beside is not None:
         axis.plot([], [], ":", color="0.3", linewidth=2, label="the paper's (dotted)")
-    unit = "accuracy (%)" if value == "accuracy" else "loss (cross entropy)"
-    axis.set(xlabel="test eps (pixel range [0, 1])", ylabel=unit, title=title)
+    axis.set(xlabel="test eps (pixel range [0, 1])", ylabel="loss (cross entropy)", title=title)
     if value == "accuracy":
-        axis.set_ylim(0, 100)
+        axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     if log_x:
         axis.set_xscale("symlog", linthresh=0.003, linscale=0.6)
         ticks = sorted(set(table["test_eps"]))
@@ -213,34 +203,6 @@ def difference_map(comparison: pd.DataFrame, title: str = "") -> Figure:
         scale = {"cmap": "PuOr_r", "center": 0, "vmin": -limit, "vmax": limit}
         _heat_map(axis, entries, "ours - paper (points)", arch, fmt="+.1f", **scale)
     figure.suptitle(title)
-    return figure
-
-
-def ratios(table: pd.DataFrame) -> Figure:
-    """Draw how many times faster advlab is, for every row of the benchmark that has a target.
-
-    Args:
-        table: As from `bench.run.run`: among others machine, part, what, way, against, ratio and
-            target.
-    """
-    rows = table.dropna(subset=["ratio", "target"]).iloc[::-1]
-    names = [
-        f"{row.part}: {row.what}\n{row.way} against {row.against}" for row in rows.itertuples()
-    ]
-    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.42 * len(rows)))
-    blue, orange = sns.color_palette("colorblind")[:2]
-    axis.barh(names, rows["ratio"] - 1, left=1, color=blue, height=0.6, label="measured")
-    axis.plot(rows["target"], names, "D", color=orange, markersize=6, label="target")
-    for place, (ratio, target) in enumerate(zip(rows["ratio"], rows["target"], strict=True)):
-        axis.text(max(ratio, target, 1), place, f"  {ratio:.3g} x", va="center", fontsize=8)
-    axis.axvline(1, color="0.2", linewidth=1)
-    axis.set(xscale="log", xlabel="times as fast (log scale; 1 = equally fast)")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.grid(visible=False, axis="y")
-    axis.tick_params(axis="y", labelsize=7)
-    axis.set_xlim(0.8 * min(1, rows["ratio"].min()), 2.2 * rows["ratio"].max())
-    axis.legend(loc="lower right", fontsize="small")
-    figure.supxlabel(f"advlab bench, medians, on {table['machine'].iloc[0]}", size=6, color="0.4")
     return figure
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from advlab import paper
 from advlab.attacks import check_eps
+from advlab.data import check_name
 
 # "fgsm": one step without a random start, which overfits catastrophically (Wong et al. 2020);
 # "rs-fgsm": one step from a random start (the same); "pgd": many steps (Madry et al. 2018);
@@ -68,16 +69,11 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
-        if self.optimiser not in ("adam", "sgd"):
-            raise ValueError(f"unknown optimiser {self.optimiser!r}; choose adam or sgd")
-        if self.adversary not in ADVERSARIES:
-            raise ValueError(
-                f"unknown adversary {self.adversary!r}; choose one of {', '.join(ADVERSARIES)}"
-            )
+        check_name("optimiser", self.optimiser, ("adam", "sgd"))
+        check_name("adversary", self.adversary, ADVERSARIES)
         if self.on_the_fly and not (check_eps(self.eps) > 0 and check_eps(self.alpha, "alpha") > 0):
-            raise ValueError(
-                f"eps is {self.eps} and alpha {self.alpha}; {self.adversary} needs both above 0"
-            )
+            told = f"eps is {self.eps} and alpha {self.alpha}"
+            raise ValueError(f"{told}; {self.adversary} needs both above 0")
         for name in ("average", "warm_up"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
@@ -230,15 +226,10 @@ SMALL = Profile(QUICK, train_n=4_000, test_n=2_000, sweep=_SHORT_SWEEP, adversar
 
 
 def profile_for(name: str, papers: bool) -> Profile:
-    """Return what a profile means.
-
-    Args:
-        name: One of `PROFILES`.
-        papers: Whether the data are the paper's.
+    """Return what a profile means on data that are the paper's (`papers`) or not.
 
     Raises:
         ValueError: if there is no such profile.
     """
-    if name not in PROFILES:
-        raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
+    check_name("profile", name, PROFILES)
     return SMALL if name == "lesson" and not papers else PROFILES[name]

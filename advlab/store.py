@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from advlab.checkpoints import (
     save,
     weights_hash,
 )
-from advlab.data import ImageData
+from advlab.data import ImageData, check_name
 from advlab.machine import has_fast_bf16
 from advlab.recipes import Recipe, Training, file_stem
 from advlab.training import AugmentedSet, fit, hold_out, measure_on_test
@@ -56,7 +56,7 @@ def code_hash(*modules: str, package: Path = PACKAGE) -> str:
     is written into the files afterwards.
 
     Args:
-        modules: Names without "advlab."; all modules and rooms of the package for none.
+        modules: Names without "advlab."; none for all modules and rooms of the package.
         package: Its folder.
     """
     paths = [package / f"{name}.py" for name in modules] or sorted(package.rglob("*.py"))
@@ -84,6 +84,7 @@ def key(kind: str, *asked: Any) -> str:
     return hashlib.sha256(json.dumps(identity, default=plain).encode()).hexdigest()[:24]
 
 
+@dataclass(frozen=True)
 class Store:
     """Measured results, each a small file under its key: a checksum, and the result as JSON.
 
@@ -91,14 +92,10 @@ class Store:
         folder: Where they are kept; None keeps none.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    folder: Path | None
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the result called `name` (see `key`); compute and keep it if it is not there.
-
-        A damaged file counts as none.
-        """
+        """Return the result called `name` (see `key`), computing it if no intact file holds it."""
         if self.folder is None:
             return compute()
         path = self.folder / name[:2] / f"{name}.json"
@@ -116,6 +113,7 @@ def _checksum(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
 
 
+@dataclass(eq=False, repr=False)
 class Zoo:
     """The trained models of one data set, recipe and seed: load what is there, train what is not.
 
@@ -134,28 +132,19 @@ class Zoo:
         on_epoch: Called with a model's file stem and each epoch's figures.
     """
 
-    def __init__(
-        self,
-        data: ImageData,
-        recipe: Recipe,
-        seed: int,
-        folder: Path,
-        *,
-        shipped: Path | None = None,
-        progress: bool = True,
-        on_epoch: Callable[[str, dict[str, float]], None] | None = None,
-    ) -> None:
-        self.data, self.recipe, self.seed = data, recipe, seed
-        self.folder, self.shipped = folder, shipped
-        self.progress, self.on_epoch = progress, on_epoch
-        self._directions: dict[str, Tensor] = {}
+    data: ImageData
+    recipe: Recipe
+    seed: int
+    folder: Path
+    _: KW_ONLY
+    shipped: Path | None = None
+    progress: bool = True
+    on_epoch: Callable[[str, dict[str, float]], None] | None = None
+    _directions: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def identity(self, arch: str, training: Training = 0.0) -> dict[str, Any]:
         """Return what a checkpoint must say of itself to be this model."""
-        if arch not in models.ARCHITECTURES:
-            raise ValueError(
-                f"unknown architecture {arch!r}; choose one of {', '.join(models.ARCHITECTURES)}"
-            )
+        check_name("architecture", arch, models.ARCHITECTURES)
         if isinstance(training, Recipe):
             recipe, train_eps = training, training.eps
         else:
@@ -252,21 +241,29 @@ class Zoo:
             files.make_folder(self.folder)
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
-                    _save_directions(self._craft(source.model), path)
+                    self._craft(source.model, path)
             # Of one architecture at a time, the others gone before these come: they fill 154 MB.
             self._directions.clear()
             signs = read_tensors(path)["directions"]
             self._directions[arch] = signs.to(self.data.train.images.device)
         return self._directions[arch]
 
-    def _craft(self, model: torch.nn.Module) -> Tensor:
-        """Craft the directions of all training images, a few at a time to spare memory."""
+    def _craft(self, model: torch.nn.Module, path: Path) -> None:
+        """Craft the directions of all training images into a file, sparing memory.
+
+        A few images at a time, and straight to the file: the signs fill 154 MB, and each worker is
+        crafting at this time.
+        """
         signs = torch.empty(self.data.train.images.shape, dtype=torch.int8)
         for start in range(0, len(signs), 1_000):
             part = slice(start, start + 1_000)
             batch = self.data.train.batch(part)
             signs[part] = fgsm_direction(model, *batch, per_image_statistics=True).cpu()
-        return signs
+        with files.atomic_write(path) as temporary:
+            try:
+                safetensors.torch.save_file({"directions": signs}, temporary)
+            except SafetensorError as error:
+                raise OSError(None, str(error)) from error
 
     def _train(self, arch: str, training: Training, path: Path) -> None:
         identity = self.identity(arch, training)
@@ -310,12 +307,3 @@ class Zoo:
             "versions": {name: version(name) for name in ("advlab", "torch", "torchvision")},
         }
         save(model, {**identity, **measured}, path)
-
-
-def _save_directions(signs: Tensor, path: Path) -> None:
-    # Straight to the file: 154 MB, and each worker is crafting at this time.
-    with files.atomic_write(path) as temporary:
-        try:
-            safetensors.torch.save_file({"directions": signs}, temporary)
-        except SafetensorError as error:
-            raise OSError(None, str(error)) from error

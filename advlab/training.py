@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from advlab import files
 from advlab.attacks import fgsm, perturb, pgd
-from advlab.data import Split
+from advlab.data import Split, check_name
 from advlab.forward import eval_mode, evaluate, recurrent_gradients
 from advlab.machine import has_fast_bf16, progress_bar
 from advlab.models import fastest_layout
@@ -84,12 +84,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _is_half(precision: str, device: torch.device) -> bool:
-    if precision not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"unknown precision {precision!r}; choose auto, bfloat16 or float32")
-    return has_fast_bf16(device) if precision == "auto" else precision == "bfloat16"
-
-
 def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each of `images` (N, C, H, W) left-right with probability 1/2."""
     chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
@@ -137,8 +131,7 @@ def attack_batch(
 
     Args:
         model: In training mode.
-        images: (N, C, H, W) float in [0, 1].
-        labels: (N,) int64.
+        images, labels: As in `attacks.input_gradient`.
         recipe: Names adversary, eps, alpha, steps.
         generator: Of the random start.
 
@@ -205,31 +198,16 @@ def _identify(model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int) ->
     return json.dumps([asdict(recipe), seed, len(data), repr(model), digest.hexdigest()])
 
 
-def _load_state(path: Path, identity: str) -> dict[str, Any] | None:
-    """Load a training state; None if there is none or it is of another training."""
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["identity"]
-    except Exception as error:
-        raise ValueError(f"{path} is damaged; delete it to train from the start") from error
-    return state if found == identity else None
-
-
 def measure_on_validation(
     model: nn.Module, validation: Split, eps: float, seed: int = 0
 ) -> dict[str, float]:
-    """Return the accuracy of `model` on clean images, under FGSM and under PGD-10.
+    """Return val_accuracy, val_fgsm_accuracy and val_pgd_accuracy (10 steps), fractions.
 
     Args:
         model: In any mode; measured in eval mode, float32.
         validation: Images that are not trained on.
         eps: Size of the attacks.
         seed: Of PGD's random start.
-
-    Returns:
-        val_accuracy, val_fgsm_accuracy and val_pgd_accuracy, fractions.
     """
     images, labels = (t.to(device_of(model)) for t in validation.batch(slice(None)))
     shown = {
@@ -281,7 +259,8 @@ class _Run:
     ) -> None:
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         self.device = device_of(model)
-        self.half = _is_half(precision, self.device)
+        check_name("precision", precision, ("auto", "bfloat16", "float32"))
+        self.half = has_fast_bf16(self.device) if precision == "auto" else precision == "bfloat16"
         model.to(memory_format=fastest_layout(model))
         self.steps = -(-len(data) // recipe.batch_size)  # of an epoch
         self.optimiser = _optimiser(model, recipe, fused=self.device.type != "mps")
@@ -358,8 +337,15 @@ class _Run:
 
     def _restore(self) -> None:
         """Go back to where `save` was called, if it was for this training."""
-        state = _load_state(self.state_path, self.identity)
-        if state:
+        path = self.state_path
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            found = state["identity"]
+        except Exception as error:
+            raise ValueError(f"{path} is damaged; delete it to train from the start") from error
+        if found == self.identity:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.history, self.best = state["history"], state["best"]

@@ -9,6 +9,7 @@ import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import ipywidgets as w
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from advlab.attacks import fgsm, pgd
 from advlab.catalogue import ATTACKS
-from advlab.data import ImageData, to_float
+from advlab.data import ImageData, check_name, to_float
 from advlab.datasets import read_picture
 from advlab.forward import predict
 from advlab.plots import as_picture, show_image
@@ -89,7 +90,7 @@ def attack_one(
     """Attack one image with the gradient of `source`, and ask every model before and after.
 
     Args:
-        models: By name, what maps images to logits; the first is the one asked about 8 bits.
+        models: By name; the first is the one asked about 8 bits.
         source: Name of the model whose gradient is used.
         image: (C, H, W) float in [0, 1].
         label: The true class.
@@ -103,10 +104,8 @@ def attack_one(
     Raises:
         ValueError: if there is no such attack or source, or eps or steps is out of range.
     """
-    if attack not in CHOICES:
-        raise ValueError(f"unknown attack {attack!r}; choose one of {', '.join(CHOICES)}")
-    if source not in models:
-        raise ValueError(f"unknown source {source!r}; choose one of {', '.join(models)}")
+    check_name("attack", attack, CHOICES)
+    check_name("source", source, models)
     x, y = image[None], torch.tensor([label], device=image.device)
     maker = _Watched(models[source], report)
     if eps == 0:
@@ -136,13 +135,6 @@ def attack_one(
     )
 
 
-def amplified(outcome: Outcome) -> tuple[Tensor, int]:
-    """Return the signed change as a picture, grey for none, and how often it was multiplied."""
-    change = outcome.attacked - outcome.original
-    factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
-    return 0.5 + factor * change, factor
-
-
 def likeliest(outcome: Outcome, label: int | None, most: int = 10) -> list[int]:
     """Return the numbers of up to `most` classes: the true one, and those of high probability."""
     shares = torch.stack([*outcome.before.values(), *outcome.after.values()]).amax(0)
@@ -167,21 +159,18 @@ def _bars(
     outcome: Outcome, models: Sequence[str], classes: Sequence[str], label: int | None
 ) -> str:
     """Return a table of probabilities before and after, a column per model, as HTML."""
-    rows = ["<tr><th></th>"]
-    rows += [f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in models]
-    rows.append("</tr>")
+    heads = (f"<th colspan=2>{html.escape(name)}: before, after</th>" for name in models)
+    told = f"<tr><th></th>{''.join(heads)}</tr>"
     for k in likeliest(outcome, label):
         name = html.escape(classes[k])
         name = f"<b>{name} (true)</b>" if k == label else name
-        rows.append(f'<tr><td style="white-space:nowrap">{name}</td>')
-        for model in models:
-            for when, colour in COLOURS.items():
-                share = 100 * float(getattr(outcome, when)[model][k])
-                bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
-                rows.append(f'<td style="min-width:150px"><span style="{bar}"></span> ')
-                rows.append(f"{share:.0f} %</td>")
-        rows.append("</tr>")
-    return "<table>" + "".join(rows) + "</table>"
+        told += f'<tr><td style="white-space:nowrap">{name}</td>'
+        for model, (when, colour) in product(models, COLOURS.items()):
+            share = 100 * float(getattr(outcome, when)[model][k])
+            bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
+            told += f'<td style="min-width:150px"><span style="{bar}"></span> {share:.0f} %</td>'
+        told += "</tr>"
+    return f"<table>{told}</table>"
 
 
 class AttackExplorer:
@@ -230,8 +219,8 @@ class AttackExplorer:
         self.outcome: Outcome | None = None
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
-        self._controls = [self.first, self.second, self.source, self.attack, self.target]
-        self._controls += [self.eps, self.steps]
+        self._controls = [self.first, self.second, self.source]
+        self._controls += [self.attack, self.target, self.eps, self.steps]
         for control in self._controls:
             control.observe(lambda _: self.update(), "value")
         self.index.observe(lambda _: self._choose(None), "value")
@@ -300,15 +289,23 @@ class AttackExplorer:
 
     def _show(self, label: int | None) -> None:
         outcome = self.outcome
-        picture, factor = amplified(outcome)
-        pictures = _picture(outcome.original, "original")
-        pictures += _picture(picture, f"change x {factor} (grey: none)")
-        pictures += _picture(outcome.attacked, "attacked")
+        pictures = "".join(_picture(image, title) for title, image in self._views().items())
         self.shown.value = (
             f"{pictures}<p>L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of "
             f"{html.escape(self.first.value)} {'is the same' if outcome.survives else 'is another'}"
             f" after saving in 8 bits</p>{_bars(outcome, self._names(), self.data.classes, label)}"
         )
+
+    def _views(self) -> dict[str, Tensor]:
+        """Return the pictures to show, by title; the change is signed, and grey where none is."""
+        outcome = self.outcome
+        change = outcome.attacked - outcome.original
+        factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
+        return {
+            "original": outcome.original,
+            f"change x {factor} (grey: none)": 0.5 + factor * change,
+            f"attacked, eps {self.eps.value}/255": outcome.attacked,
+        }
 
     def _names(self) -> list[str]:
         """Return the names of the models that are shown side by side: two, or one twice chosen."""
@@ -359,13 +356,7 @@ class AttackExplorer:
         names = self._names()
         figure = Figure(figsize=(6 + 2.4 * len(names), 3))
         axes = figure.subplots(1, 3 + len(names), width_ratios=[1] * 3 + [1.4] * len(names))
-        picture, factor = amplified(outcome)
-        shown = {
-            "original": outcome.original,
-            f"change x {factor}": picture,
-            f"attacked, eps {self.eps.value}/255": outcome.attacked,
-        }
-        for axis, (title, image) in zip(axes, shown.items(), strict=False):
+        for axis, (title, image) in zip(axes, self._views().items(), strict=False):
             show_image(axis, image.clamp(0, 1), title)
         chosen = likeliest(outcome, label)
         places = np.arange(len(chosen))
@@ -374,12 +365,10 @@ class AttackExplorer:
             for shift, (when, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
                 shares = 100 * getattr(outcome, when)[name][chosen].numpy()
                 axis.barh(places + shift, shares, 0.4, color=colour, label=when)
-            axis.set_yticks(places, classes, fontsize="x-small")
+            axis.set_yticks(places, classes if axis is axes[3] else [], fontsize="x-small")
             axis.set(xlabel="probability (%)", xlim=(0, 100))
             axis.set_title(name, fontsize="small")
             axis.invert_yaxis()
-        for axis in axes[4:]:
-            axis.set_yticks(places, [])
         axes[-1].legend(fontsize="x-small")
         figure.suptitle(
             f"{self.attack.value}, gradient of {self.source.value}; L-inf {outcome.linf:.1f}/255, "

@@ -10,6 +10,7 @@ from conftest import make_batch
 from matplotlib.figure import Figure
 
 from advlab import paper, plots
+from advlab.bench import picture
 from advlab.evaluation import confusion, wilson
 
 LIMIT = 150_000  # bytes
@@ -175,7 +176,7 @@ def test_ratios_draws_the_rows_with_a_target(tmp_path):
         ("training", "cnn", "plain", None, None, None),
         ("crafting", "cnn", "batched", "plain", 12.0, 6.0),
     ]
-    figure = plots.ratios(pd.DataFrame(rows, columns=columns).assign(machine="this one"))
+    figure = picture.ratios(pd.DataFrame(rows, columns=columns).assign(machine="this one"))
     assert_small(figure, tmp_path)
     (axis,) = figure.axes
     names = [text.get_text() for text in axis.get_yticklabels()]  # from the bottom up

@@ -42,7 +42,7 @@ def test_augmented_set_has_its_own_number_of_epochs_and_no_flip():
         ({"augmented_epochs": 0}, "augmented_epochs is 0; it must be positive"),
         ({"final_lr": 0.0}, "final_lr is 0.0"),
         ({"steps": 0}, "steps is 0; it must be positive"),
-        ({"optimiser": "lion"}, "unknown optimiser 'lion'; choose adam or sgd"),
+        ({"optimiser": "lion"}, "unknown optimiser 'lion'; choose one of adam, sgd"),
         ({"warm_up": 1.0}, "warm_up is 1.0"),
         ({"average": 1.0}, "average is 1.0; it must be from 0 to below 1"),
         ({"adversary": "noise"}, "unknown adversary 'noise'; choose one of fixed, fgsm, rs-fgsm"),

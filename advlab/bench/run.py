@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from advlab import datasets, files, lab, plots
-from advlab.bench import footprint, parts, rivals
+from advlab.bench import footprint, parts, picture, rivals
 from advlab.bench.measure import Row, cells
 from advlab.bench.whole_paper import whole_part
 from advlab.upkeep import readme, runs
@@ -116,7 +116,7 @@ def run(
     files.write_table(output / "bench.csv", table)
     plots.use_style()
     with files.atomic_write(output / "bench.png") as temporary:
-        plots.ratios(table).savefig(temporary, format="png", dpi=110)
+        picture.ratios(table).savefig(temporary, format="png", dpi=110)
     if publish:
         readme.refresh(files.home())
     console.print(f"Written: {output / 'bench.csv'} and bench.png", soft_wrap=True, markup=False)
