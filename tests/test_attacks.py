@@ -16,12 +16,13 @@ from conftest import (
     make_batch,
     make_small_cnn,
     randomise_batch_norm,
+    share_of_moved_pixels,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from advlab import attacks, models, widgets
+from advlab import attacks, models
 from advlab.attacks import (
     attack_loss,
     bim,
@@ -34,7 +35,7 @@ from advlab.attacks import (
     rfgsm,
 )
 from advlab.catalogue import ATTACKS, attack_named
-from advlab.evaluation import accuracy_table, evaluate
+from advlab.forward import evaluate
 
 SIGN_SHARE = 1e-4  # of signs that rounding may turn where batches are cut differently
 # Where two points of a path have the same loss but for rounding, either may be kept.
@@ -58,11 +59,6 @@ def undecided(small_cnn):
     """A model with 60 images that it gets right, with small margins and large ones."""
     images, _ = make_batch(60)
     return small_cnn, images, balance(small_cnn, images)
-
-
-def share_of_moved_pixels(one, other):
-    """Return the share of pixels that differ by more than rounding."""
-    return float(((one - other).abs() > 1e-6).float().mean())
 
 
 def share_of_different_signs(one, other):
@@ -115,6 +111,7 @@ def test_catalogue_attacks_any_images_within_eps(name, shape, classes):
 def test_catalogue_says_what_an_attack_depends_on(name, undecided):
     model, images, labels = undecided
     attack = attack_named(name)
+    assert "\n" not in attack.about
     other_model = make_small_cnn(1)
     made = attack(model, images, labels, 0.01, seed=3)
     assert torch.equal(attack(model, images, labels, 0.01, seed=3), made)
@@ -132,23 +129,6 @@ def test_catalogue_says_what_an_attack_depends_on(name, undecided):
     for bad in (255 * images, images.numpy()):
         with pytest.raises((TypeError, ValueError), match="images"):
             attack(model, bad, labels, 0)
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_an_entry_is_all_that_tables_and_explorer_need(name, trained, tiny_shapes):
-    assert name in widgets.CHOICES
-    assert "\n" not in ATTACKS[name].about
-    (row,) = accuracy_table(trained[:1], tiny_shapes, [0.03], attack=name).itertuples()
-    assert (row.attack, row.n) == (name, 32)
-    image, label = tiny_shapes.test.batch(slice(0, 1))
-    shown = {"model": trained[0].model}
-    outcome = widgets.attack_one(shown, "model", image[0], int(label), name, 0.03)
-    assert 0 < outcome.linf <= 255 * 0.03 + 1e-3
-
-
-def test_unknown_attack_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="'cw'; choose one of fgsm-per-image, noise, fgsm"):
-        attack_named("cw")
 
 
 @pytest.mark.parametrize(("shape", "classes"), OTHER_KINDS)
@@ -216,14 +196,6 @@ def test_mifgsm_of_a_linear_model_is_its_formula(steps, decay):
     assert share_of_moved_pixels(found, x) <= PATH_SHARE
 
 
-def test_mifgsm_of_one_step_is_fgsm_and_momentum_counts(undecided):
-    one = mifgsm(*undecided, 0.05, steps=1)
-    assert torch.equal(one, fgsm(*undecided, 0.05))
-    without, half, whole = (mifgsm(*undecided, 0.05, decay=decay) for decay in (0, 0.5, 1))
-    assert share_of_moved_pixels(without, whole) > 0.01
-    assert share_of_moved_pixels(half, whole) > 0.01
-
-
 # --- bounds and formulas
 
 
@@ -276,14 +248,6 @@ def test_direction_is_int8_signs_and_zero_where_nothing_counts(batch):
     assert set(directions.unique().tolist()) == {-1, 0, 1}
     assert directions[:, 0].count_nonzero() == 0
     assert directions[:, 1:].count_nonzero() > 0.99 * directions[:, 1:].numel()
-
-
-@pytest.mark.parametrize("per_image", [False, True])
-def test_eps_zero_is_the_identity(undecided, per_image):
-    assert torch.equal(fgsm(*undecided, 0, per_image_statistics=per_image), undecided[1])
-    assert torch.equal(mifgsm(*undecided, 0), undecided[1])
-    options = {"alpha": 0.1, "steps": 3, "random_start": per_image}
-    assert torch.equal(pgd(*undecided, 0, **options), undecided[1])
 
 
 def test_attack_raises_the_loss_to_first_order(small_cnn, batch):
@@ -464,12 +428,6 @@ def test_per_image_statistics_are_training_mode_one_at_a_time(arch, n, memory_fo
     # Rounding may switch a ReLU whose input is 0 to 7 digits: one image then differs by about 1 %.
     assert max(errors) < 0.03
     assert sum(error > 1e-4 for error in errors) <= 1
-
-
-def test_per_image_statistics_differ_from_running_ones(small_cnn, batch):
-    running = fgsm_direction(small_cnn, *batch)
-    per_image = fgsm_direction(small_cnn, *batch, per_image_statistics=True)
-    assert share_of_different_signs(running, per_image) > 0.05
 
 
 def test_per_image_statistics_need_batch_norm(linear_model, batch):
@@ -719,21 +677,6 @@ def test_pgd_does_not_depend_on_order_or_on_how_it_is_cut(undecided, monkeypatch
     monkeypatch.setattr(attacks, "CHUNK", 7)
     cut = pgd(model, images, labels, UNDECIDED_EPS, **options)
     assert share_of_moved_pixels(cut, expected) <= PATH_SHARE
-
-
-def test_seed_decides_the_random_start(undecided):
-    model, images, labels = undecided
-    options = {"alpha": 0.01, "steps": 2}
-    first, again, other = (
-        pgd(model, images, labels, 0.05, seed=seed, **options) for seed in (3, 3, 4)
-    )
-    assert torch.equal(first, again)
-    assert share_of_different_signs(first, other) > 0.5
-    plain = [
-        pgd(model, images, labels, 0.05, seed=seed, random_start=False, **options)
-        for seed in (3, 4)
-    ]
-    assert torch.equal(*plain)
 
 
 @pytest.mark.parametrize("norm", attacks.NORMS)

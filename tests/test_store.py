@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, assert_same_state
+from conftest import TINY, as_checkpoint, assert_same_state
 
 from advlab import catalogue, models, store
 from advlab.attacks import fgsm_direction
-from advlab.checkpoints import Checkpoint, CheckpointError, save, weights_hash
+from advlab.checkpoints import CheckpointError, save, weights_hash
 from advlab.data import ImageData, Split
 from advlab.evaluation import accuracy_table
 from advlab.forward import evaluate
@@ -208,9 +208,7 @@ def test_the_two_readings_of_the_hybrid_are_told_apart(some, tmp_path):
     for arch in ("cnn-lstm", "cnn-lstm-positions"):
         model = models.build(arch).eval()
         model.cnn[0].weight.data *= 20  # untrained, the LSTM hardly depends on the image
-        metadata = {"arch": arch, "train_eps": None, "seed": None, "recipe": {"name": None}}
-        metadata["weights_hash"] = weights_hash(model)
-        targets.append(Checkpoint(model, metadata, tmp_path))
+        targets.append(as_checkpoint(model, tmp_path, arch=arch))
     without = accuracy_table(targets, some, [0.0])
     assert without["loss"].nunique() == 2
     for _ in range(2):
