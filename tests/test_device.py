@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import balance, randomise_batch_norm
+from conftest import as_checkpoint, balance, randomise_batch_norm
 from PIL import Image
 from second_device import MixedDevicesError, SecondDevice, tensors_in
 from torch import Tensor, nn
@@ -54,9 +54,9 @@ def make_bench(device: str, folder: Path, n: int = 12) -> SimpleNamespace:
             torch.default_generator.manual_seed(1)
             randomise_batch_norm(model)
         labels = balance(model, to_float(pixels)) % 10
-        about = {"arch": arch, "train_eps": 0.0, "seed": 0, "recipe": {"name": "tiny"}}
-        about |= {"weights_hash": checkpoints.weights_hash(model), "shape": SPEC.shape}
-        known.append(checkpoints.Checkpoint(model.to(device), about, folder))
+        about = {"arch": arch, "train_eps": 0.0, "seed": 0, "shape": SPEC.shape}
+        known.append(as_checkpoint(model, folder, **about))
+        model.to(device)
     known[0].model.lstm.register_forward_pre_hook(refuse_cudnn)
     labels[::5] = 3
     near = ImageData(SPEC, Split(pixels, labels), Split(pixels[:n], labels[:n]))
@@ -299,7 +299,8 @@ def test_pick_device(gpus, mps, best, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert pick_device().type == pick_device("auto").type == best
-    assert pick_device("cpu") == torch.device("cpu")
+    for there in ("cpu", *(f"cuda:{k}" for k in range(gpus))):
+        assert pick_device(there) == torch.device(there)
     for absent in ("gpu", "", f"cuda:{gpus}", "cuda:x", "mps:1"):
         with pytest.raises(ValueError, match=f"device '{absent}' is not .*; choose auto, or cpu"):
             pick_device(absent)
