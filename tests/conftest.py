@@ -1,9 +1,11 @@
 """Shared fixtures: small models and data, and folders of a test's own for everything written."""
 
 import hashlib
+import io
 import os
 import pickle
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +26,7 @@ from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import ImageData, Split
 from advlab.recipes import Recipe
 from advlab.store import Zoo
+from advlab.widgets import AttackExplorer
 
 mpl.use("Agg")
 # Hypothesis would keep a folder of its own in the current one; this one goes at the end.
@@ -166,6 +169,20 @@ def draw_pictures(folder: Path, name: str, n: int, size: tuple[int, int] = (40, 
         colour = (10 * k, 255 if name == "dog" else 0, 0)
         Image.new("RGB", size, colour).save(folder / name / f"{k}.png")
     return folder
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """Return the bytes of a picture's file."""
+    written = io.BytesIO()
+    image.save(written, kind, **options)
+    return written.getvalue()
+
+
+def upload(explorer: AttackExplorer, content: bytes) -> None:
+    """Give a picture's file to the explorer, as a reader's browser does."""
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    entry = {"name": "x.png", "type": "image/png", "size": len(content), "last_modified": day}
+    explorer.upload.value = [{**entry, "content": memoryview(content)}]
 
 
 def as_checkpoint(model: nn.Module, path: Path, **about: object) -> Checkpoint:

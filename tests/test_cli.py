@@ -25,14 +25,18 @@ def weights(tmp_path, trained):
     return path
 
 
-def test_evaluate_prints_the_table_of_a_pth_and_a_safetensors_file(weights, trained):
-    command = ["evaluate", str(weights), str(trained[1].path), "--arch", "cnn"]
-    result = runner.invoke(cli.app, [*command, "--dataset", "shapes10", "--test-n", "130"])
+def test_evaluate_prints_the_table_of_files_white_box_or_by_transfer(weights, trained):
+    on, other = ["--arch", "cnn", "--dataset", "shapes10", "--test-n"], str(trained[1].path)
+    result = runner.invoke(cli.app, ["evaluate", str(weights), other, *on, "130"])
     assert result.exit_code == 0, result.output
     assert "130 Shapes-10 test images; fgsm, white box" in result.output
     correct = trained[0].metadata["correct"]
     assert f"published: clean {correct}/130" in result.output
     assert trained[1].path.stem in result.output
+    more = ["--attack", "fgsm-per-image", "--source", other]
+    result = runner.invoke(cli.app, ["evaluate", str(weights), *on, "20", *more])
+    assert result.exit_code == 0, result.output
+    assert f"transfer from {trained[1].path.stem}" in result.output
 
 
 def test_choices_are_what_the_package_declares():
@@ -48,14 +52,6 @@ def test_choices_are_what_the_package_declares():
         said = " ".join(result.output.replace("│", " ").split())
         assert f"Invalid value for '{option}'" in said
         assert all(f"'{name}'" in said for name in ("none-of-them", *names))
-
-
-def test_evaluate_takes_a_source(weights, trained):
-    command = ["evaluate", str(weights), "--arch", "cnn", "--source", str(trained[1].path)]
-    command += ["--attack", "fgsm-per-image", "--dataset", "shapes10", "--test-n", "20"]
-    result = runner.invoke(cli.app, command)
-    assert result.exit_code == 0, result.output
-    assert f"transfer from {trained[1].path.stem}" in result.output
 
 
 @pytest.mark.parametrize(

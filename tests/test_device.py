@@ -1,10 +1,8 @@
 """Everything follows the device: tried on one that is not there, and on CUDA where it is."""
 
 import inspect
-import io
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import as_checkpoint, balance, randomise_batch_norm
+from conftest import as_checkpoint, balance, encoded, randomise_batch_norm, upload
 from PIL import Image
 from second_device import MixedDevicesError, SecondDevice, tensors_in
 from torch import Tensor, nn
@@ -154,15 +152,13 @@ def saved(b: SimpleNamespace) -> list[Tensor]:
 
 
 def explore(b: SimpleNamespace) -> list[Any]:
-    both, found, drawn = {"a": b.hybrid, "b": b.cnn}, [], io.BytesIO()
+    both, found = {"a": b.hybrid, "b": b.cnn}, []
     explorer = widgets.AttackExplorer(both, b.data)
     for explorer.attack.value in widgets.CHOICES:
         found += [explorer.outcome.attacked, explorer.message.value]
     explorer.random.click()
     explorer.kind.value = int(b.y[1])
-    Image.new("RGB", (20, 20), "red").save(drawn, "PNG")
-    file = {"name": "red.png", "type": "image/png", "size": 1, "content": drawn.getvalue()}
-    explorer.upload.value = [{**file, "last_modified": datetime(2026, 1, 1)}]
+    upload(explorer, encoded(Image.new("RGB", (20, 20), "red")))
     own = widgets.attack_one(both, "b", b.x[0], int(b.y[0]), "pgd", EPS, steps=2)
     found += [explorer.outcome.attacked, explorer.message.value, own.attacked, own.before]
     plots.use_style()
@@ -251,18 +247,6 @@ def test_a_lesson_follows_its_device(monkeypatch):
         lesson = lab.start("quick", "shapes10", device="cuda")
         assert lesson.device == lesson.zoo.data.test.labels.device == second.device
         assert "device cuda" in str(lesson)
-
-
-def test_what_is_on_two_devices_is_refused_by_name(tmp_path):
-    with SecondDevice("cuda"):
-        near, far = (make_bench(device, tmp_path) for device in ("cpu", "cuda"))
-        for attack in (ATTACKS["fgsm"], ATTACKS["pgd-20"]):
-            with pytest.raises(ValueError, match="model is on cpu, the images on cuda:0; move one"):
-                attack(near.hybrid, far.x, far.y, EPS)
-            with pytest.raises(ValueError, match="images are on cuda:0, labels on cpu; move one"):
-                attack(far.hybrid, far.x, near.y, EPS)
-        with pytest.raises(ValueError, match="model is on cuda:0, the images on cpu; move one"):
-            forward.predict(far.hybrid, near.x)
 
 
 def test_on_cuda_float32_is_not_rounded_and_settings_are_put_back(tmp_path):

@@ -123,19 +123,14 @@ def steps_of(model: models.CNNLSTM, images: torch.Tensor) -> tuple[torch.Tensor,
     return seen["features"], seen["steps"]
 
 
-def test_channel_groups_step_holds_eight_channels_at_all_positions(batch):
-    features, steps = steps_of(models.build("cnn-lstm"), batch[0])
+def test_step_holds_eight_channels_at_all_positions_or_all_at_one(batch):
+    features, groups = steps_of(models.build("cnn-lstm"), batch[0])
+    its_own, positions = steps_of(models.build("cnn-lstm-positions"), batch[0])
     assert features.shape == (12, 128, 4, 4)
-    assert steps.shape == (12, 16, 128)
+    assert groups.shape == positions.shape == (12, 16, 128)
     for t in range(16):
-        assert torch.equal(steps[:, t], features[:, 8 * t : 8 * t + 8].flatten(1))
-
-
-def test_positions_step_holds_one_position(batch):
-    features, steps = steps_of(models.build("cnn-lstm-positions"), batch[0])
-    assert steps.shape == (12, 16, 128)
-    for t in range(16):
-        assert torch.equal(steps[:, t], features[:, :, t // 4, t % 4])
+        assert torch.equal(groups[:, t], features[:, 8 * t : 8 * t + 8].flatten(1))
+        assert torch.equal(positions[:, t], its_own[:, :, t // 4, t % 4])
 
 
 @pytest.mark.parametrize("arch", ["cnn-lstm", "cnn-lstm-positions"])

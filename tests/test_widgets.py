@@ -3,12 +3,11 @@
 import base64
 import io
 import re
-from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 import torch
-from conftest import OTHER_KINDS, make_batch, make_small_cnn
+from conftest import OTHER_KINDS, encoded, make_batch, make_small_cnn, upload
 from PIL import Image
 
 from advlab.attacks import fgsm
@@ -29,14 +28,17 @@ def models():
 
 
 @pytest.fixture
+def image(shapes):
+    return shapes.test.batch(slice(0, 1))[0][0]
+
+
+@pytest.fixture
 def explorer(models, shapes):
     return AttackExplorer(models, shapes)
 
 
-def picture(size, kind="PNG"):
-    written = io.BytesIO()
-    Image.new("RGB", size, (255, 0, 0)).save(written, kind)
-    return written.getvalue()
+def picture(size):
+    return encoded(Image.new("RGB", size, (255, 0, 0)))
 
 
 def test_every_attack_of_the_catalogue_can_be_chosen():
@@ -67,8 +69,7 @@ def test_nothing_is_moved_at_eps_0(models, shapes):
 
 
 @pytest.mark.parametrize(("source", "attack"), [("three", "fgsm"), ("one", "magic")])
-def test_unknown_names_are_refused(source, attack, models, shapes):
-    image = shapes.test.batch(slice(0, 1))[0][0]
+def test_unknown_names_are_refused(source, attack, models, image):
     with pytest.raises(ValueError, match=r"unknown .*choose one of"):
         attack_one(models, source, image, 0, attack, 0.1)
 
@@ -76,18 +77,16 @@ def test_unknown_names_are_refused(source, attack, models, shapes):
 @pytest.mark.parametrize(
     ("steps", "eps", "told"), [(0, 0.1, "^steps is 0;"), (20, 1.5, "^eps is 1.5;")]
 )
-def test_numbers_out_of_range_are_refused(steps, eps, told, models, shapes):
-    image = shapes.test.batch(slice(0, 1))[0][0]
+def test_numbers_out_of_range_are_refused(steps, eps, told, models, image):
     with pytest.raises(ValueError, match=told):
         attack_one(models, "one", image, 0, "pgd", eps, steps=steps)
 
 
-def test_one_large_step_is_a_step_across_the_image(models, shapes):
-    image = shapes.test.batch(slice(0, 1))[0][0]
+def test_one_large_step_is_a_step_across_the_image(models, image):
     assert attack_one(models, "one", image, 0, "pgd", 0.9, steps=1).linf > 100
 
 
-def test_an_attack_can_be_stopped(models, shapes):
+def test_an_attack_can_be_stopped(models, image):
     passes = []
 
     def report():
@@ -95,7 +94,6 @@ def test_an_attack_can_be_stopped(models, shapes):
         if len(passes) == 3:
             raise CancelledError
 
-    image = shapes.test.batch(slice(0, 1))[0][0]
     label = int(models["one"](image[None]).argmax())
     with pytest.raises(CancelledError):
         attack_one(models, "one", image, label, "pgd", 1e-4, steps=50, report=report)
@@ -181,12 +179,6 @@ def test_random_image_is_of_the_wanted_class(explorer, shapes):
         assert explorer.image()[1] == 4
         seen.add(explorer.index.value)
     assert len(seen) > 1
-
-
-def upload(explorer, content):
-    day = datetime(2026, 1, 1, tzinfo=UTC)
-    entry = {"name": "x.png", "type": "image/png", "size": len(content), "last_modified": day}
-    explorer.upload.value = [{**entry, "content": memoryview(content)}]
 
 
 def test_own_picture_is_attacked_too(explorer):
