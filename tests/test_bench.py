@@ -381,18 +381,3 @@ def test_publish_writes_into_figures_and_refreshes_the_readme(
     assert measuring == [("cifar10", fake_cifar10, 5)]
     assert (empty_home / "figures" / "bench.png").is_file()
     assert refreshed == [empty_home]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"publish": True}, "--publish: there is no CIFAR-10"),
-        ({"rounds": 0}, "rounds is 0; measure at least once"),
-        ({"rounds": -2}, "rounds is -2; measure at least once"),
-    ],
-)
-def test_what_cannot_be_measured_or_published_is_refused(measuring, empty_home, options, message):
-    with pytest.raises(ValueError, match=message):
-        run.run("shapes10", **options)
-    assert measuring == []
-    assert not (empty_home / "figures").exists()

@@ -25,9 +25,8 @@ def test_this_environment_is_in_order():
     assert {"Python", "torch", "torchvision", "safetensors", "CIFAR-10", "free memory"} <= names
     assert not names & {"pytest", "foolbox", "torchattacks"}  # what is optional
     assert len(names) == len(checks)
-    # The trained models may not be there yet; memory is the machine's affair.
-    wrong = [check for check in checks if not check.ok]
-    assert {check.name for check in wrong} <= {"checkpoints", "free memory"}
+    # Every shipped model loads, by the names of layers that are published; memory is the machine's.
+    assert {check.name for check in checks if not check.ok} <= {"free memory"}
     assert all(check.detail for check in checks)
 
 

@@ -74,19 +74,17 @@ def test_lesson_says_why_a_shipped_model_cannot_serve(fake_cifar10, empty_home, 
 
 
 @pytest.mark.parametrize("left_out", ["auto", None, ""])
-def test_environment_is_read_for_auto(empty_home, no_network, monkeypatch, left_out):
+def test_environment_is_read_for_auto_and_an_argument_beats_it(
+    empty_home, no_network, monkeypatch, tmp_path, left_out
+):
     monkeypatch.setenv("ADVLAB_PROFILE", "quick")
     monkeypatch.setenv("ADVLAB_DATASET", "shapes10")
     made = start(left_out, left_out)
     assert (made.profile, made.data.name) == ("quick", "Shapes-10")
     monkeypatch.setenv("ADVLAB_PROFILE", left_out or "auto")  # says no more than the argument
     assert start("auto", "shapes10").profile == "lesson"
-
-
-def test_argument_beats_the_environment(empty_home, no_network, monkeypatch, tmp_path):
-    monkeypatch.setenv("ADVLAB_PROFILE", "paper")
-    monkeypatch.setenv("ADVLAB_DATASET", "cifar10")
-    monkeypatch.setenv("ADVLAB_DEVICE", "abacus")
+    for name, value in (("PROFILE", "paper"), ("DATASET", "cifar10"), ("DEVICE", "abacus")):
+        monkeypatch.setenv(f"ADVLAB_{name}", value)
     made = start("quick", "shapes10", output_dir=str(tmp_path / "mine"), device="cpu")
     assert (made.profile, made.data.name) == ("quick", "Shapes-10")
     assert (made.output_dir, made.device) == (tmp_path / "mine", torch.device("cpu"))

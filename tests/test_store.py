@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, as_checkpoint, assert_same_state
+from conftest import TINY, as_checkpoint
 
 from advlab import catalogue, models, store
 from advlab.attacks import fgsm_direction
@@ -232,15 +232,6 @@ def forbid(monkeypatch, name):
 
 def with_train(data, train):
     return ImageData(data.spec, train, data.test)
-
-
-def test_zoo_trains_once_and_then_loads(tiny_shapes, tmp_path, monkeypatch):
-    first = tiny_zoo(tiny_shapes, tmp_path).get("cnn")
-    forbid(monkeypatch, "fit")
-    second = tiny_zoo(tiny_shapes, tmp_path).get("cnn")
-    assert second.metadata == first.metadata
-    assert second.name == "cnn baseline"
-    assert_same_state(second.model, first.model.state_dict())
 
 
 def test_zoo_says_in_what_a_model_differs_and_trains_another(tiny_shapes, tmp_path, monkeypatch):

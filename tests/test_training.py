@@ -335,15 +335,8 @@ def test_cnn_learns_shapes10_and_fgsm_fools_it(learned):
 
 
 def adversarial(name, **options):
-    settings = {
-        "epochs": 2,
-        "batch_size": 32,
-        "lr": 2e-3,
-        "adversary": name,
-        "eps": 0.05,
-        "alpha": 0.06,
-    }
-    return Recipe(name, **{**settings, **options})
+    attack = {"name": name, "adversary": name, "eps": 0.05, "alpha": 0.06}
+    return replace(TINY, **{**attack, **options})
 
 
 def generator(seed=0):
