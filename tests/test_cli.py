@@ -1,6 +1,5 @@
 """The command `advlab`, called as a user calls it."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -10,11 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 from advlab import __main__, cli, models, recipes
+from advlab.bench import run as bench
 from advlab.catalogue import ATTACKS
 from advlab.upkeep import doctor, publish, runs, trial
 from advlab.upkeep.train import Options
 
 runner = CliRunner()
+ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine has both
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def test_choices_are_what_the_package_declares():
         (["evaluate", "missing.pth", "--arch", "cnn"], "no weights file missing.pth"),
         (["evaluate", "WEIGHTS", "--arch", "cnn-lstm"], "does not fit this architecture"),
         (["evaluate", "WEIGHTS", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
+        (["evaluate", "WEIGHTS", "--arch", "cnn", "--device", ABSENT], f"device '{ABSENT}' is not"),
         (["run", "99_none"], "unknown lesson '99_none'"),
         (["run", "--param", "nonsense=1"], "unknown parameter 'nonsense'"),
         (["run", "--param", "nonsense"], "not of the form name=value"),
@@ -93,7 +95,8 @@ def test_doctor_prints_marks_and_its_exit_code_tells(monkeypatch, ok, code):
 
 def test_options_are_passed_on_as_plain_text(monkeypatch):
     asked = []
-    for module, name in ((runs, "run"), (publish, "reproduce"), (trial, "run")):
+    started = (runs, "run"), (publish, "reproduce"), (trial, "run"), (bench, "run")
+    for module, name in started:
         monkeypatch.setattr(module, name, lambda *given, **more: asked.append((given, more)))
     places = ["--dataset", "shapes10", "--data-dir", "here"]
     run = ["run", "02", *places, "--profile", "quick", "--seed", "3", "--device", "cpu", "--resume"]
@@ -101,6 +104,7 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         [*run, "--param", "a=1"],
         ["reproduce", "--seeds", "3", *places, "--resume", "--publish"],
         ["audit", "cnn", *places, "--device", "cpu", "--auto-n", "0", "--test-n", "9"],
+        ["bench", *places, "--output-dir", "there", "--rounds", "2"],
     ):
         result = runner.invoke(cli.app, command)
         assert result.exit_code == 0, result.output
@@ -112,39 +116,10 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         ((["02"], options), {"parameters": {"a": 1}, "resume": True} | console),
         ((3,), shared | {"resume": True, "publish": True} | console),
         ((["cnn"],), shared | numbers | console),
+        (("shapes10", "here", "there", 2, False, cli.console), {}),
     ]
     # Worker processes get them: they must not need this module to read them.
     assert {type(value) for value in vars(asked[0][0][1]).values()} == {str, int}
-
-
-def test_evaluate_reads_the_architecture_from_our_own_files_and_refuses_no_device(trained):
-    command = ["evaluate", str(trained[1].path), "--dataset", "shapes10", "--test-n", "5"]
-    result = runner.invoke(cli.app, [*command, "--device", "cpu"])
-    assert result.exit_code == 0, result.output
-    absent = "mps" if not torch.backends.mps.is_available() else "cuda"
-    result = runner.invoke(cli.app, [*command, "--device", absent])
-    assert result.exit_code == 1
-    assert f"device '{absent}'" in result.output
-
-
-def test_bench_passes_its_options_on(monkeypatch):
-    from advlab.bench import run as bench
-
-    asked = []
-    signature = inspect.signature(bench.run)
-
-    def run(*arguments, **more):
-        asked.append(signature.bind(*arguments, **more).arguments)
-
-    monkeypatch.setattr(bench, "run", run)
-    assert runner.invoke(cli.app, ["bench"]).exit_code == 0
-    command = ["bench", "--dataset", "shapes10", "--data-dir", "here", "--output-dir", "there"]
-    assert runner.invoke(cli.app, [*command, "--rounds", "2"]).exit_code == 0
-    plain = {"dataset": "auto", "data_dir": "auto", "output_dir": "auto", "rounds": 5}
-    given = {"dataset": "shapes10", "data_dir": "here", "output_dir": "there", "rounds": 2}
-    for found, expected in zip(asked, (plain, given), strict=True):
-        assert expected.items() <= found.items()
-        assert found["console"] is cli.console
 
 
 @pytest.mark.parametrize(

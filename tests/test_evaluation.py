@@ -84,25 +84,16 @@ def test_table_has_a_row_per_model_and_eps(trained, shapes):
         assert (row.low, row.high) == wilson(row.correct, 130)
 
 
-def test_table_is_white_box_without_a_source(trained, shapes):
-    table = accuracy_table(trained, shapes, [0.02])
-    images, labels = shapes.test.batch(slice(None))
-    for checkpoint, row in zip(trained, table.itertuples(), strict=True):
-        made = fgsm(checkpoint.model, images, labels, 0.02)
-        assert evaluate(checkpoint.model, made, labels) == (row.correct, row.loss)
-
-
-def test_table_is_transfer_with_a_source(trained, shapes):
-    baseline, robust = trained
-    table = accuracy_table(trained, shapes, [0.02], attack="fgsm-per-image", source=baseline)
-    assert set(table["source"]) == {"cnn baseline"}
-    images, labels = shapes.test.batch(slice(None))
-    made = fgsm(baseline.model, images, labels, 0.02, per_image_statistics=True)
-    expected = [evaluate(checkpoint.model, made, labels) for checkpoint in (baseline, robust)]
-    assert list(table["correct"]) == [correct for correct, _ in expected]
-    assert list(table["loss"]) == [loss for _, loss in expected]
-    white = accuracy_table([robust], shapes, [0.02], attack="fgsm-per-image")
-    assert white["loss"][0] != table["loss"][1]
+def test_table_is_white_box_or_transfer_from_a_source(trained, shapes):
+    baseline, (images, labels) = trained[0], shapes.test.batch(slice(None))
+    white = accuracy_table(trained, shapes, [0.02], attack="fgsm-per-image")
+    moved = accuracy_table(trained, shapes, [0.02], attack="fgsm-per-image", source=baseline)
+    assert set(moved["source"]) == {"cnn baseline"}
+    for table, sources in ((white, trained), (moved, (baseline, baseline))):
+        for row, target, source in zip(table.itertuples(), trained, sources, strict=True):
+            made = fgsm(source.model, images, labels, 0.02, per_image_statistics=True)
+            assert evaluate(target.model, made, labels) == (row.correct, row.loss)
+    assert white["loss"][1] != moved["loss"][1]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import REAL_DATA, shared_folder
 
-from advlab import files
+from advlab import catalogue, files
 from advlab.upkeep.readme import time_line
 
 ROOT = files.repository()
@@ -48,10 +48,8 @@ def has_tag(cell, tag: str) -> bool:
     return tag in cell.metadata.get("tags", [])
 
 
-def test_there_are_eight_lessons():
-    names = ["baseline", "fgsm", "augmentation", "robust_training", "architecture_comparison"]
-    names += ["defence_on_trial", "adversarial_training", "break_it_yourself"]
-    assert [p.stem for p in LESSONS] == [f"{i:02d}_{name}" for i, name in enumerate(names, 1)]
+def test_lessons_are_those_of_the_catalogue():
+    assert [p.stem for p in LESSONS] == list(catalogue.LESSONS)
 
 
 def test_five_lessons_have_solutions():

@@ -85,14 +85,10 @@ def test_learning_curves(trained):
     figure = plots.learning_curves(histories)
     assert labels_of(figure) == [("epoch", "cross entropy"), ("epoch", "accuracy (%)")]
     assert [len(axis.lines) for axis in figure.axes] == [3, 3]  # a test curve of the baseline alone
+    alone = pd.DataFrame({"epoch": [1, 2], "train_loss": [2, 1], "train_accuracy": [0.2, 0.4]})
+    assert [len(axis.lines) for axis in plots.learning_curves({"x": alone}).axes] == [1, 1]
     accuracies = figure.axes[1].lines[1].get_ydata()
     assert accuracies == pytest.approx([100 * row["test_accuracy"] for row in trained[0].history])
-
-
-def test_learning_curves_without_test_figures():
-    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [2, 1], "train_accuracy": [0.2, 0.4]})
-    figure = plots.learning_curves({"model": history})
-    assert [len(axis.lines) for axis in figure.axes] == [1, 1]
 
 
 def test_confusion_matrix(shapes):
@@ -129,20 +125,16 @@ def test_curves(table, value, log_x):
     assert len(axis.collections) == (5 if value == "accuracy" else 0)  # the intervals
 
 
-def test_curves_beside_the_papers(table):
+def test_curves_beside_the_papers_or_by_another_column(table):
     beside = paper.published().query("architecture == 'cnn'")
     figure = plots.curves(table, beside=beside)
     (axis,) = figure.axes
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert len(dotted) == 6  # five rows and the legend's
     assert "the paper's (dotted)" in [text.get_text() for text in axis.get_legend().get_texts()]
-
-
-def test_curves_by_another_column(table):
     both = pd.concat([table[table["train_eps"] == 0].assign(attack=a) for a in ("noise", "fgsm")])
-    figure = plots.curves(both, hue="attack")
-    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert texts == ["noise", "fgsm"]  # in the table's order
+    legend = plots.curves(both, hue="attack").axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["noise", "fgsm"]  # as in the table
 
 
 def test_difference_map(table):

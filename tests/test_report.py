@@ -137,11 +137,6 @@ def test_no_eps_is_named(text, told):
         targets.parse_eps(text)
 
 
-def test_eps_0_is_no_audit():
-    with pytest.raises(ValueError, match="eps is 0"):
-        report.Settings(eps=0.0)
-
-
 def test_a_target_is_told_from_the_name_of_a_shipped_model():
     assert all(map(targets.is_target, ("mine.py:make", "mine.py", "a/w.pth", "w.safetensors")))
     assert not any(map(targets.is_target, ("cnn-eps0.2", "cnn")))

@@ -68,18 +68,19 @@ def test_nothing_is_moved_at_eps_0(models, shapes):
     assert found.survives
 
 
-@pytest.mark.parametrize(("source", "attack"), [("three", "fgsm"), ("one", "magic")])
-def test_unknown_names_are_refused(source, attack, models, image):
-    with pytest.raises(ValueError, match=r"unknown .*choose one of"):
-        attack_one(models, source, image, 0, attack, 0.1)
-
-
 @pytest.mark.parametrize(
-    ("steps", "eps", "told"), [(0, 0.1, "^steps is 0;"), (20, 1.5, "^eps is 1.5;")]
+    ("wrong", "told"),
+    [
+        ({"source": "three"}, "unknown .*'three'; choose one of"),
+        ({"attack": "magic"}, "unknown .*'magic'; choose one of"),
+        ({"steps": 0}, "^steps is 0;"),
+        ({"eps": 1.5}, "^eps is 1.5;"),
+    ],
 )
-def test_numbers_out_of_range_are_refused(steps, eps, told, models, image):
+def test_unknown_names_and_numbers_out_of_range_are_refused(wrong, told, models, image):
+    asked = {"source": "one", "image": image, "label": 0, "attack": "pgd", "eps": 0.1} | wrong
     with pytest.raises(ValueError, match=told):
-        attack_one(models, "one", image, 0, "pgd", eps, steps=steps)
+        attack_one(models, **asked)
 
 
 def test_one_large_step_is_a_step_across_the_image(models, image):
