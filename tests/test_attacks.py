@@ -730,29 +730,16 @@ def test_bim_and_rfgsm_are_cases_of_pgd(undecided):
 # --- on a model that has learned something
 
 
-def test_fgsm_is_worse_than_noise_is_worse_than_clean(learned):
+def test_pgd_is_worse_than_fgsm_than_noise_than_clean(learned):
     model, test = learned
-    images, labels = test.first(300).batch(slice(None))
-    noise = ATTACKS["noise"].direction(model, images, labels)
-    direction = fgsm_direction(model, images, labels)
-    clean = evaluate(model, images, labels)[0]
+    images, labels = test.first(200).batch(slice(None))
     for eps in (0.02, 0.1):
-        under_noise = evaluate(model, perturb(images, noise, eps), labels)[0]
-        attacked = evaluate(model, perturb(images, direction, eps), labels)[0]
-        assert attacked < under_noise <= clean + 6  # 2 % of 300: noise may help a few
-
-
-@pytest.mark.parametrize("random_start", [False, True])
-def test_pgd_is_no_weaker_than_fgsm(learned, random_start):
-    model, test = learned
-    images, labels = test.first(100).batch(slice(None))
-    clean = evaluate(model, images, labels)[0]
-    options = {"steps": 10, "random_start": random_start}
-    iterated = evaluate(model, pgd(model, images, labels, 0.02, alpha=0.005, **options), labels)[0]
-    single = evaluate(model, fgsm(model, images, labels, 0.02), labels)[0]
-    assert iterated < single < clean
-    large = pgd(model, images, labels, 0.9, alpha=0.3, **options)
-    assert not is_right(model, large, labels).any()
+        made = {"clean": images} | {
+            name: ATTACKS[name](model, images, labels, eps) for name in ("noise", "fgsm", "pgd-20")
+        }
+        right = {name: evaluate(model, shown, labels)[0] for name, shown in made.items()}
+        assert right["pgd-20"] <= right["fgsm"] < right["noise"] <= right["clean"] + 4  # 2 %
+    assert right["pgd-20"] == 0
 
 
 def masked(model):

@@ -148,24 +148,30 @@ def test_crafting_counts_images_and_scales_to_the_whole_data_set(shapes, source,
     assert cost.value == pytest.approx(1.5)
 
 
-def test_training_counts_images_of_all_processes(shapes, instant, monkeypatch):
+def test_images_of_all_processes_cells_and_attacks_are_counted(
+    shapes, easy, checkpoint, instant, monkeypatch
+):
     monkeypatch.setattr(parts, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
     monkeypatch.setattr(parts, "cores", lambda: 3)
     monkeypatch.setattr(parts, "PRECISIONS", ("float32",))
     instant[PAPERS] = 2.0
     rows = parts.training_part(shapes, rounds=1, n=64)
     for arch in ("cnn", "cnn-lstm"):
-        found = by_way(rows, arch)
-        assert {way: row.value for way, row in found.items()} == {
+        assert {way: row.value for way, row in by_way(rows, arch).items()} == {
             PAPERS: 32,
             "batch 64, float32": 64,
             "batch 128, float32": 64,
             "batch 64, float32, one process per core": 192,
             "batch 64, float32, one process per core, memory given back": 192,
         }
-        assert found["batch 64, float32"].ratio == 2
     (share,) = [row for row in rows if row.unit == "%"]
     assert share.value == pytest.approx(100 * 64 / 1_000)
+    cells = by_way(parts.evaluation_part(easy, [checkpoint] * 2, rounds=1, n=100), parts.TABLE)
+    assert (cells[PAPERS].value, cells["advlab"].value) == (48 * 2 * 6 / 2, 100 * 2 * 6)
+    assert cells["advlab"].ratio == pytest.approx(1_200 / 288)
+    rows = parts.attacks_part(easy, checkpoint.model, rounds=1, n=20)
+    attacks = {way: row.value for way, row in by_way(rows, "baseline cnn, 20 images").items()}
+    assert attacks == dict.fromkeys(catalogue.ATTACKS, 20)
 
 
 def test_every_kind_of_operator_is_found_in_a_training_step(shapes):
@@ -174,21 +180,6 @@ def test_every_kind_of_operator_is_found_in_a_training_step(shapes):
     assert sum(shares.values()) == pytest.approx(100)
     # A name that the profiler does not know would leave its kind empty.
     assert all(share > 0 for share in shares.values()), shares
-
-
-def test_evaluation_counts_images_in_all_cells(easy, checkpoint, instant):
-    instant[PAPERS] = 3.0
-    found = by_way(parts.evaluation_part(easy, [checkpoint] * 2, rounds=1, n=100), parts.TABLE)
-    assert found[PAPERS].value == pytest.approx(48 * 2 * 6 / 3)
-    assert found["advlab"].value == 100 * 2 * 6
-    assert found["advlab"].ratio == pytest.approx(1_200 / 192)
-
-
-def test_every_attack_of_the_catalogue_is_timed(easy, small_cnn, instant):
-    instant["fgsm"] = 0.5
-    rows = by_way(parts.attacks_part(easy, small_cnn, rounds=1, n=20), "baseline cnn, 20 images")
-    assert list(rows) == list(catalogue.ATTACKS)
-    assert (rows["fgsm"].value, rows["pgd-20"].value, rows["fgsm"].unit) == (40, 20, "images/s")
 
 
 # --- beside libraries
