@@ -82,18 +82,15 @@ def test_split_batch_is_float_in_unit_range(shapes):
     check_batch(images, labels)
 
 
-def test_first_takes_the_first_images(shapes):
+def test_first_takes_the_first_images_and_no_more_than_there_are(shapes):
     part = shapes.train.first(7)
     assert len(part) == 7
     assert torch.equal(part.images, shapes.train.images[:7])
     assert torch.equal(part.labels, shapes.train.labels[:7])
     assert shapes.train.first(None) is shapes.train
-
-
-@pytest.mark.parametrize("size", [0, -1, 161])
-def test_first_refuses_more_than_there_is(shapes, size):
-    with pytest.raises(ValueError, match=f"size is {size}; there are 160 images"):
-        shapes.train.first(size)
+    for size in (0, -1, 161):
+        with pytest.raises(ValueError, match=f"size is {size}; there are 160 images"):
+            shapes.train.first(size)
 
 
 def test_split_goes_to_a_device_as_a_whole(shapes):
