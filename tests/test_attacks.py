@@ -732,13 +732,14 @@ def test_bim_and_rfgsm_are_cases_of_pgd(undecided):
 
 def test_pgd_is_worse_than_fgsm_than_noise_than_clean(learned):
     model, test = learned
-    images, labels = test.first(200).batch(slice(None))
+    images, labels = test.first(100).batch(slice(None))
     for eps in (0.02, 0.1):
         made = {"clean": images} | {
             name: ATTACKS[name](model, images, labels, eps) for name in ("noise", "fgsm", "pgd-20")
         }
         right = {name: evaluate(model, shown, labels)[0] for name, shown in made.items()}
-        assert right["pgd-20"] <= right["fgsm"] < right["noise"] <= right["clean"] + 4  # 2 %
+        assert right["pgd-20"] <= right["fgsm"] < right["noise"]
+        assert right["noise"] <= right["clean"] + 2  # it may help a few
     assert right["pgd-20"] == 0
 
 

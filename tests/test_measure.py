@@ -170,4 +170,4 @@ def test_peak_megabytes_are_those_of_another_process_and_its_children(tmp_path):
     path = tmp_path / "alone"
     peak = measure.peak_megabytes(hold_memory, str(path))
     alone = float(path.read_text())
-    assert 50 < alone + 290 < peak < alone + 600
+    assert alone + 250 < peak < alone + 600
