@@ -148,7 +148,7 @@ def test_lesson_on_a_folder_of_pictures(empty_home, small_profiles, tmp_path):
     assert (len(made.data.train), len(made.data.test)) == (14, 2)
     assert "This is folder pets, not CIFAR-10" in str(made)
     table = accuracy_table([made.zoo.get("cnn", 0.1)], made.data, [0.0, 0.1], store=made.store)
-    assert set(table["data"]) == {"pets"}
+    assert set(table["data"]) == {"folder pets"}
     made.save("table", table=table)
     assert (tmp_path / "output" / "figures" / "table.csv").is_file()
 
