@@ -1,9 +1,11 @@
 """Shared fixtures: small models and data, and folders of a test's own for everything written."""
 
 import hashlib
+import io
 import os
 import pickle
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import hypothesis
@@ -15,14 +17,16 @@ import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 from matplotlib import pyplot as plt
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 from torch import Tensor, nn
 
 from advlab import datasets, files
 from advlab._torchvision import datasets as torchvision_sets
-from advlab.checkpoints import Checkpoint
+from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import ImageData, Split
 from advlab.recipes import Recipe
 from advlab.store import Zoo
+from advlab.widgets import AttackExplorer
 
 mpl.use("Agg")
 # Hypothesis would keep a folder of its own in the current one; this one goes at the end.
@@ -125,26 +129,71 @@ def write_lesson(home: Path, name: str, *code: str) -> None:
     nbformat.write(notebook, path)
 
 
-def write_fake_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20) -> Path:
-    """Write files named and built like CIFAR-10's, and let torchvision expect their MD5 sums."""
-    folder = root / datasets.CIFAR10_FOLDER
+def write_cifar(
+    kind: type, root: Path, monkeypatch: pytest.MonkeyPatch, n: int = 20
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Write `n` images into each file of CIFAR-10 or -100; torchvision then expects their MD5 sums.
+
+    Returns:
+        Pixels (N, 3, 32, 32) uint8 and labels of the training and the test split.
+    """
+    hundred, folder = kind is torchvision_sets.CIFAR100, root / kind.base_folder
+    rng, parts, classes = np.random.default_rng(0), [], 100 if hundred else 10
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    sums = {}
-    cifar = torchvision_sets.CIFAR10
-    names = [name for name, _ in cifar.train_list + cifar.test_list]
-    for name in names:
-        pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        labels = [int(label) for label in rng.integers(0, 10, n)]
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
-    meta = {"label_names": list(CIFAR10_CLASSES)}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
-    for name in [*names, "batches.meta"]:
-        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    monkeypatch.setattr(cifar, "train_list", [[name, sums[name]] for name in names[:-1]])
-    monkeypatch.setattr(cifar, "test_list", [[names[-1], sums[names[-1]]]])
-    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
-    return root
+
+    def put(name: str, content: dict) -> list[str]:
+        written = pickle.dumps(content)
+        (folder / name).write_bytes(written)
+        return [name, hashlib.md5(written).hexdigest()]
+
+    for listed in ("train_list", "test_list"):
+        put_there, pixels, labels = [], [], []
+        for name, _ in getattr(kind, listed):
+            pixels.append(rng.integers(0, 256, (n, 3072), dtype=np.uint8))
+            labels.append(rng.permutation(-np.arange(n) % classes))
+            numbers = labels[-1].tolist()
+            content = {"data": pixels[-1], "fine_labels" if hundred else "labels": numbers}
+            put_there.append(put(name, content))
+        monkeypatch.setattr(kind, listed, put_there)
+        parts.append((np.concatenate(pixels).reshape(-1, 3, 32, 32), np.concatenate(labels)))
+    names = [f"class {k}" for k in range(100)] if hundred else list(CIFAR10_CLASSES)
+    _, found = put(kind.meta["filename"], {kind.meta["key"]: names})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": found})
+    return parts
+
+
+def draw_pictures(folder: Path, name: str, n: int, size: tuple[int, int] = (40, 30)) -> Path:
+    """Write `n` pictures of a class: red tells which, and green whether it is a dog."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for k in range(n):
+        colour = (10 * k, 255 if name == "dog" else 0, 0)
+        Image.new("RGB", size, colour).save(folder / name / f"{k}.png")
+    return folder
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """Return the bytes of a picture's file."""
+    written = io.BytesIO()
+    image.save(written, kind, **options)
+    return written.getvalue()
+
+
+def upload(explorer: AttackExplorer, content: bytes) -> None:
+    """Give a picture's file to the explorer, as a reader's browser does."""
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    entry = {"name": "x.png", "type": "image/png", "size": len(content), "last_modified": day}
+    explorer.upload.value = [{**entry, "content": memoryview(content)}]
+
+
+def as_checkpoint(model: nn.Module, path: Path, **about: object) -> Checkpoint:
+    """Return a model as a checkpoint of a CNN of which no more is known than `about`."""
+    unknown = {"arch": "cnn", "train_eps": None, "seed": None, "recipe": {"name": None}}
+    return Checkpoint(model, {**unknown, "weights_hash": weights_hash(model), **about}, path)
+
+
+def share_of_moved_pixels(one: Tensor, other: Tensor) -> float:
+    """Return the share of pixels that differ by more than rounding."""
+    return float(((one - other).abs() > 1e-6).float().mean())
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +232,8 @@ def cifar10_root():
 @pytest.fixture
 def fake_cifar10(tmp_path, monkeypatch):
     """Folder with a made-up CIFAR-10 of 100 and 20 images that passes torchvision's checks."""
-    return write_fake_cifar10(tmp_path / "fake", monkeypatch)
+    write_cifar(torchvision_sets.CIFAR10, tmp_path / "fake", monkeypatch)
+    return tmp_path / "fake"
 
 
 @pytest.fixture

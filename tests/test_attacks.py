@@ -16,12 +16,13 @@ from conftest import (
     make_batch,
     make_small_cnn,
     randomise_batch_norm,
+    share_of_moved_pixels,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from advlab import attacks, models, widgets
+from advlab import attacks, models
 from advlab.attacks import (
     attack_loss,
     bim,
@@ -34,7 +35,7 @@ from advlab.attacks import (
     rfgsm,
 )
 from advlab.catalogue import ATTACKS, attack_named
-from advlab.evaluation import accuracy_table, evaluate
+from advlab.forward import evaluate
 
 SIGN_SHARE = 1e-4  # of signs that rounding may turn where batches are cut differently
 # Where two points of a path have the same loss but for rounding, either may be kept.
@@ -58,11 +59,6 @@ def undecided(small_cnn):
     """A model with 60 images that it gets right, with small margins and large ones."""
     images, _ = make_batch(60)
     return small_cnn, images, balance(small_cnn, images)
-
-
-def share_of_moved_pixels(one, other):
-    """Return the share of pixels that differ by more than rounding."""
-    return float(((one - other).abs() > 1e-6).float().mean())
 
 
 def share_of_different_signs(one, other):
@@ -115,6 +111,7 @@ def test_catalogue_attacks_any_images_within_eps(name, shape, classes):
 def test_catalogue_says_what_an_attack_depends_on(name, undecided):
     model, images, labels = undecided
     attack = attack_named(name)
+    assert "\n" not in attack.about
     other_model = make_small_cnn(1)
     made = attack(model, images, labels, 0.01, seed=3)
     assert torch.equal(attack(model, images, labels, 0.01, seed=3), made)
@@ -132,23 +129,6 @@ def test_catalogue_says_what_an_attack_depends_on(name, undecided):
     for bad in (255 * images, images.numpy()):
         with pytest.raises((TypeError, ValueError), match="images"):
             attack(model, bad, labels, 0)
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_an_entry_is_all_that_tables_and_explorer_need(name, trained, tiny_shapes):
-    assert name in widgets.CHOICES
-    assert "\n" not in ATTACKS[name].about
-    (row,) = accuracy_table(trained[:1], tiny_shapes, [0.03], attack=name).itertuples()
-    assert (row.attack, row.n) == (name, 32)
-    image, label = tiny_shapes.test.batch(slice(0, 1))
-    shown = {"model": trained[0].model}
-    outcome = widgets.attack_one(shown, "model", image[0], int(label), name, 0.03)
-    assert 0 < outcome.linf <= 255 * 0.03 + 1e-3
-
-
-def test_unknown_attack_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="'cw'; choose one of fgsm-per-image, noise, fgsm"):
-        attack_named("cw")
 
 
 @pytest.mark.parametrize(("shape", "classes"), OTHER_KINDS)
@@ -189,14 +169,6 @@ def test_fgsm_and_gradient_of_a_linear_model_are_known(linear_model):
     torch.testing.assert_close(attacked, images + 0.1 * signs, rtol=0, atol=1e-7)
 
 
-def test_eps_one_fools_a_linear_model_always(linear_model):
-    images, labels = make_batch(50, classes=2)
-    linear_model[1].bias.data.zero_()
-    attacked = fgsm(linear_model, images, labels, 1.0)
-    assert set(attacked.unique().tolist()) == {0.0, 1.0}
-    assert evaluate(linear_model, attacked, labels)[0] == 0
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_mifgsm_of_a_linear_model_is_its_formula(steps, decay):
@@ -214,14 +186,6 @@ def test_mifgsm_of_a_linear_model_is_its_formula(steps, decay):
         x = torch.minimum(torch.maximum(x, first - eps), first + eps).clamp(0, 1)
     found = mifgsm(model.float(), images, labels, eps, steps=steps, decay=decay)
     assert share_of_moved_pixels(found, x) <= PATH_SHARE
-
-
-def test_mifgsm_of_one_step_is_fgsm_and_momentum_counts(undecided):
-    one = mifgsm(*undecided, 0.05, steps=1)
-    assert torch.equal(one, fgsm(*undecided, 0.05))
-    without, half, whole = (mifgsm(*undecided, 0.05, decay=decay) for decay in (0, 0.5, 1))
-    assert share_of_moved_pixels(without, whole) > 0.01
-    assert share_of_moved_pixels(half, whole) > 0.01
 
 
 # --- bounds and formulas
@@ -278,28 +242,6 @@ def test_direction_is_int8_signs_and_zero_where_nothing_counts(batch):
     assert directions[:, 1:].count_nonzero() > 0.99 * directions[:, 1:].numel()
 
 
-@pytest.mark.parametrize("per_image", [False, True])
-def test_eps_zero_is_the_identity(undecided, per_image):
-    assert torch.equal(fgsm(*undecided, 0, per_image_statistics=per_image), undecided[1])
-    assert torch.equal(mifgsm(*undecided, 0), undecided[1])
-    options = {"alpha": 0.1, "steps": 3, "random_start": per_image}
-    assert torch.equal(pgd(*undecided, 0, **options), undecided[1])
-
-
-def test_attack_raises_the_loss_to_first_order(small_cnn, batch):
-    images, labels = batch
-    eps = 1e-4
-    images = images * 0.9 + 0.05
-    gradient = input_gradient(small_cnn, images, labels)
-    attacked = fgsm(small_cnn, images, labels, eps)
-    with torch.no_grad():
-        losses = [
-            F.cross_entropy(small_cnn(x), labels, reduction="none") for x in (images, attacked)
-        ]
-    predicted = eps * gradient.abs().sum((1, 2, 3))
-    torch.testing.assert_close(losses[1] - losses[0], predicted, rtol=0.1, atol=1e-4)
-
-
 # --- invariances
 
 
@@ -314,16 +256,6 @@ def test_direction_does_not_depend_on_batch_size_or_order(small_cnn, n, size, pe
     shuffled[order] = direction(images[order], labels[order])
     assert share_of_different_signs(whole, torch.cat(pieces)) <= SIGN_SHARE
     assert share_of_different_signs(whole, shuffled) <= SIGN_SHARE
-
-
-def test_direction_does_not_depend_on_eps_or_memory_format(small_cnn, batch):
-    images, labels = batch
-    direction = fgsm_direction(small_cnn, images, labels)
-    for eps in (0.01, 0.3):
-        assert torch.equal(fgsm(small_cnn, images, labels, eps), perturb(images, direction, eps))
-    channels_last = images.contiguous(memory_format=torch.channels_last)
-    other = fgsm_direction(small_cnn, channels_last, labels)
-    assert share_of_different_signs(direction, other) <= SIGN_SHARE
 
 
 @each_attack
@@ -466,12 +398,6 @@ def test_per_image_statistics_are_training_mode_one_at_a_time(arch, n, memory_fo
     assert sum(error > 1e-4 for error in errors) <= 1
 
 
-def test_per_image_statistics_differ_from_running_ones(small_cnn, batch):
-    running = fgsm_direction(small_cnn, *batch)
-    per_image = fgsm_direction(small_cnn, *batch, per_image_statistics=True)
-    assert share_of_different_signs(running, per_image) > 0.05
-
-
 def test_per_image_statistics_need_batch_norm(linear_model, batch):
     with pytest.raises(ValueError, match=r"Sequential has none.*Leave it False"):
         fgsm(linear_model, *make_batch(2, classes=2), 0.1, per_image_statistics=True)
@@ -581,16 +507,6 @@ def test_losses_are_their_formulas():
     )
 
 
-def test_margin_tells_wrong_images_and_dlr_does_not_see_the_scale(small_cnn, batch):
-    images, labels = batch
-    with torch.no_grad():
-        logits = small_cnn(images)
-    wrong = logits.argmax(1) != labels
-    assert torch.equal(attack_loss(logits, labels, "margin") > 0, wrong)
-    one, other = (attack_loss(scale * logits, labels, "dlr") for scale in (1, 1000))
-    torch.testing.assert_close(one, other)
-
-
 # --- PGD
 
 
@@ -639,14 +555,6 @@ def test_pgd_with_enough_steps_is_fgsm_on_a_linear_model(
     standing = is_right(linear_model, attacked, labels)
     assert torch.equal(standing, is_right(linear_model, best, labels))
     torch.testing.assert_close(attacked[standing], best[standing], rtol=0, atol=1e-6)
-
-
-def test_linear_model_is_broken_in_part(linear_model):
-    # So that the test above compares images that stand as well as images that fall.
-    images, _ = make_batch(20)
-    labels = linear_model(images).argmax(1)
-    attacked = fgsm(linear_model, images, labels, 0.01)
-    assert 3 < int(is_right(linear_model, attacked, labels).sum()) < 17
 
 
 @pytest.mark.parametrize("steps", [1, 10])
@@ -721,21 +629,6 @@ def test_pgd_does_not_depend_on_order_or_on_how_it_is_cut(undecided, monkeypatch
     assert share_of_moved_pixels(cut, expected) <= PATH_SHARE
 
 
-def test_seed_decides_the_random_start(undecided):
-    model, images, labels = undecided
-    options = {"alpha": 0.01, "steps": 2}
-    first, again, other = (
-        pgd(model, images, labels, 0.05, seed=seed, **options) for seed in (3, 3, 4)
-    )
-    assert torch.equal(first, again)
-    assert share_of_different_signs(first, other) > 0.5
-    plain = [
-        pgd(model, images, labels, 0.05, seed=seed, random_start=False, **options)
-        for seed in (3, 4)
-    ]
-    assert torch.equal(*plain)
-
-
 @pytest.mark.parametrize("norm", attacks.NORMS)
 def test_random_start_fills_the_ball(norm):
     images = torch.full((50, 3, 32, 32), 0.5)
@@ -799,15 +692,9 @@ def test_targeted_attack_reaches_its_target(undecided, norm):
     assert float(is_right(model, attacked, aim).float().mean()) > 0.95
 
 
-def test_targeted_fgsm_moves_towards_the_target(undecided):
+def test_targeted_fgsm_moves_towards_the_target_as_far_as_away_from_it(undecided):
     model, images, labels = undecided
     aim = (labels + 3) % 10
-
-    def loss(x):
-        with torch.no_grad():
-            return float(F.cross_entropy(model(x), aim))
-
-    assert loss(fgsm(model, images, labels, 0.01, targeted=aim)) < loss(images)
     away = fgsm(model, images, aim, 0.01)
     towards = fgsm(model, images, labels, 0.01, targeted=aim)
     inside = (images > 0.01) & (images < 0.99)
@@ -840,67 +727,25 @@ def test_bim_and_rfgsm_are_cases_of_pgd(undecided):
     )
 
 
-def test_planted_example_is_found():
-    # Right everywhere but in a thin slab next to the images: a single step over it misses.
-    images, labels = torch.full((5, 3, 32, 32), 0.5), torch.zeros(5, dtype=torch.int64)
-
-    def model(x):
-        mean = x.mean((1, 2, 3))
-        wrong = (mean > 0.515) & (mean < 0.525)
-        logits = torch.stack([torch.ones(len(x)), mean - 0.4], 1)
-        return logits + torch.stack([-2 * wrong, 2 * wrong], 1)
-
-    assert is_right(model, fgsm(model, images, labels, 0.06), labels).all()
-    attacked = pgd(model, images, labels, 0.06, alpha=0.01, steps=10, random_start=False)
-    assert not is_right(model, attacked, labels).any()
-
-
 # --- on a model that has learned something
 
 
-def test_fgsm_is_worse_than_noise_is_worse_than_clean(learned):
-    model, test = learned
-    images, labels = test.first(300).batch(slice(None))
-    noise = ATTACKS["noise"].direction(model, images, labels)
-    direction = fgsm_direction(model, images, labels)
-    clean = evaluate(model, images, labels)[0]
-    for eps in (0.02, 0.1):
-        under_noise = evaluate(model, perturb(images, noise, eps), labels)[0]
-        attacked = evaluate(model, perturb(images, direction, eps), labels)[0]
-        assert attacked < under_noise <= clean + 6  # 2 % of 300: noise may help a few
-
-
-@pytest.mark.parametrize("random_start", [False, True])
-def test_pgd_is_no_weaker_than_fgsm(learned, random_start):
+def test_pgd_is_worse_than_fgsm_than_noise_than_clean(learned):
     model, test = learned
     images, labels = test.first(100).batch(slice(None))
-    clean = evaluate(model, images, labels)[0]
-    options = {"steps": 10, "random_start": random_start}
-    iterated = evaluate(model, pgd(model, images, labels, 0.02, alpha=0.005, **options), labels)[0]
-    single = evaluate(model, fgsm(model, images, labels, 0.02), labels)[0]
-    assert iterated < single < clean
-    large = pgd(model, images, labels, 0.9, alpha=0.3, **options)
-    assert not is_right(model, large, labels).any()
+    for eps in (0.02, 0.1):
+        made = {"clean": images} | {
+            name: ATTACKS[name](model, images, labels, eps) for name in ("noise", "fgsm", "pgd-20")
+        }
+        right = {name: evaluate(model, shown, labels)[0] for name, shown in made.items()}
+        assert right["pgd-20"] <= right["fgsm"] < right["noise"]
+        assert right["noise"] <= right["clean"] + 2  # it may help a few
+    assert right["pgd-20"] == 0
 
 
 def masked(model):
     """Return a model with the same predictions whose loss mostly saturates at 0 in float32."""
     return lambda x: 1000 * model(x)
-
-
-def test_masked_gradients_look_like_robustness(learned):
-    # Images without a gradient are not moved: a false alarm of robustness.
-    model, test = learned
-    images, labels = test.first(300).batch(slice(None))
-    assert evaluate(masked(model), images, labels)[0] == evaluate(model, images, labels)[0]
-    honest = fgsm_direction(model, images, labels)
-    blind = fgsm_direction(masked(model), images, labels)
-    still = (blind == 0).flatten(1).all(1)
-    assert still.float().mean() > 0.5
-    assert float((honest == 0).float().mean()) < 0.01
-    kept = evaluate(model, perturb(images, blind, 0.1), labels)[0]
-    assert kept >= int(still.sum())
-    assert kept > 3 * evaluate(model, perturb(images, honest, 0.1), labels)[0]
 
 
 def test_scale_free_losses_break_a_masked_model(learned):

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import balance
+from conftest import as_checkpoint, balance
 from torch import nn
 
 from advlab import audit, models
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
-from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import DataSpec, ImageData, Split
 from advlab.evaluation import accuracy_table, minimal_eps, wilson
 from advlab.forward import predict
@@ -150,9 +149,7 @@ def test_any_image_and_number_of_classes_goes_over_the_bench(arch, shape, classe
     split = Split(pixels, labels)
     names = tuple("abc")[:classes]
     data = ImageData(DataSpec("toy", "Toy", shape, names), split, split)
-    about = {"arch": arch, "train_eps": None, "seed": None, "recipe": {"name": None}}
-    about["weights_hash"] = weights_hash(model)
-    target = Checkpoint(model, about, tmp_path / "toy.pth")
+    target = as_checkpoint(model, tmp_path / "toy.pth", arch=arch)
 
     table = accuracy_table([target], data, [0.0, 0.1], attack="pgd-20", store=Store(tmp_path))
     assert table["correct"][0] == 11

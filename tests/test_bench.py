@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import balance, write_lesson
+from conftest import as_checkpoint, balance, write_lesson
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -22,11 +21,9 @@ from advlab.attacks import fgsm, fgsm_direction, pgd
 from advlab.bench import footprint, measure, paper_way, parts, rivals, run
 from advlab.bench.measure import PAPERS, Row, once
 from advlab.bench.whole_paper import whole_part
-from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import Split
 from advlab.training import AugmentedSet
 from advlab.upkeep import runs
-from advlab.upkeep.processes import KEEP_MEMORY
 
 EPS = 0.002  # breaks about half of the images of `easy`
 
@@ -58,9 +55,7 @@ def by_way(rows, what):
 @pytest.fixture
 def checkpoint(small_cnn):
     """A small model as a checkpoint."""
-    metadata = {"arch": "cnn", "train_eps": 0.0, "seed": 0, "recipe": {"name": "none"}}
-    metadata["weights_hash"] = weights_hash(small_cnn)
-    return Checkpoint(small_cnn, metadata, Path("nowhere"))
+    return as_checkpoint(small_cnn, Path("nowhere"))
 
 
 @pytest.fixture
@@ -124,7 +119,7 @@ def test_guard_eight_training_eps_are_crafted_once(shapes):
     assert flops(eps) == flops(eps[:1]) > 0
 
 
-# --- parts: nothing is timed whose results differ, and images are counted
+# --- parts: images are counted
 
 
 @pytest.fixture(scope="module")
@@ -153,34 +148,30 @@ def test_crafting_counts_images_and_scales_to_the_whole_data_set(shapes, source,
     assert cost.value == pytest.approx(1.5)
 
 
-def wrong_attack(model, image, label, eps):
-    return (image + eps).clamp(0, 1)
-
-
-def test_crafting_that_differs_is_not_timed(shapes, source, instant, monkeypatch):
-    monkeypatch.setattr(paper_way, "fgsm_one", wrong_attack)
-    with pytest.raises(RuntimeError, match=r"crafting differs from advlab in .*not timed"):
-        parts.crafting_part(shapes, source, rounds=1, n=100)
-
-
-def test_training_counts_images_of_all_processes(shapes, instant, monkeypatch):
+def test_images_of_all_processes_cells_and_attacks_are_counted(
+    shapes, easy, checkpoint, instant, monkeypatch
+):
     monkeypatch.setattr(parts, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
     monkeypatch.setattr(parts, "cores", lambda: 3)
     monkeypatch.setattr(parts, "PRECISIONS", ("float32",))
     instant[PAPERS] = 2.0
     rows = parts.training_part(shapes, rounds=1, n=64)
     for arch in ("cnn", "cnn-lstm"):
-        found = by_way(rows, arch)
-        assert {way: row.value for way, row in found.items()} == {
+        assert {way: row.value for way, row in by_way(rows, arch).items()} == {
             PAPERS: 32,
             "batch 64, float32": 64,
             "batch 128, float32": 64,
             "batch 64, float32, one process per core": 192,
             "batch 64, float32, one process per core, memory given back": 192,
         }
-        assert found["batch 64, float32"].ratio == 2
     (share,) = [row for row in rows if row.unit == "%"]
     assert share.value == pytest.approx(100 * 64 / 1_000)
+    cells = by_way(parts.evaluation_part(easy, [checkpoint] * 2, rounds=1, n=100), parts.TABLE)
+    assert (cells[PAPERS].value, cells["advlab"].value) == (48 * 2 * 6 / 2, 100 * 2 * 6)
+    assert cells["advlab"].ratio == pytest.approx(1_200 / 288)
+    rows = parts.attacks_part(easy, checkpoint.model, rounds=1, n=20)
+    attacks = {way: row.value for way, row in by_way(rows, "baseline cnn, 20 images").items()}
+    assert attacks == dict.fromkeys(catalogue.ATTACKS, 20)
 
 
 def test_every_kind_of_operator_is_found_in_a_training_step(shapes):
@@ -189,27 +180,6 @@ def test_every_kind_of_operator_is_found_in_a_training_step(shapes):
     assert sum(shares.values()) == pytest.approx(100)
     # A name that the profiler does not know would leave its kind empty.
     assert all(share > 0 for share in shares.values()), shares
-
-
-def test_evaluation_counts_images_in_all_cells(easy, checkpoint, instant):
-    instant[PAPERS] = 3.0
-    found = by_way(parts.evaluation_part(easy, [checkpoint] * 2, rounds=1, n=100), parts.TABLE)
-    assert found[PAPERS].value == pytest.approx(48 * 2 * 6 / 3)
-    assert found["advlab"].value == 100 * 2 * 6
-    assert found["advlab"].ratio == pytest.approx(1_200 / 192)
-
-
-def test_evaluation_that_counts_otherwise_is_not_timed(easy, checkpoint, instant, monkeypatch):
-    monkeypatch.setattr(paper_way, "fgsm_one", lambda model, image, label, eps: image)
-    with pytest.raises(RuntimeError, match=r"the paper's way counts \[48, .*not timed"):
-        parts.evaluation_part(easy, [checkpoint], rounds=1, n=100)
-
-
-def test_every_attack_of_the_catalogue_is_timed(easy, small_cnn, instant):
-    instant["fgsm"] = 0.5
-    rows = by_way(parts.attacks_part(easy, small_cnn, rounds=1, n=20), "baseline cnn, 20 images")
-    assert list(rows) == list(catalogue.ATTACKS)
-    assert (rows["fgsm"].value, rows["pgd-20"].value, rows["fgsm"].unit) == (40, 20, "images/s")
 
 
 # --- beside libraries
@@ -236,7 +206,10 @@ def install(monkeypatch):
     return install
 
 
-def test_fgsm_is_compared_with_the_fastest_library(easy, checkpoint, instant, install):
+def test_fgsm_is_compared_with_the_fastest_library_or_nobody(easy, checkpoint, instant, install):
+    install()
+    rows = rivals.fgsm_part(easy, checkpoint.model, rounds=1)
+    assert {(row.way, row.against) for row in rows} == {("advlab", "")}
     install(slow={}, quick={})
     instant.update({"advlab": 1.0, "quick": 2.0, "slow": 4.0})
     rows = rivals.fgsm_part(easy, checkpoint.model, rounds=1)
@@ -246,12 +219,6 @@ def test_fgsm_is_compared_with_the_fastest_library(easy, checkpoint, instant, in
         assert [found[name].value for name in ("advlab", "quick", "slow")] == [n, n / 2, n / 4]
         assert (found["advlab"].against, found["advlab"].ratio) == ("quick", 2)
         assert {found[name].against for name in ("slow", "quick")} == {""}
-
-
-def test_library_with_other_fgsm_images_is_not_timed(easy, checkpoint, instant, install):
-    install(good={}, other={"eps": 2 * EPS})
-    with pytest.raises(RuntimeError, match=r"other's FGSM differs from advlab in .*not timed"):
-        rivals.fgsm_part(easy, checkpoint.model, rounds=1)
 
 
 def test_pgd_is_compared_with_the_fastest_library(easy, checkpoint, instant, install):
@@ -268,10 +235,20 @@ def test_pgd_is_compared_with_the_fastest_library(easy, checkpoint, instant, ins
     assert ours.note.startswith(f"of {n} images {n} are right on clean images")
 
 
-def test_library_that_breaks_more_images_is_not_timed(easy, checkpoint, instant, install):
+def test_what_has_other_results_is_not_timed(
+    shapes, source, easy, checkpoint, instant, install, monkeypatch
+):
+    install(good={}, other={"eps": 2 * EPS})
+    with pytest.raises(RuntimeError, match=r"other's FGSM differs from advlab in .*not timed"):
+        rivals.fgsm_part(easy, checkpoint.model, rounds=1)
     install(good={}, stronger={"eps": 5 * EPS})
     with pytest.raises(RuntimeError, match="stronger's PGD is stronger than advlab's: "):
         rivals.pgd_part(easy, {"small": (checkpoint.model, 4.0)}, rounds=1)
+    monkeypatch.setattr(paper_way, "fgsm_one", lambda model, image, label, eps: image)
+    with pytest.raises(RuntimeError, match=r"crafting differs from advlab in .*not timed"):
+        parts.crafting_part(shapes, source, rounds=1, n=100)
+    with pytest.raises(RuntimeError, match=r"the paper's way counts \[48, .*not timed"):
+        parts.evaluation_part(easy, [checkpoint], rounds=1, n=100)
 
 
 def test_library_that_is_not_installed_is_left_out(small_cnn, monkeypatch):
@@ -282,12 +259,6 @@ def test_library_that_is_not_installed_is_left_out(small_cnn, monkeypatch):
         monkeypatch.setattr(rivals, name, missing)
     monkeypatch.setattr(rivals, "_foolbox", lambda *_: rivals.Library(None, None))
     assert list(rivals.libraries(small_cnn, 0.01, 1)) == ["foolbox"]
-
-
-def test_alone_advlab_is_compared_with_nobody(easy, small_cnn, instant, install):
-    install()
-    rows = rivals.fgsm_part(easy, small_cnn, rounds=1)
-    assert {(row.way, row.against) for row in rows} == {("advlab", "")}
 
 
 # --- what a reader waits for
@@ -369,17 +340,6 @@ def measuring(monkeypatch):
     return asked
 
 
-def test_benchmark_is_measured_by_a_process_that_keeps_memory(monkeypatch):
-    def threads(jobs, context):  # in place of a process, which takes seconds to start
-        assert {name: os.environ[name] for name in KEEP_MEMORY} == KEEP_MEMORY
-        return ThreadPoolExecutor(jobs)
-
-    monkeypatch.setattr(run, "ProcessPoolExecutor", threads)
-    monkeypatch.setattr(run, "measure", lambda *arguments: arguments)
-    assert run.measure_apart("shapes10", None, 3) == ("shapes10", None, 3)
-    assert not set(KEEP_MEMORY) & set(os.environ)
-
-
 def test_run_prints_the_parts_and_writes_table_and_figure(measuring, empty_home, tmp_path):
     text = io.StringIO()
     console = Console(file=text, width=160)
@@ -412,18 +372,3 @@ def test_publish_writes_into_figures_and_refreshes_the_readme(
     assert measuring == [("cifar10", fake_cifar10, 5)]
     assert (empty_home / "figures" / "bench.png").is_file()
     assert refreshed == [empty_home]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"publish": True}, "--publish: there is no CIFAR-10"),
-        ({"rounds": 0}, "rounds is 0; measure at least once"),
-        ({"rounds": -2}, "rounds is -2; measure at least once"),
-    ],
-)
-def test_what_cannot_be_measured_or_published_is_refused(measuring, empty_home, options, message):
-    with pytest.raises(ValueError, match=message):
-        run.run("shapes10", **options)
-    assert measuring == []
-    assert not (empty_home / "figures").exists()

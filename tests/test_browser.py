@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
-from statistics import median
 
 import nbformat
 import pytest
@@ -142,17 +140,10 @@ def test_moving_the_slider_and_choosing_an_attack_change_the_answer(page, lab):
     page.get_by_text("L-inf 0.0/255").wait_for()
     bars = page.locator(".widget-html table")
     before = bars.inner_text()  # the same probabilities twice
-    took = []
-    for steps in range(1, 29):
-        start = time.perf_counter()
+    for steps in range(1, 9):
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("text => document.body.innerText.includes(text)",
-                               arg=f"L-inf {steps}.0/255")  # fmt: skip
-        took.append(1000 * (time.perf_counter() - start))
+        page.get_by_text(f"L-inf {steps}.0/255").wait_for()
     wait_for_change(page, bars, before)
-    # Not asserted: a time depends on what else the machine does.
-    shown = f"from a key to the new text: median {median(took):.0f} ms, longest {max(took):.0f} ms"
-    Path(artefact("explorer.txt")).write_text(f"{shown}, of {len(took)}\n")
     # A slow attack runs beside the kernel's answers to the browser, and still reports.
     before = numbers.inner_text()
     page.get_by_label("attack", exact=True).select_option("pgd")

@@ -1,7 +1,5 @@
 """The command `advlab`, called as a user calls it."""
 
-import inspect
-import json
 import os
 import subprocess
 import sys
@@ -11,11 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 from advlab import __main__, cli, models, recipes
+from advlab.bench import run as bench
 from advlab.catalogue import ATTACKS
 from advlab.upkeep import doctor, publish, runs, trial
 from advlab.upkeep.train import Options
 
 runner = CliRunner()
+ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine has both
 
 
 @pytest.fixture
@@ -26,14 +26,18 @@ def weights(tmp_path, trained):
     return path
 
 
-def test_evaluate_prints_the_table_of_a_pth_and_a_safetensors_file(weights, trained):
-    command = ["evaluate", str(weights), str(trained[1].path), "--arch", "cnn"]
-    result = runner.invoke(cli.app, [*command, "--dataset", "shapes10", "--test-n", "130"])
+def test_evaluate_prints_the_table_of_files_white_box_or_by_transfer(weights, trained):
+    on, other = ["--arch", "cnn", "--dataset", "shapes10", "--test-n"], str(trained[1].path)
+    result = runner.invoke(cli.app, ["evaluate", str(weights), other, *on, "130"])
     assert result.exit_code == 0, result.output
     assert "130 Shapes-10 test images; fgsm, white box" in result.output
     correct = trained[0].metadata["correct"]
     assert f"published: clean {correct}/130" in result.output
     assert trained[1].path.stem in result.output
+    more = ["--attack", "fgsm-per-image", "--source", other]
+    result = runner.invoke(cli.app, ["evaluate", str(weights), *on, "20", *more])
+    assert result.exit_code == 0, result.output
+    assert f"transfer from {trained[1].path.stem}" in result.output
 
 
 def test_choices_are_what_the_package_declares():
@@ -51,43 +55,25 @@ def test_choices_are_what_the_package_declares():
         assert all(f"'{name}'" in said for name in ("none-of-them", *names))
 
 
-def test_evaluate_takes_a_source(weights, trained):
-    command = ["evaluate", str(weights), "--arch", "cnn", "--source", str(trained[1].path)]
-    command += ["--attack", "fgsm-per-image", "--dataset", "shapes10", "--test-n", "20"]
-    result = runner.invoke(cli.app, command)
-    assert result.exit_code == 0, result.output
-    assert f"transfer from {trained[1].path.stem}" in result.output
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.pth", "--arch", "cnn"], "no weights file missing.pth"),
-        (["WEIGHTS", "--arch", "cnn-lstm"], "does not fit this architecture"),
-        (["WEIGHTS", "--arch", "cnn", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
+        (["evaluate", "missing.pth", "--arch", "cnn"], "no weights file missing.pth"),
+        (["evaluate", "WEIGHTS", "--arch", "cnn-lstm"], "does not fit this architecture"),
+        (["evaluate", "WEIGHTS", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
+        (["evaluate", "WEIGHTS", "--arch", "cnn", "--device", ABSENT], f"device '{ABSENT}' is not"),
+        (["run", "99_none"], "unknown lesson '99_none'"),
+        (["run", "--param", "nonsense=1"], "unknown parameter 'nonsense'"),
+        (["run", "--param", "nonsense"], "not of the form name=value"),
+        (["run", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
+        (["run", "--data-dir", "/no/such/folder"], "in /no/such/folder"),
     ],
 )
-def test_evaluate_refuses_with_the_reason(weights, arguments, message):
+def test_evaluate_and_run_refuse_with_the_reason(weights, arguments, message):
     arguments = [str(weights) if a == "WEIGHTS" else a for a in arguments]
-    if "--dataset" not in arguments:
+    if arguments[0] == "evaluate" and "--dataset" not in arguments:
         arguments += ["--dataset", "shapes10", "--test-n", "5"]
-    result = runner.invoke(cli.app, ["evaluate", *arguments])
-    assert result.exit_code == 1
-    assert message in " ".join(result.output.split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["99_none"], "unknown lesson '99_none'"),
-        (["--param", "nonsense=1"], "unknown parameter 'nonsense'"),
-        (["--param", "nonsense"], "not of the form name=value"),
-        (["--dataset", "imagenet"], "unknown data set 'imagenet'"),
-        (["--data-dir", "/no/such/folder"], "in /no/such/folder"),
-    ],
-)
-def test_run_refuses_with_the_reason(arguments, message):
-    result = runner.invoke(cli.app, ["run", *arguments])
+    result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
 
@@ -107,16 +93,10 @@ def test_doctor_prints_marks_and_its_exit_code_tells(monkeypatch, ok, code):
     assert ("[FAIL] data" in result.output) is not ok
 
 
-def test_retrain_without_cifar10_says_why(monkeypatch, empty_home, no_network):
-    result = runner.invoke(cli.app, ["retrain"])
-    assert result.exit_code == 1
-    assert "CIFAR-10 is not here" in " ".join(result.output.split())
-    assert not (empty_home / "figures").exists()
-
-
 def test_options_are_passed_on_as_plain_text(monkeypatch):
     asked = []
-    for module, name in ((runs, "run"), (publish, "reproduce"), (trial, "run")):
+    started = (runs, "run"), (publish, "reproduce"), (trial, "run"), (bench, "run")
+    for module, name in started:
         monkeypatch.setattr(module, name, lambda *given, **more: asked.append((given, more)))
     places = ["--dataset", "shapes10", "--data-dir", "here"]
     run = ["run", "02", *places, "--profile", "quick", "--seed", "3", "--device", "cpu", "--resume"]
@@ -124,6 +104,7 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         [*run, "--param", "a=1"],
         ["reproduce", "--seeds", "3", *places, "--resume", "--publish"],
         ["audit", "cnn", *places, "--device", "cpu", "--auto-n", "0", "--test-n", "9"],
+        ["bench", *places, "--output-dir", "there", "--rounds", "2"],
     ):
         result = runner.invoke(cli.app, command)
         assert result.exit_code == 0, result.output
@@ -135,39 +116,10 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         ((["02"], options), {"parameters": {"a": 1}, "resume": True} | console),
         ((3,), shared | {"resume": True, "publish": True} | console),
         ((["cnn"],), shared | numbers | console),
+        (("shapes10", "here", "there", 2, False, cli.console), {}),
     ]
     # Worker processes get them: they must not need this module to read them.
     assert {type(value) for value in vars(asked[0][0][1]).values()} == {str, int}
-
-
-def test_evaluate_reads_the_architecture_from_our_own_files_and_refuses_no_device(trained):
-    command = ["evaluate", str(trained[1].path), "--dataset", "shapes10", "--test-n", "5"]
-    result = runner.invoke(cli.app, [*command, "--device", "cpu"])
-    assert result.exit_code == 0, result.output
-    absent = "mps" if not torch.backends.mps.is_available() else "cuda"
-    result = runner.invoke(cli.app, [*command, "--device", absent])
-    assert result.exit_code == 1
-    assert f"device '{absent}'" in result.output
-
-
-def test_bench_passes_its_options_on(monkeypatch):
-    from advlab.bench import run as bench
-
-    asked = []
-    signature = inspect.signature(bench.run)
-
-    def run(*arguments, **more):
-        asked.append(signature.bind(*arguments, **more).arguments)
-
-    monkeypatch.setattr(bench, "run", run)
-    assert runner.invoke(cli.app, ["bench"]).exit_code == 0
-    command = ["bench", "--dataset", "shapes10", "--data-dir", "here", "--output-dir", "there"]
-    assert runner.invoke(cli.app, [*command, "--rounds", "2"]).exit_code == 0
-    plain = {"dataset": "auto", "data_dir": "auto", "output_dir": "auto", "rounds": 5}
-    given = {"dataset": "shapes10", "data_dir": "here", "output_dir": "there", "rounds": 2}
-    for found, expected in zip(asked, (plain, given), strict=True):
-        assert expected.items() <= found.items()
-        assert found["console"] is cli.console
 
 
 @pytest.mark.parametrize(
@@ -205,10 +157,3 @@ def test_main_runs_the_command_line(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert ended.value.code == 0
-
-
-def test_every_architecture_has_a_parameter_count():
-    counts = {name: models.count_parameters(models.build(name)) for name in models.ARCHITECTURES}
-    assert json.dumps(counts) == (
-        '{"cnn": 308256, "cnn-lstm": 293994, "cnn-lstm-positions": 293994}'
-    )

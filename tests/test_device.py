@@ -1,10 +1,8 @@
 """Everything follows the device: tried on one that is not there, and on CUDA where it is."""
 
 import inspect
-import io
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import balance, randomise_batch_norm
+from conftest import as_checkpoint, balance, encoded, randomise_batch_norm, upload
 from PIL import Image
 from second_device import MixedDevicesError, SecondDevice, tensors_in
 from torch import Tensor, nn
@@ -54,9 +52,9 @@ def make_bench(device: str, folder: Path, n: int = 12) -> SimpleNamespace:
             torch.default_generator.manual_seed(1)
             randomise_batch_norm(model)
         labels = balance(model, to_float(pixels)) % 10
-        about = {"arch": arch, "train_eps": 0.0, "seed": 0, "recipe": {"name": "tiny"}}
-        about |= {"weights_hash": checkpoints.weights_hash(model), "shape": SPEC.shape}
-        known.append(checkpoints.Checkpoint(model.to(device), about, folder))
+        about = {"arch": arch, "train_eps": 0.0, "seed": 0, "shape": SPEC.shape}
+        known.append(as_checkpoint(model, folder, **about))
+        model.to(device)
     known[0].model.lstm.register_forward_pre_hook(refuse_cudnn)
     labels[::5] = 3
     near = ImageData(SPEC, Split(pixels, labels), Split(pixels[:n], labels[:n]))
@@ -154,15 +152,13 @@ def saved(b: SimpleNamespace) -> list[Tensor]:
 
 
 def explore(b: SimpleNamespace) -> list[Any]:
-    both, found, drawn = {"a": b.hybrid, "b": b.cnn}, [], io.BytesIO()
+    both, found = {"a": b.hybrid, "b": b.cnn}, []
     explorer = widgets.AttackExplorer(both, b.data)
     for explorer.attack.value in widgets.CHOICES:
         found += [explorer.outcome.attacked, explorer.message.value]
     explorer.random.click()
     explorer.kind.value = int(b.y[1])
-    Image.new("RGB", (20, 20), "red").save(drawn, "PNG")
-    file = {"name": "red.png", "type": "image/png", "size": 1, "content": drawn.getvalue()}
-    explorer.upload.value = [{**file, "last_modified": datetime(2026, 1, 1)}]
+    upload(explorer, encoded(Image.new("RGB", (20, 20), "red")))
     own = widgets.attack_one(both, "b", b.x[0], int(b.y[0]), "pgd", EPS, steps=2)
     found += [explorer.outcome.attacked, explorer.message.value, own.attacked, own.before]
     plots.use_style()
@@ -253,18 +249,6 @@ def test_a_lesson_follows_its_device(monkeypatch):
         assert "device cuda" in str(lesson)
 
 
-def test_what_is_on_two_devices_is_refused_by_name(tmp_path):
-    with SecondDevice("cuda"):
-        near, far = (make_bench(device, tmp_path) for device in ("cpu", "cuda"))
-        for attack in (ATTACKS["fgsm"], ATTACKS["pgd-20"]):
-            with pytest.raises(ValueError, match="model is on cpu, the images on cuda:0; move one"):
-                attack(near.hybrid, far.x, far.y, EPS)
-            with pytest.raises(ValueError, match="images are on cuda:0, labels on cpu; move one"):
-                attack(far.hybrid, far.x, near.y, EPS)
-        with pytest.raises(ValueError, match="model is on cuda:0, the images on cpu; move one"):
-            forward.predict(far.hybrid, near.x)
-
-
 def test_on_cuda_float32_is_not_rounded_and_settings_are_put_back(tmp_path):
     cudnn, seen = torch.backends.cudnn, []
     before = cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.enabled
@@ -299,7 +283,8 @@ def test_pick_device(gpus, mps, best, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert pick_device().type == pick_device("auto").type == best
-    assert pick_device("cpu") == torch.device("cpu")
+    for there in ("cpu", *(f"cuda:{k}" for k in range(gpus))):
+        assert pick_device(there) == torch.device(there)
     for absent in ("gpu", "", f"cuda:{gpus}", "cuda:x", "mps:1"):
         with pytest.raises(ValueError, match=f"device '{absent}' is not .*; choose auto, or cpu"):
             pick_device(absent)

@@ -2,6 +2,7 @@
 
 import sys
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -20,20 +21,13 @@ def line(name):
 
 def test_this_environment_is_in_order():
     checks = run_checks()
-    names = [check.name for check in checks]
-    assert {"Python", "torch", "torchvision", "safetensors", "CIFAR-10", "free memory"} <= set(
-        names
-    )
-    assert len(names) == len(set(names))
-    # The trained models may not be there yet; memory is the machine's affair.
-    wrong = [check for check in checks if not check.ok]
-    assert {check.name for check in wrong} <= {"checkpoints", "free memory"}
+    names = {check.name for check in checks}
+    assert {"Python", "torch", "torchvision", "safetensors", "CIFAR-10", "free memory"} <= names
+    assert not names & {"pytest", "foolbox", "torchattacks"}  # what is optional
+    assert len(names) == len(checks)
+    # Every shipped model loads, by the names of layers that are published; memory is the machine's.
+    assert {check.name for check in checks if not check.ok} <= {"free memory"}
     assert all(check.detail for check in checks)
-
-
-def test_optional_packages_are_not_asked_for():
-    names = {check.name for check in run_checks()}
-    assert not names & {"pytest", "foolbox", "torchattacks", "adversarial-robustness-toolbox"}
 
 
 def test_package_that_is_missing_or_too_old_fails_with_the_mend():
@@ -68,30 +62,15 @@ def test_what_the_doctor_says_of_operators_is_so():
             torchvision.io.encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
 
 
-def test_report_has_a_line_for_each_check():
-    checks = [doctor.Check(True, "Python", "3.11"), doctor.Check(False, "torch", "not installed")]
-    assert doctor.report(checks).splitlines() == [
-        "[OK]   Python             3.11",
-        "[FAIL] torch              not installed",
-    ]
-
-
-def test_missing_data_are_no_fault(empty_home):
+def test_missing_data_are_no_fault_and_damaged_ones_are(empty_home, fake_cifar10, monkeypatch):
     check = line("CIFAR-10")
     assert check.ok
     assert "Shapes-10 stands in" in check.detail
-
-
-def test_intact_data_are_named(fake_cifar10, monkeypatch):
     monkeypatch.setenv("ADVLAB_DATA", str(fake_cifar10))
     check = line("CIFAR-10")
     assert check.ok
     assert str(fake_cifar10) in check.detail
     assert "every MD5 right" in check.detail
-
-
-def test_damaged_data_file_fails_by_name(fake_cifar10, monkeypatch):
-    monkeypatch.setenv("ADVLAB_DATA", str(fake_cifar10))
     path = fake_cifar10 / datasets.CIFAR10_FOLDER / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-1])
     check = line("CIFAR-10")
@@ -115,13 +94,10 @@ def test_missing_intact_and_damaged_checkpoints(empty_home):
 
 
 def test_little_memory_fails(monkeypatch):
+    free = doctor.free_memory_gb()
+    assert free is None or 0 < free <= psutil.virtual_memory().total / 1e9
     monkeypatch.setattr(doctor, "free_memory_gb", lambda: 1.23)
     assert line("free memory") == (False, "free memory", "1.2 GB (>= 3 GB)")
-
-
-def test_free_memory_is_below_all_memory():
-    psutil = pytest.importorskip("psutil", reason="psutil comes with JupyterLab")
-    assert 0 < doctor.free_memory_gb() <= psutil.virtual_memory().total / 1e9
 
 
 def test_old_python_fails(monkeypatch):

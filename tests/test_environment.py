@@ -70,12 +70,6 @@ def test_make_installs_the_locked_torch_first_and_its_cpu_build_unless_told(sett
         assert words[words.index("--constraint") + 1] == "constraints.txt"
 
 
-def test_each_conda_package_has_a_reason_beside_it():
-    lines = (ROOT / "environment.yml").read_text().split("dependencies:\n")[1].splitlines()
-    for line in lines:
-        assert line.strip() == "- pip:" or re.search(r"# \w+", line), line
-
-
 def test_ci_runs_the_commands_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()

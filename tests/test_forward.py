@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from conftest import OTHER_KINDS, assert_same_state, make_batch, make_small_cnn
 from torch import nn
 
-from advlab import forward
 from advlab.attacks import fgsm, input_gradient, mifgsm, pgd
 from advlab.forward import eval_mode, evaluate, holds, per_image_statistics_mode, predict
 
@@ -81,16 +80,3 @@ def test_model_on_another_device_is_named_with_the_mend(small_cnn, batch):
     for call in (*CALLS, lambda m, x, y: predict(m, x)):
         with pytest.raises(ValueError, match=told):
             call(small_cnn, *batch)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_recurrent_layers_are_kept_from_cudnn(device, monkeypatch):
-    def uses_cudnn(model):
-        with forward.recurrent_gradients(model, torch.device(device)):
-            return torch.backends.cudnn.enabled
-
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
-    hidden = nn.Sequential(nn.LSTM(4, 4)), lambda x: x  # a function could hide some
-    assert uses_cudnn(nn.Linear(4, 4))
-    assert [uses_cudnn(model) for model in hidden] == 2 * [device == "cpu"]
-    assert torch.backends.cudnn.enabled

@@ -1,13 +1,15 @@
 """A lesson's settings: arguments, environment, device, folders, what is saved where."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
+from conftest import draw_pictures
 from matplotlib import pyplot as plt
 from matplotlib.image import imread
-from PIL import Image
 
-from advlab import files, lab, machine, plots, recipes, store
+from advlab import files, lab, plots, recipes, store
 from advlab.data import DataError
 from advlab.evaluation import accuracy_table
 from advlab.lab import start
@@ -28,19 +30,11 @@ def small_profiles(monkeypatch):
     monkeypatch.setitem(recipes.PROFILES, "quick", small)
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """Return a function that draws a folder of pictures: two classes, eight PNGs each."""
-
-    def draw(name="pets", width=40):
-        for k, kind in enumerate(("cats", "dogs")):
-            (tmp_path / name / kind).mkdir(parents=True, exist_ok=True)
-            for i in range(8):
-                picture = Image.new("RGB", (width, 30), (200 * k, 20 * i, 90))
-                picture.save(tmp_path / name / kind / f"{i}.png")
-        return f"folder:{tmp_path / name}"
-
-    return draw
+def pets(folder: Path, width: int = 40) -> str:
+    """Draw pictures of two classes, eight of each; return how to ask for them."""
+    for kind in ("cat", "dog"):
+        draw_pictures(folder, kind, 8, (width, 30))
+    return f"folder:{folder}"
 
 
 def test_quick_on_shapes10(quick, tmp_path):
@@ -80,19 +74,17 @@ def test_lesson_says_why_a_shipped_model_cannot_serve(fake_cifar10, empty_home, 
 
 
 @pytest.mark.parametrize("left_out", ["auto", None, ""])
-def test_environment_is_read_for_auto(empty_home, no_network, monkeypatch, left_out):
+def test_environment_is_read_for_auto_and_an_argument_beats_it(
+    empty_home, no_network, monkeypatch, tmp_path, left_out
+):
     monkeypatch.setenv("ADVLAB_PROFILE", "quick")
     monkeypatch.setenv("ADVLAB_DATASET", "shapes10")
     made = start(left_out, left_out)
     assert (made.profile, made.data.name) == ("quick", "Shapes-10")
     monkeypatch.setenv("ADVLAB_PROFILE", left_out or "auto")  # says no more than the argument
     assert start("auto", "shapes10").profile == "lesson"
-
-
-def test_argument_beats_the_environment(empty_home, no_network, monkeypatch, tmp_path):
-    monkeypatch.setenv("ADVLAB_PROFILE", "paper")
-    monkeypatch.setenv("ADVLAB_DATASET", "cifar10")
-    monkeypatch.setenv("ADVLAB_DEVICE", "abacus")
+    for name, value in (("PROFILE", "paper"), ("DATASET", "cifar10"), ("DEVICE", "abacus")):
+        monkeypatch.setenv(f"ADVLAB_{name}", value)
     made = start("quick", "shapes10", output_dir=str(tmp_path / "mine"), device="cpu")
     assert (made.profile, made.data.name) == ("quick", "Shapes-10")
     assert (made.output_dir, made.device) == (tmp_path / "mine", torch.device("cpu"))
@@ -147,39 +139,25 @@ def test_unknown_settings_are_named_before_data_are_read(empty_home, no_network,
                 start("quick", "shapes10")
 
 
-@pytest.mark.parametrize(
-    ("cuda", "mps", "best"), [(0, 0, "cpu"), (0, 1, "mps"), (1, 0, "cuda"), (1, 1, "cuda")]
-)
-def test_auto_is_the_best_device_there_is(monkeypatch, cuda, mps, best):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
-    assert machine.pick_device("auto") == torch.device(best)
-    if cuda:
-        assert machine.pick_device("cuda:1") == torch.device("cuda:1")
-        with pytest.raises(ValueError, match="device 'cuda:2' is not on this machine"):
-            machine.pick_device("cuda:2")
-
-
 # --- data sets apart
 
 
-def test_lesson_on_a_folder_of_pictures(empty_home, small_profiles, pictures, tmp_path):
-    made = start("quick", pictures(), progress=False)
-    assert (made.data.name, made.data.classes) == ("folder pets", ("cats", "dogs"))
+def test_lesson_on_a_folder_of_pictures(empty_home, small_profiles, tmp_path):
+    made = start("quick", pets(tmp_path / "pets"), progress=False)
+    assert (made.data.name, made.data.classes) == ("folder pets", ("cat", "dog"))
     assert (len(made.data.train), len(made.data.test)) == (14, 2)
     assert "This is folder pets, not CIFAR-10" in str(made)
     table = accuracy_table([made.zoo.get("cnn", 0.1)], made.data, [0.0, 0.1], store=made.store)
-    assert set(table["data"]) == {"pets"}
+    assert set(table["data"]) == {"folder pets"}
     made.save("table", table=table)
     assert (tmp_path / "output" / "figures" / "table.csv").is_file()
 
 
 def test_two_data_sets_share_neither_output_nor_models(
-    fake_cifar10, empty_home, small_profiles, pictures, monkeypatch
+    fake_cifar10, empty_home, small_profiles, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("ADVLAB_OUTPUT")
-    one, other = pictures(), pictures("elsewhere/pets", width=60)
+    one, other = pets(tmp_path / "pets"), pets(tmp_path / "elsewhere" / "pets", width=60)
     settings = [("shapes10",), ("cifar10", 0, str(fake_cifar10)), (one,), (f"{one}@16",), (other,)]
     labs = [start("quick", *arguments) for arguments in settings]
     assert labs[0].output_dir == empty_home / "outputs" / "quick-shapes10"

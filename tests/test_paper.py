@@ -42,22 +42,6 @@ def test_tables_have_the_papers_shape():
         assert list(table[0.2]) == sorted(table[0.2])
 
 
-def test_slips_arithmetic():
-    text = " ".join(paper.SLIPS)
-    assert round(75.488 - 9.375, 3) == 66.113
-    assert "75.488 - 9.375 = 66.113" in text
-    gain = paper.TABLE_1[0.2][4] - paper.TABLE_1[0.0][4]  # at test eps 0.08
-    assert paper.TEST_EPS[4] == 0.08
-    assert gain == pytest.approx(64.142, abs=0.1)
-    assert paper.TABLE_2[0.2][1] == 70.1  # as printed; the run gave 70.9
-
-
-def test_sweep_has_a_baseline_and_the_eight_values():
-    assert paper.SWEEP_TRAIN_EPS == (0.0, 0.005, 0.007, 0.01, 0.015, 0.1, 0.2, 0.3, 0.5)
-    assert set(paper.TABLE_TRAIN_EPS) <= set(paper.SWEEP_TRAIN_EPS)
-    assert len(paper.FINE_TEST_EPS) == 10
-
-
 # --- comparison
 
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from conftest import assert_same_state, balance, make_small_cnn, randomise_batch_norm
-from torch.utils.data import DataLoader
 
 from advlab import models
 from advlab.attacks import fgsm, fgsm_direction
@@ -22,19 +21,6 @@ def attack_all(model, split, eps):
     """Return the attacked images of `split`, made one at a time, and their labels."""
     pairs = list(Attacked(Pictures(split), model, eps))
     return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-
-def test_pictures_give_what_the_split_gives(shapes):
-    pictures = Pictures(shapes.train)
-    images, labels = shapes.train.batch(slice(None))
-    assert len(pictures) == 160
-    for index in (0, 77, 159):
-        image, label = pictures[index]
-        assert torch.equal(image, images[index])
-        assert label == int(labels[index])
-    collected = list(DataLoader(pictures, batch_size=64))
-    assert torch.equal(torch.cat([batch for batch, _ in collected]), images)
-    assert torch.equal(torch.cat([batch for _, batch in collected]), labels)
 
 
 # --- training

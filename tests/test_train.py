@@ -1,6 +1,5 @@
 """Training in processes, and what is asked of a run."""
 
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from advlab import datasets, lab
 from advlab.recipes import Recipe
 from advlab.store import Zoo
 from advlab.upkeep import train
-from advlab.upkeep.processes import environment
 from advlab.upkeep.train import Options, train_models
 
 
@@ -63,16 +61,6 @@ def test_workers_import_neither_plotting_nor_papermill():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert not {"matplotlib", "papermill", "seaborn"} & set(loaded.stdout.split())
-
-
-def test_environment_is_set_unset_and_restored(monkeypatch):
-    monkeypatch.setenv("ADVLAB_ONE", "before")
-    monkeypatch.setenv("ADVLAB_TWO", "before")
-    monkeypatch.delenv("ADVLAB_THREE", raising=False)
-    names = ("ADVLAB_ONE", "ADVLAB_TWO", "ADVLAB_THREE")
-    with environment(ADVLAB_ONE="inside", ADVLAB_TWO=None, ADVLAB_THREE="inside"):
-        assert [os.environ.get(name) for name in names] == ["inside", None, "inside"]
-    assert [os.environ.get(name) for name in names] == ["before", "before", None]
 
 
 def test_options_are_decided_once(empty_home, monkeypatch, fake_cifar10):
