@@ -727,6 +727,21 @@ def test_bim_and_rfgsm_are_cases_of_pgd(undecided):
     )
 
 
+def test_planted_example_is_found():
+    # Right everywhere but in a thin slab next to the images: a single step over it misses.
+    images, labels = torch.full((5, 3, 32, 32), 0.5), torch.zeros(5, dtype=torch.int64)
+
+    def model(x):
+        mean = x.mean((1, 2, 3))
+        wrong = (mean > 0.515) & (mean < 0.525)
+        logits = torch.stack([torch.ones(len(x)), mean - 0.4], 1)
+        return logits + torch.stack([-2 * wrong, 2 * wrong], 1)
+
+    assert is_right(model, fgsm(model, images, labels, 0.06), labels).all()
+    attacked = pgd(model, images, labels, 0.06, alpha=0.01, steps=10, random_start=False)
+    assert not is_right(model, attacked, labels).any()
+
+
 # --- on a model that has learned something
 
 

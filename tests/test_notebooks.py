@@ -201,3 +201,12 @@ def test_one_lesson_runs_by_the_command_of_the_readme_from_any_folder(environmen
     shown = "".join(shown_text(o) for c in executed.cells for o in c.get("outputs", []))
     assert "profile quick | Shapes-10" in shown
     assert "seed 1" in shown
+
+
+def test_one_lesson_runs_by_nbconvert(environment, tmp_path):
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
+    command += [str(LESSONS[0]), "--output-dir", str(tmp_path)]
+    settings = {"ADVLAB_PROFILE": "quick", "ADVLAB_DATASET": "shapes10"}
+    settings["ADVLAB_OUTPUT"] = str(tmp_path / "o")
+    run_command(command, environment | settings, tmp_path)
+    assert (tmp_path / LESSONS[0].name).is_file()
