@@ -18,7 +18,6 @@ import torch
 from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from traitlets.config import Config
 
@@ -271,7 +270,8 @@ def run(
 
 def _announce(dataset: str, console: Console) -> None:
     """Say which data stand in for the paper's."""
-    console.rule(f"[bold]The lessons run on {escape(dataset)}: nothing compares with the paper")
+    console.rule(f"[bold]Not {paper.DATA}: nothing compares with the paper")
+    console.print(f"The lessons run on {dataset}.", markup=False, soft_wrap=True)
     if dataset == "shapes10":
         console.print(
             f"{paper.DATA} is neither here nor to be downloaded (or Shapes-10 was asked for). "
