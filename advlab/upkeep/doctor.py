@@ -59,7 +59,7 @@ def _torchvision() -> tuple[bool, str]:
 def _data() -> tuple[bool, str]:
     from advlab import datasets
 
-    root = datasets.find_cifar10()
+    root = datasets.find("cifar10")
     if root is None:
         return True, "not here; it is downloaded, or Shapes-10 stands in"
     datasets.DATASETS["cifar10"].check(root)

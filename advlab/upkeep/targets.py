@@ -17,7 +17,7 @@ from advlab import datasets, lab
 from advlab.attacks import check_eps
 from advlab.checkpoints import Checkpoint, load_into, load_weights, read_state, weights_hash
 from advlab.data import ImageData
-from advlab.forward import check_logits, predict
+from advlab.forward import predict
 from advlab.machine import pick_device
 
 WEIGHTS = (".safetensors", ".pth", ".pt")
@@ -147,22 +147,21 @@ def check_fit(model: nn.Module, data: ImageData) -> int:
     Raises:
         ValueError: if it fails on such images, returns no logits, or too few for the classes.
     """
-    images, labels = data.test.first(min(2, len(data.test))).batch(slice(None))
+    images, _ = data.test.first(min(2, len(data.test))).batch(slice(None))
     told = f"images of shape {data.shape} ({data.name})"
     try:
-        logits = predict(model, images)
+        outputs = predict(model, images).shape[1]
     except Exception as error:
         raise ValueError(
             f"the model fails on {told}: {type(error).__name__}: {error}. Choose the data that it "
             "was made for (--dataset), or let the function return a model that takes these"
         ) from error
-    outputs = logits.shape[1] if logits.ndim == 2 else None
-    if outputs is not None and outputs < len(data.classes):
+    if outputs < len(data.classes):
         raise ValueError(
             f"the model has {outputs} outputs, {data.name} has {len(data.classes)} classes "
             f"({first_names(data.classes)}); choose the data that it was made for (--dataset)"
         )
-    return check_logits(logits, labels).shape[1]
+    return outputs
 
 
 def first_names(names: Sequence[str], most: int = 10) -> str:
