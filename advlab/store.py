@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import safetensors.torch
@@ -46,6 +47,8 @@ CODE = {
     "autoattack": (*_CRAFTING, "autoattack"),
     "model": (*_CRAFTING, "recipes", "training", "store"),
 }
+# Python 3.11's parser fails in two threads at once (python/cpython#106905).
+_PARSING = Lock()
 
 
 @cache
@@ -61,8 +64,9 @@ def code_hash(*modules: str, package: Path = PACKAGE) -> str:
     """
     paths = [package / f"{name}.py" for name in modules] or sorted(package.rglob("*.py"))
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    with _PARSING:
+        for path in paths:
+            digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,8 +1,10 @@
 """The store and the zoo: what is found again, and what is measured, crafted or trained anew."""
 
+import gc
 import re
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
@@ -90,6 +92,16 @@ def test_code_is_that_of_the_first_call(edit):
     path = store.PACKAGE / "attacks.py"
     path.write_text("")
     assert code_hash("attacks", package=store.PACKAGE) == before
+
+
+def test_code_is_read_in_many_threads_at_once(request):
+    # Where Python code runs in the collector (Hypothesis has such code), threads change in the
+    # middle of parsing, and CPython 3.11 raised SystemError while a class was graded.
+    gc.callbacks.append(lambda *_: time.sleep(0))
+    request.addfinalizer(gc.callbacks.pop)
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(lambda _: code_hash.__wrapped__("attacks"), range(40)))
+    assert set(hashes) == {code_hash("attacks")}
 
 
 def test_key_is_of_all_that_was_asked(monkeypatch):
