@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import time
 import zipfile
 from contextlib import ExitStack
@@ -19,14 +20,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import attacks, files, forward, training
-from advlab.classroom import course, grading, submissions
+from advlab.classroom import course, grading, sandbox, submissions
 from advlab.cli import app
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
 from advlab.classroom import merging, run_submission
 
 NAMES = list(course.sources())
-SANDBOX = bool(shutil.which("bwrap"))
+# Where namespaces are forbidden (in some containers), a class is graded without.
+NAMESPACES = ["bwrap", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "true"]
+SANDBOX = bool(shutil.which("bwrap")) and subprocess.run(NAMESPACES).returncode == 0
+HOME = str(files.home())
 QUIET = Console(record=True, width=100)
 
 
@@ -411,7 +415,13 @@ def port():
         yield address[1]
 
 
-@pytest.mark.skipif(not SANDBOX, reason="bubblewrap is not installed")
+needs_sandbox = pytest.mark.skipif(not SANDBOX, reason="bubblewrap does not work here")
+
+
+RUN = "import subprocess\nsubprocess.run({}, check=True, capture_output=True)"
+
+
+@needs_sandbox
 def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch, port):
     victim, outside = tmp_path / "victim.txt", files.home() / "outputs" / "written.txt"
     victim.write_text("mine")
@@ -429,6 +439,10 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch, por
         f"import pathlib\n[p for p in pathlib.Path({home!r}).iterdir() if p.is_file()][0]",
         "import os\nos.listdir('/run')[0]",
         "import os\nos.environ['GRADER_TOKEN']",
+        "assert b'GRADER_TOKEN' in open('/proc/1/environ', 'rb').read()",
+        RUN.format(["umount", "-l", home]),
+        RUN.format(["mount", "-o", "remount,rw", "/"]),
+        RUN.format(["unshare", "-Urm", "true"]),
         f"import os\nos.kill({os.getpid()}, 0)",
     ]
     notebook = source("a1")
@@ -702,6 +716,36 @@ def test_a_sandbox_that_does_not_work_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name)
     with pytest.raises(course.CourseError, match="no namespaces here"):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("removed", "instead", "told"),
+    [
+        (["--cap-drop", "ALL"], [], "it holds capabilities"),
+        (["--disable-userns", "--cap-drop", "ALL"], [], "unmount .*mount / anew"),
+        (["--disable-userns"], [], "make a user namespace"),
+        (["--unshare-all"], ["--unshare-net"], "see the grader's processes"),
+        (["--unshare-all"], ["--unshare-pid"], "open a network connection"),
+        (["env", "-i"], ["env"], "read the grader's environment"),
+        (["--ro-bind", "/", "/"], ["--bind", "/", "/"], "write to "),
+        (["--tmpfs", HOME], ["--ro-bind", HOME, HOME], "read .*a1.ipynb"),
+        (["--remount-ro", HOME], [], f"write to {HOME}"),
+    ],
+)
+def test_a_sandbox_that_does_not_hold_is_told_of(tmp_path, monkeypatch, removed, instead, told):
+    def weak(work, hidden):
+        words = sandbox.sandboxed(work, hidden)
+        width = len(removed)
+        at = next(i for i in range(len(words)) if words[i : i + width] == removed)
+        at, width = (at - 2, width + 2) if removed[0] == "--tmpfs" else (at, width)  # its --size
+        return [*words[:at], *instead, *words[at + width :]]
+
+    monkeypatch.setattr(grading, "sandboxed", weak)
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    with pytest.raises(course.CourseError, match=told):
+        course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 LAID = {  # below the class's folder: whose it is; None for what is left out

@@ -127,7 +127,8 @@ def grade(
     hide = None
     if sandbox:  # the clone holds the answers, in its history too
         hide = [path.absolute() for path in (files.home(), Path.home(), folder, output)]
-        grading.check_sandbox(hide)
+        secrets = [*sources().values(), *(one.path for one in found)]
+        grading.check_sandbox(hide, [path.absolute() for path in secrets])
     for path in others:
         name = str(path.relative_to(folder))
         name = name if name.isprintable() else ascii(name)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import nbformat
 
 from advlab import files
+from advlab.classroom.probe import PID_NAMESPACE
 from advlab.classroom.sandbox import sandboxed
 from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
@@ -28,23 +31,49 @@ GRADER += ["upkeep/processes"]
 _running: set[int] = set()  # process groups of submissions
 
 
-def check_sandbox(hide: Sequence[Path]) -> None:
-    """Start Python under bubblewrap once.
+def check_sandbox(hide: Sequence[Path], secrets: Sequence[Path]) -> None:
+    """Start Python under bubblewrap once, and try from inside what a submission must not do.
+
+    Args:
+        hide: The folders that the sandbox covers.
+        secrets: Files in them.
 
     Raises:
-        CourseError: if bubblewrap is not there, or fails; with what it printed.
+        CourseError: if bubblewrap is not there, or fails, with what it printed; or if the sandbox
+            does not hold, with what could be done in it.
     """
+    accept = "or accept that with --no-sandbox"
     if not shutil.which("bwrap"):
         raise CourseError(
             "bubblewrap is not installed, and without it a submission could read and change this "
-            "machine's files. Install it (Debian: apt install bubblewrap), or accept that with "
-            "--no-sandbox"
+            f"machine's files. Install it (Debian: apt install bubblewrap), {accept}"
         )
-    with _work_folder() as work:
-        command = [*sandboxed(work, hide), sys.executable, "-c", "import ipykernel, torch"]
-        done = subprocess.run(command, capture_output=True, text=True)
+    token = token_hex()
+    with _work_folder() as work, socket.create_server(("127.0.0.1", 0)) as server:
+        job = {
+            "hidden": [str(path) for path in hide],
+            "secrets": [str(path) for path in secrets],
+            "token": token,
+            "port": server.getsockname()[1],
+            "pid_namespace": str(PID_NAMESPACE.readlink()),
+        }
+        done = subprocess.run(
+            [*sandboxed(work, hide), sys.executable, "-m", "advlab.classroom.probe"],
+            input=json.dumps(job),
+            env={**os.environ, "ADVLAB_PROBE": token},
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
-        raise CourseError(f"the sandbox does not work on this machine: {done.stderr.strip()}")
+        raise CourseError(
+            f"the sandbox does not work on this machine: {done.stderr.strip()}\n"
+            f"It needs bubblewrap 0.8 or later and user namespaces; install them, {accept}"
+        )
+    if broken := json.loads(done.stdout):
+        raise CourseError(
+            f"the sandbox does not hold on this machine; a program in it can {'; '.join(broken)}. "
+            f"Nothing was graded. Use another machine, {accept}"
+        )
 
 
 @contextmanager
