@@ -342,11 +342,6 @@ def load_folder(folder: Path, size: int = SIDE, seed: int = 0) -> ImageData:
 # --- choosing one
 
 
-def find_cifar10(data_dir: str | Path | None = None) -> Path | None:
-    """Return the folder that holds CIFAR-10 (see `find`)."""
-    return find("cifar10", data_dir)
-
-
 def find(key: str, data_dir: str | Path | None = None) -> Path | None:
     """Return the first folder that holds a set: `data_dir`, or else ADVLAB_DATA, or else data/.
 

@@ -242,7 +242,7 @@ def test_interrupted_download_leaves_nothing(server, empty_home, monkeypatch):
         resolve("auto")
     assert [path.name[:10] for path in half] == [".download-"]
     assert list((empty_home / "data").iterdir()) == []
-    assert datasets.find_cifar10() is None
+    assert datasets.find("cifar10") is None
 
 
 def test_download_into_a_file_names_the_folder_and_the_mend(server, empty_home):
