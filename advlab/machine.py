@@ -37,10 +37,9 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Tell whether bfloat16 is computed in hardware (elsewhere it would be slower than float32)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(
-        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    )
+    # Not `torch.cpu.get_capabilities`, which torch 2.9 does not have.
+    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and in_hardware
 
 
 def progress_bar(label: str | None, total: int, unit: str) -> tqdm:
