@@ -13,24 +13,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advlab.data import check_batch, check_name
+from advlab.data import check_batch, check_integer, check_labels, check_name
 from advlab.forward import (
     CHUNK,
     Classifier,
+    ask,
     check_device,
-    check_logits,
+    check_outputs,
     gradient_mode,
+    gradient_of,
     per_image_statistics_mode,
 )
-from advlab.models import fastest_layout
 
 NORMS = ("linf", "l2")
 LOSSES = ("ce", "dlr", "margin")
+COARSE = (torch.float16, torch.bfloat16)  # dtypes in which a step of an image is rounded
 
 
 def check_eps(
@@ -45,46 +48,31 @@ def check_eps(
         shape: For "l2", (C, H, W) of an image: black lies sqrt(C * H * W) from white.
 
     Raises:
-        ValueError: if there is no such norm, or `eps` is not from 0 to the distance of black from
-            white, which is 1 for "linf".
+        ValueError: if there is no such norm, or `eps` is no number from 0 to the distance of black
+            from white, which is 1 for "linf".
     """
     check_name("norm", norm, NORMS)
     largest = 1.0 if norm == "linf" else math.sqrt(math.prod(shape))
-    if 0 <= float(eps) <= largest:
+    if isinstance(eps, Real) and not isinstance(eps, bool) and 0 <= eps <= largest:
         return float(eps)
     if norm == "linf":
         raise ValueError(
-            f"{name} is {eps}; it must be a number from 0 to 1, in units of the pixel range [0, 1] "
-            "(8 steps of an 8-bit image are 8/255)"
+            f"{name} is {eps!r}; it must be a number from 0 to 1, in units of the pixel range "
+            "[0, 1] (8 steps of an 8-bit image are 8/255)"
         )
     raise ValueError(
-        f"{name} is {eps}; as an L2 length of images in [0, 1] it must be a number from 0 to "
+        f"{name} is {eps!r}; as an L2 length of images in [0, 1] it must be a number from 0 to "
         f"{largest:.1f}. Usual is 0.5; lengths of 8-bit images must be divided by 255"
     )
 
 
-def check_targets(targeted: Tensor, labels: Tensor) -> Tensor:
-    """Return the classes that a targeted attack aims at.
+def check_targets(targeted: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the classes that a targeted attack aims at, (N,) int64.
 
     Raises:
-        TypeError: if `targeted` is no int64 tensor.
-        ValueError: if it is not (N,) like `labels`, a class is negative or is the image's own.
+        TypeError, ValueError: as `data.check_labels`; also if a class is the image's own.
     """
-    if not isinstance(targeted, Tensor) or targeted.dtype != torch.int64:
-        kind = targeted.dtype if isinstance(targeted, Tensor) else type(targeted).__name__
-        raise TypeError(f"targeted is {kind}; give an int64 tensor of the classes to aim at")
-    if targeted.shape != labels.shape:
-        raise ValueError(
-            f"targeted has shape {tuple(targeted.shape)}; it must be {tuple(labels.shape)}, a "
-            "class for each image"
-        )
-    if targeted.device != labels.device:
-        raise ValueError(
-            f"targeted is on {targeted.device}, labels on {labels.device}; move one: "
-            "targeted.to(...)"
-        )
-    if int(targeted.min()) < 0:
-        raise ValueError(f"target {int(targeted.min())} is negative; classes count from 0")
+    check_labels(targeted, images, "targets")
     same = int((targeted == labels).sum())
     if same:
         raise ValueError(
@@ -99,21 +87,20 @@ def _gradients(
     """Yield `CHUNK` images at a time with their input gradients (see `input_gradient`)."""
     check_batch(images, labels)
     check_device(model, images)
-    # Reordering costs a single image more than it gains.
-    layout = fastest_layout(model) if len(images) > 1 else torch.contiguous_format
+    # Reordering costs a single image more than it gains, and group_norm is slow in the other.
+    usual = len(images) == 1 or per_image_statistics
+    layout = torch.contiguous_format if usual else None
     with gradient_mode(model, images.device), ExitStack() as stack:
         if per_image_statistics:
             stack.enter_context(per_image_statistics_mode(model))
-            layout = torch.contiguous_format  # group_norm is slow in the other
         parts = zip(images.detach().split(CHUNK), labels.split(CHUNK), strict=True)
         for part, targets in parts:
-            x = part.float().clone(memory_format=layout).requires_grad_()
-            # A clone, outside inference mode: autograd refuses the tensors of that mode.
-            targets = targets.clone()
-            logits = check_logits(model(x), targets).float()
+            # Clones, outside inference mode: autograd refuses the tensors of that mode.
+            x, targets = part.float().clone().requires_grad_(), targets.clone()
+            logits = check_outputs(ask(model, x, layout), targets)
             # The sum, not the mean: each image's gradient is then its own, whatever the batch.
             loss = F.cross_entropy(logits, targets, reduction="sum")
-            yield part, torch.autograd.grad(loss, x)[0].contiguous()
+            yield part, gradient_of(loss, x).contiguous()
 
 
 def input_gradient(
@@ -170,7 +157,26 @@ def perturb(images: Tensor, direction: Tensor, eps: float) -> Tensor:
             f"images {tuple(images.shape)} and direction {tuple(direction.shape)} must have the "
             "same shape: a direction belongs to the images it was made from"
         )
-    return torch.add(images, direction, alpha=check_eps(eps)).clamp_(0, 1)
+    coarse = images.dtype in COARSE
+    x = images.float() if coarse else images
+    made = torch.add(x, direction, alpha=check_eps(eps)).clamp_(0, 1)
+    return _round_towards(images, made) if coarse else made
+
+
+def _round_towards(images: Tensor, made: Tensor) -> Tensor:
+    """Return float32 images in the dtype of `images`, none of their pixels farther from those.
+
+    In bfloat16 the numbers below 1 are 1/256 apart: rounding alone would leave the ball.
+    """
+    if images.dtype not in COARSE:
+        return made.to(images.dtype)
+    rounded = (
+        made.to(images.dtype) + 0.0
+    )  # no -0: from 0 on, the bits of floats count like integers
+    change = rounded.float() - images.float()
+    over = change.abs() > (made - images.float()).abs()
+    back = rounded.view(torch.int16) - (change.sign() * over).to(torch.int16)
+    return back.view(images.dtype)
 
 
 def fgsm(
@@ -199,7 +205,8 @@ def fgsm(
     check_eps(eps)
     away = 1
     if targeted is not None:
-        away, labels = -1, check_targets(targeted, labels)
+        check_batch(images, labels)
+        away, labels = -1, check_targets(targeted, images, labels)
     # Not by way of `fgsm_direction`: for a single image its detour through int8 can be measured.
     chunks = _gradients(model, images, labels, per_image_statistics)
     return torch.cat([perturb(x, g.sign().mul_(away).to(x.dtype), eps) for x, g in chunks])
@@ -261,12 +268,12 @@ class _Ball:
 
     def start(self, generator: torch.Generator) -> Tensor:
         """Return a uniformly random point for every image."""
-        shape = self.originals.shape
+        shape, how = self.originals.shape, {"generator": generator, "dtype": torch.float32}
         if self.norm == "linf":
-            noise = torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(self.eps)
+            noise = torch.rand(shape, **how).mul_(2).sub_(1).mul_(self.eps)
         else:
-            noise = torch.randn(shape, generator=generator)
-            radius = torch.rand(len(noise), generator=generator) ** (1 / noise[0].numel())
+            noise = torch.randn(shape, **how)
+            radius = torch.rand(len(noise), **how) ** (1 / noise[0].numel())
             noise *= (radius * self.eps / noise.flatten(1).norm(dim=1))[:, None, None, None]
         return noise.to(self.originals.device).add_(self.originals).clamp_(0, 1)
 
@@ -297,7 +304,7 @@ class _Goal:
         if self.targeted is None:
             return attack_loss(logits, own, self.loss), found != own
         aim = self.targeted[part]
-        check_logits(logits, aim)
+        check_outputs(logits, aim)
         return attack_loss(logits, own, self.loss, aim), found == aim
 
 
@@ -350,20 +357,22 @@ def pgd(
     check_eps(eps, "eps", norm, images.shape[1:])
     if not check_eps(alpha, "alpha", norm, images.shape[1:]) > 0:
         raise ValueError(f"alpha is {alpha}; a step must have a size above 0")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; PGD needs at least 1")
-    if restarts < 1 or (restarts > 1 and not random_start):
+    for name, count in (("steps", steps), ("restarts", restarts)):
+        check_integer(name, count, 1)
+    if restarts > 1 and not random_start:
         raise ValueError(
-            f"restarts is {restarts} with random_start={random_start}; give at least 1, and only 1 "
-            "without a random start: every restart would be the same"
+            f"restarts is {restarts} with random_start=False; give 1: without a random start every "
+            "restart would be the same"
         )
+    check_integer("seed", seed)
     check_device(model, images)
-    aim = None if targeted is None else check_targets(targeted, labels).clone()
+    aim = None if targeted is None else check_targets(targeted, images, labels).clone()
     with gradient_mode(model, images.device):
         ball = _Ball(images.detach().float().clone(), eps, alpha, norm)
         goal = _Goal(labels.clone(), aim, loss)
         generator = torch.Generator().manual_seed(seed) if random_start else None
-        return _walk(model, ball, goal, steps, restarts, generator).to(images.dtype)
+        made = _walk(model, ball, goal, steps, restarts, generator)
+        return _round_towards(images.detach(), made)
 
 
 def _walk(
@@ -375,9 +384,8 @@ def _walk(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Return the worst points that `restarts` walks of `steps` steps find, float32."""
-    layout = fastest_layout(model)
     worst = ball.originals.clone()
-    highest = torch.full((len(worst),), -math.inf, device=worst.device)
+    highest = worst.new_full((len(worst),), -math.inf)
     active = torch.arange(len(worst), device=worst.device)
     for _ in range(restarts):
         # For all images, so that an image's noise does not depend on which others hold.
@@ -386,15 +394,15 @@ def _walk(
             holding = []
             # All take a step before any takes the next: the chunks stay full to the end.
             for part in active.split(CHUNK):
-                now = x[part].contiguous(memory_format=layout).requires_grad_(step < steps)
-                logits = check_logits(model(now), goal.labels[part]).float()
+                now = x[part].requires_grad_(step < steps)
+                logits = check_outputs(ask(model, now), goal.labels[part])
                 losses, broken = goal.judge(logits, part)
                 worse = broken | (losses.detach() > highest[part])
                 worst[part[worse]] = now.detach()[worse]
                 highest[part[worse]] = losses.detach()[worse]
                 holding.append(part[~broken])
                 if step < steps:
-                    gradient = torch.autograd.grad(losses.sum(), now)[0]
+                    gradient = gradient_of(losses.sum(), now)
                     x[part] = ball.step(now.detach(), gradient, part)
             active = torch.cat(holding)
             if len(active) == 0:
@@ -443,10 +451,9 @@ def mifgsm(
     """
     check_batch(images, labels)
     check_eps(eps)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; MI-FGSM needs at least 1")
-    if not 0 <= decay < math.inf:
-        raise ValueError(f"decay is {decay}; it must be a number from 0 on, and is usually 1")
+    check_integer("steps", steps, 1)
+    if not isinstance(decay, Real) or not 0 <= decay < math.inf:
+        raise ValueError(f"decay is {decay!r}; it must be a number from 0 on, and is usually 1")
     ball = _Ball(images.detach().float(), eps, eps / steps, "linf")
     x, momentum = ball.originals, 0.0
     for _ in range(steps):
@@ -455,4 +462,4 @@ def mifgsm(
             1e-12
         )
         x = ball.step(x, momentum, slice(None))
-    return x.to(images.dtype)
+    return _round_towards(images.detach(), x)

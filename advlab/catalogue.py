@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from advlab.attacks import fgsm_direction, mifgsm, perturb, pgd, rfgsm
-from advlab.data import check_batch, check_name
+from advlab.attacks import check_eps, fgsm_direction, mifgsm, perturb, pgd, rfgsm
+from advlab.data import check_batch, check_integer, check_name
 from advlab.datasets import DATASETS
 from advlab.forward import Classifier, holds
 from advlab.models import ARCHITECTURES
@@ -68,6 +68,7 @@ class Attack:
         if not self.one_direction:
             raise ValueError(f"{self.name} has another direction for every eps; call it with one")
         check_batch(images, labels)
+        check_integer("seed", seed)
         return self.function(model, images, labels, seed)
 
     def __call__(
@@ -81,8 +82,9 @@ class Attack:
             seed: Of noise and random starts.
         """
         check_batch(images, labels)
+        check_integer("seed", seed)
         images = images.detach()
-        if eps == 0:
+        if check_eps(eps) == 0:
             return images
         if self.one_direction:
             return perturb(images, self.direction(model, images, labels, seed=seed), eps)

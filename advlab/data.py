@@ -5,9 +5,11 @@ batch is then one indexing operation and needs no worker processes.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,25 +37,46 @@ def check_name(kind: str, name: object, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
 
 
+def check_integer(name: str, value: object, least: int = 0) -> int:
+    """Return `value` if it is an integer (no bool) from `least` on.
+
+    Raises:
+        ValueError: otherwise; calls it `name`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer from {least} on")
+    return int(value)
+
+
+def _kind(value: object) -> str:
+    """Return what an error calls the dtype of `value`, or its type if it is no tensor."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
 def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images (N, C, H, W) as float32 in [0, 1]."""
+    """Return uint8 images (N, C, H, W) as float32 in [0, 1].
+
+    Raises:
+        TypeError: if they are not uint8.
+    """
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise TypeError(f"images are {_kind(images)}; to_float takes uint8 images, from 0 to 255")
     return images.float().div_(255)
 
 
-def check_batch(images: Tensor, labels: Tensor) -> None:
-    """Check that images and labels are what every model, attack and table here expects.
+def check_images(images: Tensor) -> None:
+    """Check that images are what every model and attack here expects.
 
     Args:
         images: (N, C, H, W) float in [0, 1], N at least 1.
-        labels: (N,) int64 on the same device, none negative.
 
     Raises:
-        TypeError: if a dtype is wrong.
-        ValueError: if a shape is wrong or a value is out of range; the message names the mend.
+        TypeError: if they are no floats.
+        ValueError: if the shape is wrong or a value is out of range; the message names the mend.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images are {kind}; give a float tensor in [0, 1] (advlab.data.to_float)")
+        mend = "advlab.data.to_float" if isinstance(images, Tensor) else "torch.as_tensor first"
+        raise TypeError(f"images are {_kind(images)}; give a float tensor in [0, 1] ({mend})")
     shape = tuple(images.shape)
     if images.ndim != 4:
         mend = "; images[None] for one image, images[:, None] for grey ones"
@@ -66,20 +89,6 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         )
     if images.numel() == 0:
         raise ValueError(f"the batch is empty {shape}; give at least one image")
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels are {kind}; give an int64 tensor (labels.long())")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} for {len(images)} images; "
-            f"it must be ({len(images)},)"
-        )
-    if labels.device != images.device:
-        raise ValueError(
-            f"images are on {images.device}, labels on {labels.device}; move one: labels.to(...)"
-        )
-    if int(labels.min()) < 0:
-        raise ValueError(f"label {int(labels.min())} is negative; labels count from 0")
     low, high = (float(v) for v in torch.aminmax(images.detach()))
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # written so that NaN fails it
         raise ValueError(
@@ -88,12 +97,70 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         )
 
 
+def check_labels(labels: Tensor, images: Tensor, name: str = "labels") -> None:
+    """Check that there is a class for each of `images`.
+
+    Args:
+        labels: (N,) int64 on the device of the images, none negative.
+        images: (N, C, H, W).
+        name: What the error calls them.
+
+    Raises:
+        TypeError: if the dtype is wrong.
+        ValueError: if shape or device is wrong, or a class is negative.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        mend = f"an int64 tensor of class numbers ({name}.long())"
+        if not isinstance(labels, Tensor):
+            mend = f"an int64 tensor of class numbers (torch.as_tensor({name}).long())"
+        elif labels.ndim == 2:
+            mend = f"one class for each image ({name}.argmax(1)); a share for each is not supported"
+        elif labels.is_floating_point():
+            mend = "an int64 tensor of class numbers"
+        raise TypeError(f"{name} are {_kind(labels)}; give {mend}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{name} have shape {tuple(labels.shape)} for {len(images)} images; "
+            f"it must be ({len(images)},)"
+        )
+    if labels.device != images.device:
+        raise ValueError(
+            f"images are on {images.device}, {name} on {labels.device}; move one: {name}.to(...)"
+        )
+    if int(labels.min()) < 0:
+        raise ValueError(f"{name} hold {int(labels.min())}; classes count from 0")
+
+
+def check_batch(images: Tensor, labels: Tensor) -> None:
+    """Check images and labels, as `check_images` and `check_labels` do."""
+    check_images(images)
+    check_labels(labels, images)
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) uint8 with their labels (N,) int64."""
+    """Images (N, C, H, W) uint8 with their labels (N,) int64.
+
+    Raises:
+        TypeError: if a dtype is another.
+        ValueError: if there are not as many labels as images.
+    """
 
     images: Tensor
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        for name, found, wanted in (
+            ("images", self.images, torch.uint8),
+            ("labels", self.labels, torch.int64),
+        ):
+            if not isinstance(found, Tensor) or found.dtype != wanted:
+                raise TypeError(f"a split's {name} are {_kind(found)}; they must be {wanted}")
+        if self.images.ndim != 4 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"a split's images are {tuple(self.images.shape)}, its labels "
+                f"{tuple(self.labels.shape)}; they must be (N, C, H, W) and (N,)"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,6 +188,27 @@ class Split:
     def to(self, device: torch.device | str) -> "Split":
         """Return the split with its tensors on `device`."""
         return Split(self.images.to(device), self.labels.to(device))
+
+
+class WithTransforms(torch.utils.data.Dataset):
+    """A data set whose image and label go through `transforms` together (paper, section 6.1).
+
+    torchvision's classification sets give their `transform` the image alone; an attack needs the
+    label too.
+
+    Args:
+        pictures: Any data set of pairs (image, label), such as one of torchvision's.
+        transforms: Called with both, such as a ``v2.Compose`` that ends in `FGSMTransform`.
+    """
+
+    def __init__(self, pictures: Any, transforms: Callable[..., Any]) -> None:
+        self.pictures, self.transforms = pictures, transforms
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transforms(*self.pictures[index])
 
 
 def _md5(*splits: Split) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from advlab.attacks import check_eps, perturb
 from advlab.catalogue import ATTACKS, Attack, attack_named
 from advlab.checkpoints import Checkpoint
-from advlab.data import ImageData
+from advlab.data import ImageData, check_batch, check_integer
 from advlab.forward import Classifier, evaluate, holds
 from advlab.forward import predict as predict  # lessons find all that they ask a model here
 from advlab.machine import progress_bar
@@ -234,10 +234,11 @@ def minimal_eps(
     Raises:
         ValueError: if `largest` is out of range or there is no such attack.
     """
-    if not 1 <= largest <= 255:
+    if check_integer("largest", largest, 1) > 255:
         raise ValueError(f"largest is {largest}; it counts steps of 1/255, from 1 to 255")
+    check_batch(images, labels)
     chosen = attack_named(attack)
-    found = torch.full((len(images),), math.inf, device=images.device)
+    found = torch.full((len(images),), math.inf, dtype=torch.float32, device=images.device)
     active = torch.arange(len(images), device=images.device)
     signs = chosen.direction(model, images, labels, seed=seed) if chosen.one_direction else None
     for step in range(largest + 1):

@@ -1,7 +1,7 @@
 """The one place where a model is called: its mode, its answers, and what is counted of them.
 
-Everything is computed in float32 and in eval mode, `CHUNK` images at a time, and the model is left
-as it was found.
+Everything is computed in eval mode, `CHUNK` images at a time, and in the dtype of the model's
+weights, which is float32 here. The model is left as it was found, and so are the images.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from advlab.data import check_batch
+from advlab.data import check_batch, check_images
 from advlab.models import fastest_layout
 
 Classifier = Callable[[Tensor], Tensor]
@@ -26,10 +27,20 @@ def eval_mode(model: Classifier) -> Iterator[None]:
     """Put every module of `model` in eval mode; give each its own mode back at the end.
 
     `model.train()` afterwards would be wrong: a layer that its owner keeps in eval mode (frozen
-    batch norm, say) would be switched as well. A model that is no `nn.Module` is left alone.
+    batch norm, say) would be switched as well.
+
+    Raises:
+        ValueError: if `model` is a function that calls a module in training mode, where dropout and
+            batch statistics would count, and change.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
+    if not isinstance(model, nn.Module):
+        hook = register_module_forward_pre_hook(_refuse_training)
+        try:
+            yield
+        finally:
+            hook.remove()
+        return
+    training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
@@ -37,6 +48,14 @@ def eval_mode(model: Classifier) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _refuse_training(module: nn.Module, _: object) -> None:
+    if module.training:
+        raise ValueError(
+            f"the function calls a model ({type(module).__name__}) that is in training mode; call "
+            "its eval() first, or give the model itself"
+        )
 
 
 @contextmanager
@@ -126,24 +145,77 @@ def per_image_statistics_mode(model: Classifier) -> Iterator[None]:
         yield
 
 
-def _check_shape(logits: Tensor, n: int) -> Tensor:
-    """Return `logits` if they are (n, classes)."""
+def ask(model: Classifier, images: Tensor, layout: torch.memory_format | None = None) -> Tensor:
+    """Return the logits of a batch, through which gradients flow where the caller takes them.
+
+    The model is given a copy, in its own dtype and layout: layers that work in place (as
+    ``nn.ReLU(inplace=True)`` does) would change the caller's images.
+
+    Args:
+        model: In eval mode, on the device of the images.
+        images: (N, C, H, W) float.
+        layout: Of the copy; None for that in which the model is fastest.
+
+    Returns:
+        (N, outputs) float32.
+
+    Raises:
+        ValueError: if the model returns anything else, NaN or infinity.
+    """
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    dtype = next((w.dtype for w in weights if w.is_floating_point()), torch.float32)
+    logits = model(images.to(dtype).clone(memory_format=layout or fastest_layout(model)))
+    n = len(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        is_tensor = isinstance(logits, Tensor)
+        shape = tuple(logits.shape) if is_tensor else f"a {type(logits).__name__}"
+        mend = "" if is_tensor else "; wrap it in a model that returns them alone"
         raise ValueError(
             f"the model returned {shape} for {n} images; it must return logits of shape "
-            f"({n}, classes)"
+            f"({n}, classes){mend}"
+        )
+    logits = logits.float()
+    finite = logits.detach().isfinite()
+    if not finite.all():
+        broken = int((~finite.all(1)).sum())
+        raise ValueError(
+            f"the model returned NaN or infinity for {broken} of {n} images; nothing can be "
+            "measured of it. Look for weights, running variances or a division that make them"
         )
     return logits
 
 
-def check_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return `logits` if they are (N, classes) and have a column for each label.
+def gradient_of(loss: Tensor, images: Tensor) -> Tensor:
+    """Return the gradient of `loss` with respect to `images`, of which it was computed.
+
+    Raises:
+        ValueError: if there is none, or it holds NaN or infinity.
+    """
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, images, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "the model's logits carry no gradient (it detaches them, computes under no_grad, or "
+            "returns no differentiable numbers); a white-box attack needs one. Without it there "
+            'are "noise", transfer from another model, and AutoAttack\'s "square"'
+        )
+    finite = gradient.isfinite()
+    if not finite.all():
+        broken = int((~finite.flatten(1).all(1)).sum())
+        raise ValueError(
+            f"the model's gradient is NaN or infinite for {broken} of {len(images)} images; an "
+            "attack cannot follow it. Look for a square root, logarithm or division at 0"
+        )
+    return gradient
+
+
+def check_outputs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return `logits` (N, outputs) if they have a column for each label.
 
     Raises:
         ValueError: otherwise.
     """
-    _check_shape(logits, len(labels))
     if int(labels.max()) >= logits.shape[1]:
         raise ValueError(
             f"label {int(labels.max())} has no logit: the model returned {logits.shape[1]} of them"
@@ -168,32 +240,33 @@ def check_device(model: Classifier, images: Tensor) -> None:
 
 @torch.no_grad()
 def predict(model: Classifier, images: Tensor) -> Tensor:
-    """Return the logits of float images (N, C, H, W) in [0, 1].
+    """Return the logits of images.
+
+    Args:
+        model: Maps images to logits; any callable.
+        images: (N, C, H, W) float in [0, 1].
 
     Returns:
         (N, outputs) float32, on the device of the images.
 
     Raises:
-        ValueError: if the model lies elsewhere, or returns anything else.
+        ValueError, TypeError: if the images are not as in `check_images`, the model lies elsewhere,
+            or its answer is not as in `ask`.
     """
+    check_images(images)
     check_device(model, images)
-    layout, parts = fastest_layout(model), []
     with eval_mode(model), float32_mode(images.device):
-        for part in images.split(CHUNK):
-            logits = model(part.float().contiguous(memory_format=layout))
-            parts.append(_check_shape(logits, len(part)).float())
-    return torch.cat(parts)
+        return torch.cat([ask(model, part) for part in images.split(CHUNK)])
 
 
 def evaluate(model: Classifier, images: Tensor, labels: Tensor) -> tuple[int, float]:
     """Return (number of correct images, mean cross entropy) of `model`.
 
     Raises:
-        ValueError, TypeError: if images or labels are not as in `check_batch`, or the model does
-            not return logits (N, classes).
+        ValueError, TypeError: as `predict`; if the labels are not as in `check_labels`, or have no
+            logit.
     """
-    check_batch(images, labels)
-    logits = check_logits(predict(model, images), labels).cpu()  # not every GPU has float64
+    logits = _answers(model, images, labels).cpu()  # not every GPU has float64
     loss = float(F.cross_entropy(logits.double(), labels.cpu()))
     return int((logits.argmax(1) == labels.cpu()).sum()), loss
 
@@ -205,7 +278,11 @@ def holds(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     no attack broke it.
 
     Raises:
-        ValueError, TypeError: if images, labels or logits are not as in `evaluate`.
+        ValueError, TypeError: as `evaluate`.
     """
+    return _answers(model, images, labels).argmax(1) == labels
+
+
+def _answers(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     check_batch(images, labels)
-    return check_logits(predict(model, images), labels).argmax(1) == labels
+    return check_outputs(predict(model, images), labels)

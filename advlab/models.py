@@ -162,9 +162,14 @@ def build(arch: str, seed: int = 0, shape: Shape = CIFAR_SHAPE, classes: int = 1
     check_name("architecture", arch, ARCHITECTURES)
     if classes < 2:
         raise ValueError(f"classes is {classes}; a classifier needs at least 2")
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`: it seeds GPUs as well
-        return ARCHITECTURES[arch].make(classes, tuple(shape))
+        torch.set_default_dtype(torch.float32)  # the same weights, whatever the caller has chosen
+        try:
+            return ARCHITECTURES[arch].make(classes, tuple(shape))
+        finally:
+            torch.set_default_dtype(before)
 
 
 def fastest_layout(model: Callable[[Tensor], Tensor]) -> torch.memory_format:

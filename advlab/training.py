@@ -86,7 +86,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each of `images` (N, C, H, W) left-right with probability 1/2."""
-    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    drawn = torch.rand(len(images), generator=generator, dtype=torch.float32)
+    chosen = (drawn < 0.5).to(images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
@@ -141,8 +142,8 @@ def attack_batch(
     eps = recipe.eps
     x = images
     if recipe.adversary != "fgsm":
-        noise = torch.rand(images.shape, generator=generator).to(images.device)
-        x = torch.add(images, noise.mul_(2).sub_(1), alpha=eps).clamp_(0, 1)
+        noise = torch.rand(images.shape, generator=generator, dtype=torch.float32)
+        x = torch.add(images, noise.to(images.device).mul_(2).sub_(1), alpha=eps).clamp_(0, 1)
     trades = recipe.adversary == "trades"
     with ExitStack() as stack:
         if trades:
@@ -223,7 +224,12 @@ def hold_out(train: Split) -> tuple[Split, Split]:
 
     The last 5,000 images (of a small set the last tenth) are not trained on. The first 2,000 of
     them are the validation split: attacking all of them would cost half of an epoch.
+
+    Raises:
+        ValueError: if there are fewer than ten images.
     """
+    if len(train) < 10:
+        raise ValueError(f"there are {len(train)} training images; at least 10 are needed")
     held = min(5_000, len(train) // 10)
     rest = train.first(len(train) - held)
     validation = Split(train.images[len(rest) :], train.labels[len(rest) :])
@@ -262,7 +268,9 @@ class _Run:
         check_name("precision", precision, ("auto", "bfloat16", "float32"))
         self.half = has_fast_bf16(self.device) if precision == "auto" else precision == "bfloat16"
         model.to(memory_format=fastest_layout(model))
-        self.steps = -(-len(data) // recipe.batch_size)  # of an epoch
+        if len(data) == 0:
+            raise ValueError("there are no images to train on")
+        self.steps = len(self._batches(torch.arange(len(data))))  # of an epoch
         self.optimiser = _optimiser(model, recipe, fused=self.device.type != "mps")
         self.schedule = _schedule(self.optimiser, recipe, recipe.epochs * self.steps)
         self.parts = {"model": model, "optimiser": self.optimiser, "schedule": self.schedule}
@@ -287,13 +295,19 @@ class _Run:
         """Train for one epoch; return its exact mean loss and accuracy over the images seen."""
         number, size = len(self.history), len(self.data)
         generator = torch.Generator().manual_seed(1000 * self.seed + number)
-        batches = torch.randperm(size, generator=generator).split(self.recipe.batch_size)
-        loss_sum = torch.zeros((), device=self.device)
+        batches = self._batches(torch.randperm(size, generator=generator))
+        loss_sum = torch.zeros((), device=self.device, dtype=torch.float32)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         self.model.train()
         start = time.perf_counter()
         for index in batches:
             loss, right = self._step(index, generator)
+            if not loss.isfinite():
+                raise RuntimeError(
+                    f"epoch {number + 1}: the loss is {float(loss)}, and no later step would mend "
+                    f"it. Nothing of this epoch was saved. Lower the learning rate "
+                    f"({self.recipe.lr:g}), or train with precision='float32'"
+                )
             loss_sum += loss * len(index)
             correct += right
             on_step()
@@ -301,6 +315,16 @@ class _Run:
         seconds = time.perf_counter() - start
         rate = {"seconds": seconds, "images_per_second": size / seconds}
         return {"epoch": number + 1, **found, **rate}
+
+    def _batches(self, order: Tensor) -> list[Tensor]:
+        """Cut an order into batches; a last one of a single image joins the one before.
+
+        Batch norm has no spread of one image's features to divide by.
+        """
+        *batches, last = order.split(self.recipe.batch_size)
+        if batches and len(last) == 1 < self.recipe.batch_size:
+            last = torch.cat([batches.pop(), last])
+        return [*batches, last]
 
     def _step(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Take one step on the images at `index`; return their mean loss and how many are right."""
@@ -400,7 +424,9 @@ def fit(
         images_per_second; what `measure_on_test` and `measure_on_validation` return, if asked for.
 
     Raises:
-        ValueError: if `state_path` is damaged or there is no such precision.
+        ValueError: if `state_path` is damaged, `data` is empty or there is no such precision.
+        RuntimeError: at the first loss that is no finite number; nothing of its epoch is
+            saved.
     """
     run = _Run(model, data, recipe, seed, precision, state_path)
     with progress_bar(progress, recipe.epochs * run.steps, "step") as bar:

@@ -1,5 +1,7 @@
 """FGSM as a torchvision transform, for a chain of data augmentations (paper, section 6.1)."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,11 @@ from advlab.forward import Classifier
 class FGSMTransform(v2.Transform):
     """FGSM as a torchvision transform of image and label together (paper, section 6.1).
 
-    Works in `v2.Compose` and as the joint ``transforms`` of a torchvision data set, on one sample
-    (image (C, H, W), label an int) or on a batch (images (N, C, H, W), labels (N,)). Images
-    must be float in [0, 1], so put ``v2.ToImage()`` and ``v2.ToDtype(torch.float32, scale=True)``
-    before it, and every flip or crop too: the direction belongs to the pixels it was made from.
+    Works in `v2.Compose` on one sample (image (C, H, W), label an int) or on a batch (images
+    (N, C, H, W), labels (N,)). torchvision's classification sets give their `transform` the image
+    alone; `data.WithTransforms` gives both. Images must be float in [0, 1], so put
+    ``v2.ToImage()`` and ``v2.ToDtype(torch.float32, scale=True)`` before it, and every flip or crop
+    too: the direction belongs to the pixels it was made from.
 
     Args:
         model: The model whose gradient is used.
@@ -31,8 +34,8 @@ class FGSMTransform(v2.Transform):
         self, model: Classifier, eps: float, p: float = 1.0, per_image_statistics: bool = False
     ) -> None:
         super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p is {p}; it is a probability, from 0 to 1")
+        if not isinstance(p, Real) or isinstance(p, bool) or not 0 <= p <= 1:
+            raise ValueError(f"p is {p!r}; it is a probability, from 0 to 1")
         self.eps = check_eps(eps)
         self.p = p
         self.per_image_statistics = per_image_statistics
@@ -45,8 +48,9 @@ class FGSMTransform(v2.Transform):
         pair = inputs[0] if len(inputs) == 1 else inputs
         if isinstance(pair, Tensor) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(
-                "FGSMTransform needs the label too: call it with (image, label). In a torchvision "
-                "data set it belongs in `transforms`, the joint ones, not in `transform`"
+                "FGSMTransform needs the label too: call it with (image, label). The `transform` "
+                "of a torchvision data set gets the image alone; wrap the data set instead: "
+                "advlab.data.WithTransforms(dataset, v2.Compose([..., FGSMTransform(...)]))"
             )
         image, label = pair
         if not isinstance(image, Tensor):
@@ -56,7 +60,8 @@ class FGSMTransform(v2.Transform):
             )
         single = image.ndim == 3
         images = image.as_subclass(Tensor).unsqueeze(0) if single else image.as_subclass(Tensor)
-        labels = torch.as_tensor(label, device=images.device).reshape(-1)
+        labels = torch.as_tensor(label, device=images.device)
+        labels = labels[None] if single else labels
         check_batch(images, labels)
         chosen = (torch.rand(len(images)) < self.p).to(images.device)
         attacked = images.clone()

@@ -1,6 +1,5 @@
 """Batches that are refused, splits, Shapes-10, and which data set is used."""
 
-import math
 import shutil
 import threading
 
@@ -24,51 +23,6 @@ def test_good_batches_pass(shape):
     check_batch(images, labels)
 
 
-IMAGES, LABELS = make_batch(4)
-
-
-def spoilt(value: float) -> torch.Tensor:
-    images = IMAGES.clone()
-    images[2, 1, 5, 5] = value
-    return images
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "error", "message"),
-    [
-        ((IMAGES * 255).byte(), LABELS, TypeError, r"torch.uint8; give a float.*to_float"),
-        (IMAGES.numpy(), LABELS, TypeError, r"images are ndarray; give a float"),
-        (None, LABELS, TypeError, r"images are NoneType; give a float"),
-        (IMAGES[0], LABELS[:1], ValueError, r"\(3, 32, 32\); it must be .* images\[None\] for one"),
-        (IMAGES[:, 0], LABELS, ValueError, r"\(4, 32, 32\); .* images\[:, None\] for grey"),
-        (IMAGES[0, 0], LABELS, ValueError, r"\(32, 32\); it must be \(N, C, H, W\)$"),
-        (IMAGES.permute(0, 2, 3, 1), LABELS, ValueError, r"\(4, 32, 32, 3\); .*permute\(0, 3,"),
-        (IMAGES[:0], LABELS[:0], ValueError, r"batch is empty \(0, 3, 32, 32\); give at least one"),
-        (IMAGES[..., :0], LABELS, ValueError, r"batch is empty \(4, 3, 32, 0\)"),
-        (IMAGES, LABELS.int(), TypeError, r"torch.int32; give an int64 tensor \(labels.long"),
-        (IMAGES, LABELS.float(), TypeError, r"torch.float32; give an int64"),
-        (IMAGES, LABELS.tolist(), TypeError, "labels are list; give an int64"),
-        (IMAGES, LABELS[:3], ValueError, r"shape \(3,\) for 4 images; it must be \(4,\)"),
-        (IMAGES, LABELS[:, None], ValueError, r"shape \(4, 1\) for 4 images"),
-        (IMAGES, LABELS - 20, ValueError, r"label -\d+ is negative; labels count from 0"),
-        (IMAGES, LABELS.to("meta"), ValueError, r"images are on cpu, labels on meta; .*labels.to"),
-        (spoilt(1.001), LABELS, ValueError, r"to 1\.001; they must lie in \[0, 1\]"),
-        (spoilt(-0.5), LABELS, ValueError, r"range from -0\.5 .*normalise inside the model"),
-        (spoilt(math.nan), LABELS, ValueError, "nan; they must lie in .* hold no NaN"),
-        (spoilt(math.inf), LABELS, ValueError, "to inf; they must lie"),
-        (IMAGES * 255, LABELS, ValueError, "Divide 8-bit images by 255"),
-    ],
-    ids=[
-        *("uint8", "numpy", "none", "one", "grey", "plane", "channels-last", "empty", "no-width"),
-        *("int32", "float", "list", "length", "column", "negative", "device"),
-        *("above", "below", "nan", "inf", "8-bit"),
-    ],
-)
-def test_bad_batches_are_refused_with_value_and_mend(images, labels, error, message):
-    with pytest.raises(error, match=message):
-        check_batch(images, labels)
-
-
 # --- Split and ImageData
 
 
@@ -80,6 +34,20 @@ def test_split_batch_is_float_in_unit_range(shapes):
     assert torch.equal((images * 255).round().byte(), shapes.train.images[index])
     assert torch.equal(labels, shapes.train.labels[index])
     check_batch(images, labels)
+
+
+def test_what_is_no_split_is_refused(shapes):
+    images, labels = shapes.train.images, shapes.train.labels
+    floats = images / 255
+    # Divided in place, they would fade with every batch.
+    with pytest.raises(TypeError, match=r"images are torch\.float32; to_float takes uint8"):
+        data.to_float(floats)
+    with pytest.raises(TypeError, match=r"split's images are torch\.float32; they must be .*uint8"):
+        Split(floats, labels)
+    with pytest.raises(TypeError, match=r"split's labels are torch\.int32; they must be .*int64"):
+        Split(images, labels.int())
+    with pytest.raises(ValueError, match=r"\(160, 3, 32, 32\), its labels \(159,\); they must be"):
+        Split(images, labels[1:])
 
 
 def test_first_takes_the_first_images_and_no_more_than_there_are(shapes):

@@ -8,11 +8,7 @@ import torch.nn.functional as F
 from conftest import OTHER_KINDS, assert_same_state, make_batch, make_small_cnn
 from torch import nn
 
-from advlab.attacks import fgsm, input_gradient, mifgsm, pgd
 from advlab.forward import eval_mode, evaluate, holds, per_image_statistics_mode, predict
-
-CALLS = [evaluate, holds, input_gradient]
-CALLS += [lambda *a: fgsm(*a, 0.1), lambda *a: pgd(*a, 0.1, alpha=0.1, steps=1)]
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((3, 32, 32), 10), *OTHER_KINDS])
@@ -50,33 +46,3 @@ def test_modes_end_with_their_block_even_if_it_fails(mode, small_cnn):
         raise RuntimeError("on purpose")
     assert all(module.training for module in small_cnn.modules())
     assert not any(module._forward_hooks for module in small_cnn.modules())
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda x: x.flatten(1).sum(1), r"returned \(12,\) for 12 images; it must return logits"),
-        (lambda x: x.flatten(1)[:6], r"returned \(6, 3072\) for 12 images; .*\(12, classes\)"),
-        (lambda x: [x], "returned list for 12 images"),
-        (lambda x: x.flatten(1)[:, :4], r"label \d has no logit: the model returned 4"),
-    ],
-    ids=["rank", "length", "type", "classes"],
-)
-def test_model_that_is_no_classifier_is_refused(model, message, batch):
-    for call in CALLS:
-        with pytest.raises(ValueError, match=message):
-            call(model, *batch)
-
-
-def test_bad_images_are_refused_before_the_model_sees_them(batch):
-    for call in (*CALLS, lambda *a: mifgsm(*a, 0.1)):
-        with pytest.raises(ValueError, match="Divide 8-bit images by 255"):
-            call(None, 255 * batch[0], batch[1])
-
-
-def test_model_on_another_device_is_named_with_the_mend(small_cnn, batch):
-    small_cnn.to("meta")
-    told = r"the model is on meta, the images on cpu; move one: model.to\(...\) or images.to"
-    for call in (*CALLS, lambda m, x, y: predict(m, x)):
-        with pytest.raises(ValueError, match=told):
-            call(small_cnn, *batch)

@@ -312,6 +312,44 @@ def test_auto_is_bfloat16_where_it_is_fast(tiny_shapes, monkeypatch, has_units, 
         assert_same_state(found, expected.state_dict())
 
 
+def test_training_stops_at_the_first_loss_that_is_no_number(tiny_shapes, tmp_path):
+    model, state = make_small_cnn(), tmp_path / "state.pt"
+    told = r"epoch 1: the loss is (nan|inf).*Lower the learning rate \(1e\+30\)"
+    with pytest.raises(RuntimeError, match=told):
+        fit(model, tiny_shapes.train, replace(TINY, lr=1e30), state_path=state)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("n", [1, 32, 33, 65])
+def test_a_last_batch_of_one_image_joins_the_one_before(shapes, n):
+    class Features(torch.nn.Sequential):  # whose batch norm is of (N, C)
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    sizes = []
+    layers = [torch.nn.Flatten(), torch.nn.Linear(3072, 4)]
+    if n > 1:
+        layers.append(torch.nn.BatchNorm1d(4))
+    model = Features(*layers, torch.nn.Linear(4, 10))
+    history = fit(model, shapes.train.first(n), replace(TINY, epochs=1, one_cycle=True))
+    assert sizes == {1: [1], 32: [32], 33: [33], 65: [32, 33]}[n]
+    assert math.isfinite(history[0]["train_loss"])
+
+
+@pytest.mark.parametrize("n", range(11))
+def test_too_few_images_are_told(tiny_shapes, n):
+    split = Split(tiny_shapes.train.images[:n], tiny_shapes.train.labels[:n])
+    if n == 0:
+        with pytest.raises(ValueError, match="there are no images to train on"):
+            fit(make_small_cnn(), split, TINY)
+    if n < 10:
+        with pytest.raises(ValueError, match=f"there are {n} training images; at least 10 are"):
+            hold_out(split)
+    else:
+        assert [len(part) for part in hold_out(split)] == [n - 1, 1]
+
+
 def test_unknown_precision_is_refused_by_name(tiny_shapes):
     model = make_small_cnn()
     with pytest.raises(ValueError, match="precision 'float8'; choose one of auto, bfloat16"):
