@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -268,7 +269,8 @@ class _Ball:
 
     def start(self, generator: torch.Generator) -> Tensor:
         """Return a uniformly random point for every image."""
-        shape, how = self.originals.shape, {"generator": generator, "dtype": torch.float32}
+        shape = self.originals.shape
+        how: Any = {"generator": generator, "dtype": torch.float32}
         if self.norm == "linf":
             noise = torch.rand(shape, **how).mul_(2).sub_(1).mul_(self.eps)
         else:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,9 +65,9 @@ class Checkpoint:
         return self.metadata["history"]
 
 
-def as_bytes(tensor: Tensor) -> np.ndarray:
+def as_bytes(tensor: Tensor) -> memoryview:
     """Return the content of a tensor of any dtype (NumPy knows no bfloat16), for a hash."""
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -214,8 +214,8 @@ class WithTransforms(torch.utils.data.Dataset):
 def _md5(*splits: Split) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     for split in splits:
-        digest.update(split.images.cpu().contiguous().numpy())
-        digest.update(split.labels.cpu().numpy())
+        digest.update(split.images.cpu().contiguous().numpy().data)
+        digest.update(split.labels.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ weights, which is float32 here. The model is left as it was found, and so are th
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def float32_mode(device: torch.device) -> Iterator[None]:
     TF32 has 10 bits where float32 has 23. Convolutions there use it unless told otherwise; matrix
     products only if the caller says so.
     """
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     layers = (cudnn.conv, cudnn.rnn) if device.type == "cuda" else ()
     before = [layer.fp32_precision for layer in layers]
     try:

@@ -167,7 +167,7 @@ def build(arch: str, seed: int = 0, shape: Shape = CIFAR_SHAPE, classes: int = 1
         torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`: it seeds GPUs as well
         torch.set_default_dtype(torch.float32)  # the same weights, whatever the caller has chosen
         try:
-            return ARCHITECTURES[arch].make(classes, tuple(shape))
+            return ARCHITECTURES[arch].make(classes, shape)
         finally:
             torch.set_default_dtype(before)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from advlab import paper
 from advlab.attacks import check_eps
@@ -166,7 +167,7 @@ RECIPES = {r.name: r for r in (PAPER, FAST, QUICK)} | _ADVERSARIAL
 
 def _in_short(epochs: int) -> dict[str, Recipe]:
     """Return the same recipes for a few thousand images."""
-    short = {"epochs": epochs, "batch_size": 32, "average": 0.0, "warm_up": 0.7}
+    short: dict[str, Any] = {"epochs": epochs, "batch_size": 32, "average": 0.0, "warm_up": 0.7}
     # No early stopping: by a few hundred images, an epoch that names one class could be the best.
     short |= {"optimiser": "adam", "lr": 3e-3, "weight_decay": 0.0, "early_stopping": False}
     return {name: replace(recipe, **short) for name, recipe in _ADVERSARIAL.items()}

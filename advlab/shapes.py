@@ -27,7 +27,7 @@ SIZES = {"train": 50_000, "test": 10_000}
 # Images are drawn in blocks with a random stream each, so the first n images are the same images
 # however many are asked for.
 _BLOCK = 500
-_Array = NDArray[np.float32]
+_Array = NDArray[np.floating]
 
 
 def _inside(kind: int, u: _Array, v: _Array) -> _Array:

@@ -10,7 +10,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -36,7 +36,7 @@ from advlab.checkpoints import (
 from advlab.data import ImageData, check_name
 from advlab.machine import has_fast_bf16
 from advlab.recipes import Recipe, Training, file_stem
-from advlab.training import AugmentedSet, fit, hold_out, measure_on_test
+from advlab.training import AugmentedSet, TrainingSet, fit, hold_out, measure_on_test
 
 PACKAGE = Path(__file__).parent
 _CRAFTING = ("data", "models", "forward", "attacks")
@@ -272,10 +272,11 @@ class Zoo:
     def _train(self, arch: str, training: Training, path: Path) -> None:
         identity = self.identity(arch, training)
         recipe = Recipe(**identity["recipe"])
-        train_set, validation = self.data.train, None
+        train_set: TrainingSet = self.data.train
+        validation = None
         if recipe.on_the_fly:
             train_set, validation = hold_out(self.data.train)
-        elif training:
+        elif training and not isinstance(training, Recipe):
             train_set = AugmentedSet(self.data.train, self.directions(arch), training)
         name, device = path.stem, self.data.train.images.device
         shape, classes = self.data.shape, len(self.data.classes)
@@ -290,7 +291,7 @@ class Zoo:
             validation=validation,
             state_path=path.with_name(f"{name}-{key('model', identity)[:12]}.state"),
             progress=name if self.progress else None,
-            on_epoch=(lambda row: self.on_epoch(name, row)) if self.on_epoch else None,
+            on_epoch=partial(self.on_epoch, name) if self.on_epoch else None,
         )
         seconds = sum(row["seconds"] for row in history)
         n = len(self.data.test)

@@ -102,7 +102,8 @@ def measure_on_test(model: nn.Module, test: Split) -> dict[str, float]:
 
 
 def _optimiser(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.Optimizer:
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": fused}
+    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    options["fused"] = fused
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **options)
     return torch.optim.Adam(model.parameters(), **options)
@@ -154,7 +155,7 @@ def attack_batch(
         for _ in range(recipe.steps):
             x = x.detach().contiguous(memory_format=fastest_layout(model)).requires_grad_()
             logits = model(x).float()
-            if trades:
+            if answer is not None:
                 loss = F.kl_div(F.log_softmax(logits, 1), answer, reduction="sum")
             else:
                 loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -193,9 +194,9 @@ def _identify(model: nn.Module, data: TrainingSet, recipe: Recipe, seed: int) ->
     """Return a text that differs for every other training: model, start, data, recipe, seed."""
     digest = hashlib.md5(usedforsecurity=False)
     for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     for tensor in data.batch(torch.tensor([0, len(data) // 2, len(data) - 1])):
-        digest.update(tensor.cpu().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return json.dumps([asdict(recipe), seed, len(data), repr(model), digest.hexdigest()])
 
 
@@ -267,13 +268,17 @@ class _Run:
         self.device = device_of(model)
         check_name("precision", precision, ("auto", "bfloat16", "float32"))
         self.half = has_fast_bf16(self.device) if precision == "auto" else precision == "bfloat16"
-        model.to(memory_format=fastest_layout(model))
+        model.to(memory_format=fastest_layout(model))  # type: ignore[call-overload]
         if len(data) == 0:
             raise ValueError("there are no images to train on")
         self.steps = len(self._batches(torch.arange(len(data))))  # of an epoch
         self.optimiser = _optimiser(model, recipe, fused=self.device.type != "mps")
         self.schedule = _schedule(self.optimiser, recipe, recipe.epochs * self.steps)
-        self.parts = {"model": model, "optimiser": self.optimiser, "schedule": self.schedule}
+        self.parts: dict[str, Any] = {
+            "model": model,
+            "optimiser": self.optimiser,
+            "schedule": self.schedule,
+        }
         self.averaged = None
         if recipe.average:
             rule = partial(_average, recipe.average)
@@ -284,7 +289,7 @@ class _Run:
         self.state_path = state_path
         if state_path:
             self.identity = _identify(model, data, recipe, seed)
-            self._restore()
+            self._restore(state_path)
 
     @property
     def judged(self) -> nn.Module:
@@ -359,9 +364,8 @@ class _Run:
             torch.save(state, content)
             files.write_bytes(self.state_path, content.getvalue())
 
-    def _restore(self) -> None:
+    def _restore(self, path: Path) -> None:
         """Go back to where `save` was called, if it was for this training."""
-        path = self.state_path
         if not path.exists():
             return
         try:
@@ -377,7 +381,7 @@ class _Run:
     def finish(self) -> History:
         """Give the model its final weights, in eval mode, and return the history."""
         self.model.load_state_dict(self.best["weights"] or self.judged.state_dict())
-        self.model.to(memory_format=torch.contiguous_format).eval()
+        self.model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
         if self.state_path:
             self.state_path.unlink(missing_ok=True)
         return self.history

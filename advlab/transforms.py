@@ -36,12 +36,12 @@ class FGSMTransform(v2.Transform):
         super().__init__()
         if not isinstance(p, Real) or isinstance(p, bool) or not 0 <= p <= 1:
             raise ValueError(f"p is {p!r}; it is a probability, from 0 to 1")
-        self.eps = check_eps(eps)
-        self.p = p
-        self.per_image_statistics = per_image_statistics
+        self.eps: float = check_eps(eps)
+        self.p: float = p
+        self.per_image_statistics: bool = per_image_statistics
         # In a list, so that the attacked model is not registered as a part of this module: moving
         # or switching the transform must not move or switch the model.
-        self._source = [model]
+        self._source: list[Classifier] = [model]
 
     def forward(self, *inputs: object) -> tuple[Tensor, object]:
         """Return (attacked image, label) for ``transform(image, label)`` or one pair of them."""

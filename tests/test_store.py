@@ -207,10 +207,10 @@ def test_pgd_that_does_nothing_does_not_find_the_old_results(measured, edit, mon
     assert measured(eps=[0.02], attack="pgd-20")
     monkeypatch.setattr(catalogue, "pgd", lambda model, images, *args, **options: images)
     assert not measured(eps=[0.02], attack="pgd-20")  # the files are as they were
-    edit("attacks", "        return _walk(", "        return images or _walk(")
+    edit("attacks", "        made = _walk(", "        return images or _walk(")
     assert measured(eps=[0.02], attack="pgd-20")
     assert not measured(eps=[0.02], attack="pgd-20")
-    edit("attacks", "        return images or _walk(", "        return _walk(")
+    edit("attacks", "        return images or _walk(", "        made = _walk(")
     assert not measured(eps=[0.02], attack="pgd-20")
 
 

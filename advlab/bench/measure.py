@@ -101,7 +101,7 @@ def to_rows(
         low, value, high = figures[name].tolist()
         base = against if name != against and against in ways else ""
         ratio = float(value / figures[base][1]) ** power if base else math.nan
-        extra = {"target": way.target, "target_of": way.target_of, "note": way.note}
+        extra: dict[str, Any] = {"target": way.target, "target_of": way.target_of, "note": way.note}
         rows.append(
             Row(part, what, name, value, low, high, unit, base, ratio, value / way.ceiling, **extra)
         )

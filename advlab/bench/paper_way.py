@@ -7,6 +7,7 @@ the same results.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,8 @@ def fgsm_one(model: nn.Module, image: Tensor, label: int, eps: float) -> Tensor:
     """
     model.train()
     x = image[None].clone().requires_grad_()
-    loss = F.cross_entropy(model(x), torch.tensor([label]))
-    loss.backward()
+    F.cross_entropy(model(x), torch.tensor([label])).backward()
+    assert x.grad is not None
     return (image + eps * x.grad[0].sign()).clamp(0, 1)
 
 
@@ -57,7 +58,7 @@ class Attacked(Dataset):
         eps: Size of the step.
     """
 
-    def __init__(self, pictures: Dataset, model: nn.Module, eps: float) -> None:
+    def __init__(self, pictures: Any, model: nn.Module, eps: float) -> None:
         self.pictures, self.model, self.eps = pictures, model, eps
 
     def __len__(self) -> int:

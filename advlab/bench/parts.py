@@ -4,7 +4,7 @@ Each part returns rows. `rounds` is that of `measure.side_by_side`, `n` the imag
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -59,8 +59,8 @@ def machine_part(rounds: int) -> list[Row]:
     work = 3 * multiply_adds(stack) / 1e9
     for precision in PRECISIONS:
         a = torch.randn(2048, 2048).to(getattr(torch, precision))
-        way = {f"2,048 x 2,048, {precision}": Way(partial(torch.mm, a, a), 2048**3 / 1e9)}
-        rows += compare("ceiling", "matrix product", way, rounds, unit)
+        square = {f"2,048 x 2,048, {precision}": Way(partial(torch.mm, a, a), 2048**3 / 1e9)}
+        rows += compare("ceiling", "matrix product", square, rounds, unit)
         for size in (64, 128):
             rate = highest_rate(stack, models.CIFAR_SHAPE, "train", size, precision)
             note = f"forward and both gradients: {rate:,.0f} images/s at most"
@@ -86,7 +86,7 @@ def _one_process_per_core() -> ProcessPoolExecutor:
 
 
 def _train_on_every_core(
-    pool: ProcessPoolExecutor, variables: dict[str, str | None], *arguments: Any
+    pool: ProcessPoolExecutor, variables: Mapping[str, str | None], *arguments: Any
 ) -> None:
     with environment(**variables):  # the first call starts the processes
         for job in [pool.submit(_train, *arguments) for _ in range(cores())]:
@@ -246,8 +246,9 @@ def evaluation_part(
         return [paper_way.count_correct(target.model, shown(eps)) for target, eps in cells]
 
     def ours(test: Split) -> list[int]:
-        attack = {"attack": "fgsm-per-image", "source": source}
-        table = accuracy_table(targets, replace(images, test=test), paper.TEST_EPS, **attack)
+        data = replace(images, test=test)
+        attack = "fgsm-per-image"
+        table = accuracy_table(targets, data, paper.TEST_EPS, attack=attack, source=source)
         return table["correct"].tolist()
 
     theirs, mine = papers_way(), ours(few)

@@ -69,7 +69,7 @@ def _art(model: nn.Module, alpha: float, steps: int) -> Library:
         made = kind(wrapped(*images.shape[1:]), **options)
         return torch.from_numpy(made.generate(images.numpy(), labels.numpy()))
 
-    iterated = {"eps_step": alpha, "max_iter": steps, "verbose": False}
+    iterated: dict[str, Any] = {"eps_step": alpha, "max_iter": steps, "verbose": False}
     return Library(
         partial(attack, kind=FastGradientMethod),
         partial(attack, kind=ProjectedGradientDescentPyTorch, **iterated),
@@ -126,7 +126,8 @@ def pgd_part(
     Raises:
         RuntimeError: if a library breaks more images than advlab does.
     """
-    rows, options = [], {"alpha": EPS / 4, "steps": 20}
+    options: dict[str, Any] = {"alpha": EPS / 4, "steps": 20}
+    rows = []
     compared = images.test.first(min(1_000, len(images.test)))
     for name, (model, target) in networks.items():
         attacks: dict[str, Attack] = {

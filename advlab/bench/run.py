@@ -9,11 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from advlab import datasets, files, lab, plots
 from advlab.bench import footprint, parts, picture, rivals
@@ -70,10 +71,11 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
 def show(table: pd.DataFrame, console: Console) -> None:
     """Print the benchmark's table, a block for each part, with its notes below."""
     for part, rows in table.groupby("part", sort=False):
-        figures = ("median", "", "ratio", "ceiling", "target")
-        columns = ["task", "way", *(Column(name, justify="right") for name in figures)]
-        look = {"title_justify": "left", "box": None, "padding": (0, 1, 0, 0)}
-        shown = Table(*columns, title=f"\n[bold]{part}", **look)
+        title = f"\n[bold]{part}"
+        look: dict[str, Any] = {"title_justify": "left", "box": None, "padding": (0, 1, 0, 0)}
+        shown = Table("task", "way", title=title, **look)
+        for name in ("median", "", "ratio", "ceiling", "target"):
+            shown.add_column(name, justify="right")
         for row in rows.itertuples():
             shown.add_row(*cells(row))
         console.print(shown)

@@ -155,7 +155,8 @@ def _grade_all(
     console: Console,
 ) -> dict[Submission, dict[str, Any]]:
     """Return the scores of all submissions (see `grading.grade_one`), in the order of `found`."""
-    names, graded = sources(), {one: {} for one in found}
+    names = sources()
+    graded: dict[Submission, dict[str, Any]] = {one: {} for one in found}
     with ThreadPoolExecutor(jobs) as pool, ExitStack() as stack:
         tasks = {
             pool.submit(grading.grade_one, one, names[one.assignment], output, hide): one

@@ -94,9 +94,9 @@ def clean(text: str) -> str:
 def no_points(source: NotebookNode, reason: str) -> dict[str, dict[str, Any]]:
     """Return a result for each graded cell of an assignment: its points, and a score of 0."""
     return {
-        grade_id(cell): {"points": cell.metadata.nbgrader.points, "score": 0, "reason": reason}
+        name: {"points": cell.metadata.nbgrader.points, "score": 0, "reason": reason}
         for cell in source.cells
-        if is_grade(cell)
+        if is_grade(cell) and (name := grade_id(cell))
     }
 
 
@@ -111,6 +111,6 @@ def leave_to_a_person(notebook: NotebookNode, results: dict[str, dict[str, Any]]
         if by_hand(cell):
             own = after is not None and grade_id(after) is None  # the answer may stand there
             empty = cell.source.strip() in ("", "YOUR ANSWER HERE") and not own
-            results[grade_id(cell)].update(
+            results[cell.metadata.nbgrader.grade_id].update(
                 score=0 if empty else None, reason="no answer" if empty else "to be read"
             )

@@ -176,7 +176,7 @@ class Report:
         """
         drawn, text = io.BytesIO(), self.markdown()
         self.figure().savefig(drawn, format="png", dpi=130)
-        body = mistune.create_markdown(plugins=["table"])(text)
+        body = str(mistune.create_markdown(plugins=["table"])(text))
         inside = base64.b64encode(drawn.getvalue()).decode()
         body = body.replace('src="report.png"', f'src="data:image/png;base64,{inside}"')
         page = PAGE.format(title=html.escape(f"Audit of {self.name}"), body=body)

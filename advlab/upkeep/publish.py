@@ -18,6 +18,7 @@ from rich.console import Console
 from advlab import datasets, evaluation, files, lab, paper
 from advlab.checkpoints import read_metadata
 from advlab.machine import cores
+from advlab.recipes import Training
 from advlab.upkeep import readme
 from advlab.upkeep.processes import environment
 from advlab.upkeep.runs import BatchError, lesson_files, machine, run, solution_files
@@ -164,14 +165,21 @@ def reproduce(
 def _tables_of_seed(options: Options) -> pd.DataFrame:
     """Train the ten models of Tables 1 and 2 with a seed; return the tables' rows."""
     archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
-    wanted = [(arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs]
+    wanted: list[tuple[str, Training]] = [
+        (arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs
+    ]
     train_models(options.open_zoo, wanted)
     opened, tables = options.open(), []
     for arch in paper.TABLES:
         models = [opened.zoo.get(arch, eps) for eps in paper.TABLE_TRAIN_EPS]
-        how = {"attack": "fgsm-per-image", "source": opened.zoo.get(arch), "store": opened.store}
-        label = f"tables of seed {options.seed}, {arch}"
-        tables.append(
-            evaluation.accuracy_table(models, opened.data, paper.TEST_EPS, **how, progress=label)
+        table = evaluation.accuracy_table(
+            models,
+            opened.data,
+            paper.TEST_EPS,
+            attack="fgsm-per-image",
+            source=opened.zoo.get(arch),
+            store=opened.store,
+            progress=f"tables of seed {options.seed}, {arch}",
         )
+        tables.append(table)
     return pd.concat(tables)
