@@ -14,7 +14,7 @@ endif
 # An environment does not move with its folder: one that was made elsewhere is made anew.
 NAMED := -e '=$(CURDIR)/.venv' -e '"$(CURDIR)/.venv' -e "'$(CURDIR)/.venv"
 ifeq ($(shell grep -sF $(NAMED) .venv/bin/activate),)
-ANEW := --clear
+ANEW := rm -rf .venv
 .PHONY: .venv/installed
 endif
 
@@ -67,7 +67,8 @@ clean:                        ## remove the environment and all outputs
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
-	$(PYTHON) -m venv $(ANEW) .venv
+	$(ANEW)
+	$(PYTHON) -m venv .venv
 	$(PIP) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch torchvision
 	$(PIP) --editable ".[test,audit]"
 	touch .venv/installed

@@ -196,7 +196,7 @@ class AttackExplorer:
             raise ValueError("no model was given; give at least one, by name")
         for name, value, most in (("eps", eps, LARGEST_EPS), ("index", index, len(data.test) - 1)):
             # The controls would cut it off, or take True for 1, and say nothing.
-            if type(value) is not int or not 0 <= value <= most:
+            if isinstance(value, bool) or value not in range(most + 1):
                 raise ValueError(f"{name} is {value}; it must be a whole number from 0 to {most}")
         as_picture(data.test.images[index])  # refuses what cannot be drawn
         self.models, self.data = dict(models), data

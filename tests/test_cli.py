@@ -9,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from advlab import __main__, cli, models, recipes
+from advlab import __main__, cli, files, models, recipes
 from advlab.bench import run as bench
 from advlab.catalogue import ATTACKS
 from advlab.upkeep import doctor, publish, runs, trial
 from advlab.upkeep.train import Options
 
 runner = CliRunner()
+HOME = str(files.home())
 ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine has both
 
 
@@ -68,9 +69,13 @@ def test_choices_are_what_the_package_declares():
         (["run", "--param", "nonsense"], "not of the form name=value"),
         (["run", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
         (["run", "--data-dir", "/no/such/folder"], "in /no/such/folder"),
+        (["run", "01", "--dataset", "shapes10", "--output-dir", HOME], "repository's own files"),
+        (["bench", "--dataset", "shapes10", "--output-dir", f"{HOME}/figures"], "own files"),
+        (["course", "build", "--output", f"{HOME}/notebooks"], "own files"),
+        (["course", "grade", ".", "--output", HOME], "own files"),
     ],
 )
-def test_evaluate_and_run_refuse_with_the_reason(weights, arguments, message):
+def test_what_is_wrong_is_refused_with_the_reason(weights, arguments, message):
     arguments = [str(weights) if a == "WEIGHTS" else a for a in arguments]
     if arguments[0] == "evaluate" and "--dataset" not in arguments:
         arguments += ["--dataset", "shapes10", "--test-n", "5"]

@@ -83,7 +83,7 @@ def test_environment_that_belongs_to_another_folder_is_made_anew(tmp_path, made,
         (tmp_path / ".venv" / "bin" / "activate").write_text(line)
     command = ["make", "--dry-run", "doctor"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert ("-m venv --clear .venv" in shown) is (made != "{}/.venv")
+    assert ("rm -rf .venv\n" in shown) is (made != "{}/.venv")
     assert shown.endswith(".venv/bin/python -m advlab doctor\n")  # a script names its old folder
 
 

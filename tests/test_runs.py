@@ -16,9 +16,10 @@ from conftest import write_lesson
 from filelock import FileLock
 from rich.console import Console
 
-from advlab import paper, recipes
+from advlab import files, paper, recipes
 from advlab.catalogue import LESSONS
 from advlab.upkeep import readme, runs
+from advlab.upkeep.kernels import OwnKernel
 from advlab.upkeep.runs import BatchError, choose_lessons
 from advlab.upkeep.train import Options
 
@@ -171,6 +172,13 @@ def test_what_a_user_has_set_for_other_programs_changes_no_lesson(lessons, monke
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert [output for output in outputs if "image/png" in output.get("data", {})]
     assert f"{sys.executable} True\n" in [output.get("text") for output in outputs]
+
+
+def test_kernel_starts_without_a_home_folder(monkeypatch, tmp_path):
+    manager = OwnKernel(connection_file=str(tmp_path / "k.json"))
+    assert "HOME" not in manager.kernel_spec.env
+    monkeypatch.setattr(files, "user_home", lambda: None)
+    assert manager.kernel_spec.env["HOME"] == str(tmp_path)
 
 
 def test_full_disk_is_named_with_the_notebook(lessons, monkeypatch):
