@@ -1,6 +1,7 @@
 # Two commands: `make run` runs the lessons, `make test` tests them. Both install what they need.
 PYTHON ?= python3
 BIN := .venv/bin
+ADVLAB := $(BIN)/python -m advlab
 # The exact versions that the committed numbers were made with.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 # On Linux, PyPI's torch brings gigabytes of CUDA: the CPU build is installed before the rest. Another
@@ -10,28 +11,35 @@ ifndef PIP_EXTRA_INDEX_URL
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
+# An environment does not move with its folder: one that was made elsewhere is made anew.
+NAMED := -e '=$(CURDIR)/.venv' -e '"$(CURDIR)/.venv' -e "'$(CURDIR)/.venv"
+ifeq ($(shell grep -sF $(NAMED) .venv/bin/activate),)
+ANEW := rm -rf .venv
+.PHONY: .venv/installed
+endif
+
 .PHONY: run test lab reproduce retrain audit bench libraries course browser doctor lint clean
 
 run: .venv/installed          ## run all lessons and print the paper's tables beside ours
-	$(BIN)/advlab run
+	$(ADVLAB) run
 
 test: .venv/installed         ## unit tests, then every lesson by papermill and nbval
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1
 
 lab: .venv/installed          ## open JupyterLab on the lessons
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/python -m jupyter lab notebooks
 
 reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST (half an hour)
-	$(BIN)/advlab reproduce
+	$(ADVLAB) reproduce
 
 retrain: .venv/installed      ## train all models anew (hours); refresh notebooks and figures
-	$(BIN)/advlab retrain
+	$(ADVLAB) retrain
 
 audit: .venv/installed        ## attack every shipped model, AutoAttack included (hours; resumes)
-	$(BIN)/advlab audit
+	$(ADVLAB) audit
 
 bench: libraries              ## speed beside the paper's way and other libraries (minutes)
-	$(BIN)/advlab bench
+	$(ADVLAB) bench
 
 # torchattacks pins an old `requests` that JupyterLab cannot live with, hence --no-deps.
 libraries: .venv/installed    ## torchattacks, foolbox and ART, to compare with
@@ -40,16 +48,16 @@ libraries: .venv/installed    ## torchattacks, foolbox and ART, to compare with
 
 course: .venv/installed       ## nbgrader, and the student versions of the assignments
 	$(PIP) --quiet --editable ".[course]"
-	$(BIN)/advlab course build
+	$(ADVLAB) course build
 
 browser: .venv/installed      ## what the tests in a browser need beside Chromium
 	$(PIP) --quiet --editable ".[browser]"
 
 doctor: .venv/installed       ## check this machine
-	$(BIN)/advlab doctor
+	$(ADVLAB) doctor
 
 lint: .venv/installed         ## style of code and notebooks
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 
 clean:                        ## remove the environment and all outputs
 	rm -rf .venv outputs
@@ -59,6 +67,7 @@ clean:                        ## remove the environment and all outputs
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(ANEW)
 	$(PYTHON) -m venv .venv
 	$(PIP) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch torchvision
 	$(PIP) --editable ".[test,audit]"

@@ -1,5 +1,6 @@
 """The command `advlab`, also as `python -m advlab`."""
 
+import io
 import sys
 
 
@@ -9,6 +10,12 @@ def main() -> None:
     Raises:
         SystemExit: with the command's exit code; 1 if it could not start.
     """
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # an ASCII terminal shows the name of a file all the same
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from advlab import cli
     except Exception as error:  # a torch that is broken raises more than ImportError

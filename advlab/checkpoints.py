@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -113,10 +114,21 @@ def _own_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    found = files.kind_of(path) if path.is_file() else ""
+    told = f"is {found}, no weights" if found else f"is damaged or no safetensors file ({error})"
     return CheckpointError(
-        f"{path} is damaged or no safetensors file ({error}). Delete it and get it again "
-        "(git checkout for a shipped one; others are trained anew)"
+        f"{path} {told}. Delete it and get it again (git checkout for a shipped one; others are "
+        "trained anew)"
     )
+
+
+def is_safetensors(path: Path) -> bool:
+    """Tell whether a file is safetensors, or says so by its ending: others rename what they get."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)  # the length of a JSON text, and how that begins
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -159,22 +171,34 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return _without_prefix(read_tensors(path))
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is refused: it is damaged, or a pickle that holds more than tensors and "
-            "could run code. Ask its author for the state dict alone "
-            "(torch.save(model.state_dict(), FILE))"
-        ) from error
+        raise CheckpointError(f"{path} is refused: it is {_unread(path, error)}") from error
     for name in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not (isinstance(found, Mapping) and all(isinstance(t, Tensor) for t in found.values())):
         raise CheckpointError(f"{path} holds no state dict (a mapping of names to tensors)")
     return _without_prefix(dict(found))
+
+
+def _unread(path: Path, error: Exception) -> str:
+    """Return what a file is that `torch.load` cannot read, and the mend."""
+    if found := files.kind_of(path):
+        return f"{found}, no weights; get the file itself"
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip, a pickle
+        return "no weights file; give one that torch.save wrote, or safetensors"
+    if not isinstance(error, UnpicklingError):
+        return "damaged, perhaps cut off; get it again"
+    return (
+        "a pickle that holds more than tensors and could run code. Ask its author for the state "
+        "dict alone (torch.save(model.state_dict(), FILE))"
+    )
 
 
 def _without_prefix(named: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +286,7 @@ def load_weights(
         ValueError: if there is no such architecture.
     """
     tensors = read_state(path)
-    about = (_own_metadata(path) or {}) if path.suffix == ".safetensors" else {}
+    about = (_own_metadata(path) or {}) if is_safetensors(path) else {}
     own = about.get("arch")
     if own is None and arch is None:
         raise CheckpointError(

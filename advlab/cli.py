@@ -3,6 +3,7 @@
 Each option is a parameter of its command, however many that makes.
 """
 
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from functools import partial
@@ -97,15 +98,31 @@ def parse_parameters(texts: list[str]) -> dict[str, Any]:
     """Parse k=v texts, values as YAML (numbers, booleans, lists, text).
 
     Raises:
-        ValueError: for a text that is not k=v.
+        ValueError: for a text that is not k=v, or whose value is none of those.
     """
     parameters = {}
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator or not name:
             raise ValueError(f"--param {text!r} is not of the form name=value")
-        parameters[name] = yaml.safe_load(value)
+        parameters[name] = _parse_value(text, value)
     return parameters
+
+
+def _parse_value(text: str, value: str) -> Any:
+    if re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+        return float(value)  # YAML knows 1.0e-3 alone
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = {}
+    plain = parsed if isinstance(parsed, list) else [parsed]
+    if not all(isinstance(one, str | float | int | None) for one in plain):
+        raise ValueError(
+            f"--param {text!r}: the value is no number, true or false, list of these, or plain "
+            "text; to give it as text, put it into quotes of its own: --param 'name=\"TEXT\"'"
+        )
+    return parsed
 
 
 @app.command()
@@ -257,7 +274,9 @@ def build(
     """Make the student version of each assignment, and a zip of each."""
     from advlab.classroom import course as classroom
 
-    for path in classroom.build(output or files.home() / "outputs" / "course"):
+    for path in classroom.build(
+        files.results_folder(output or files.home() / "outputs" / "course")
+    ):
         _say(f"Written: {path}")
 
 
@@ -274,7 +293,7 @@ def grade(
     """Grade a folder of submissions: grades.csv, and a page of feedback for each student."""
     from advlab.classroom import course as classroom
 
-    kept = output or files.home() / "outputs" / "grades"
+    kept = files.results_folder(output or files.home() / "outputs" / "grades")
     how = {"sandbox": sandbox, "jobs": jobs, "marks": marks}
     table = classroom.grade(folder, kept, **how, console=console)
     totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import socket
 import tempfile
 import threading
@@ -72,8 +73,16 @@ class TorchvisionSet:
         return list(dict.fromkeys(Path(path).parts[0] for path, _ in self.listed()))
 
     def is_in(self, root: Path) -> bool:
-        """Tell whether the set, or a part of it, lies below `root`."""
-        return any((root / top).exists() for top in self.tops())
+        """Tell whether the set, or a part of it, or a link that should lead there, is in `root`."""
+        return any(os.path.lexists(root / top) for top in self.tops())
+
+    def archive_in(self, place: Path) -> Path | None:
+        """Return the whole set as it is downloaded, if it is one file and lies in or at `place`.
+
+        Raises:
+            DataError: if the file is truncated or altered.
+        """
+        return None
 
     def check(self, root: Path) -> None:
         """Compare every file with its MD5 sum.
@@ -83,14 +92,18 @@ class TorchvisionSet:
         """
         for path, md5 in self.listed():
             if not check_integrity(root / path, md5):
-                state = "is missing"
-                if (root / path).is_file():
-                    state = "is truncated or altered (wrong MD5)"
-                tops = " and ".join(str(root / top) for top in self.tops())
-                raise DataError(
-                    f"{self.name} file {root / path} {state}; it will not be used. Delete {tops} "
-                    "and run again to download it, or copy an intact one there"
-                )
+                raise self._damaged(root / path, *(root / top for top in self.tops()))
+
+    def _damaged(self, path: Path, *remove: Path) -> DataError:
+        state = "is missing"
+        if path.is_file():
+            found = files.kind_of(path)
+            state = f"is {found}" if found else "is truncated or altered (wrong MD5)"
+        return DataError(
+            f"{self.name} file {path} {state}; it will not be used. Delete "
+            f"{' and '.join(map(str, remove))} and run again to download it, or copy an intact one "
+            "there"
+        )
 
     def load(self, key: str, root: Path) -> ImageData:
         """Check the files below `root`, then read them.
@@ -110,17 +123,21 @@ class TorchvisionSet:
         shape = tuple(splits[0].images.shape[1:])
         return ImageData(DataSpec(key, self.name, shape, tuple(classes), self.papers), *splits)
 
-    def download(self, root: Path) -> None:
+    def download(self, root: Path, archive: Path | None = None) -> None:
         """Download the set into `root` with torchvision, showing progress.
 
         It is fetched and unpacked in a folder of its own and moved when whole, so an interrupted
         download leaves nothing half done.
 
+        Args:
+            root: The folder.
+            archive: The intact file that would be downloaded, where it is here already.
+
         Raises:
             DataError: if there is no network (within seconds) or the download fails.
         """
         host = urlsplit(self.url()).hostname or ""
-        if not _reachable(host, 443 if self.url().startswith("https:") else 80):
+        if not (archive or _reachable(host, 443 if self.url().startswith("https:") else 80)):
             raise DataError(f"{host} cannot be reached, so it cannot be downloaded")
         files.make_folder(root)
         files.make_folder(files.cache_dir())
@@ -130,6 +147,8 @@ class TorchvisionSet:
         ):
             if self.is_in(root):
                 return
+            if archive:
+                shutil.copy(archive, folder)  # torchvision finds it, and fetches no other
             timeout = socket.getdefaulttimeout()
             socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would hang
             try:
@@ -148,6 +167,13 @@ class _Cifar(TorchvisionSet):
         kind = self.kind
         listed = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
         return [(f"{kind.base_folder}/{name}", md5) for name, md5 in listed]
+
+    def archive_in(self, place: Path) -> Path | None:
+        paths = [path for path in (place, place / self.kind.filename) if path.is_file()]
+        paths = [path for path in paths if path.name == self.kind.filename]
+        if paths and not check_integrity(paths[0], self.kind.tgz_md5):
+            raise self._damaged(paths[0], paths[0])
+        return paths[0] if paths else None
 
     def read(self, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
         parsed = self.kind(root, train=train, download=False)
@@ -343,20 +369,47 @@ def load_folder(folder: Path, size: int = SIDE, seed: int = 0) -> ImageData:
 
 
 def find(key: str, data_dir: str | Path | None = None) -> Path | None:
-    """Return the first folder that holds a set: `data_dir`, or else ADVLAB_DATA, or else data/.
+    """Return the folder that holds a set: `data_dir`, or ADVLAB_DATA; where neither is set, data/.
+
+    The set's own folder, or one in it, may be given as well. A folder with an intact archive of the
+    set alone is as good: it is unpacked into data/, the folder itself is only read.
 
     Raises:
-        DataError: if `data_dir` is given and holds none.
+        DataError: if what is given holds none, or a damaged archive; says what there is.
     """
-    places = [data_dir] if data_dir else [os.environ.get("ADVLAB_DATA"), files.home() / "data"]
-    source = DATASETS[key]
-    for place in filter(None, places):
-        if source.is_in(Path(place).expanduser()):
-            return Path(place).expanduser()
-    if data_dir:
+    source, home = DATASETS[key], files.home() / "data"
+    given = files.setting(data_dir and str(data_dir), "ADVLAB_DATA")
+    place = Path(given).expanduser() if given else home
+    outer = [
+        up
+        for one in (place.absolute(), place.resolve())
+        for up in one.parents[:2]
+        if any(one.is_relative_to(up / top) for top in source.tops())
+    ]
+    for root in (place, *outer):
+        if source.is_in(root):
+            return root
+    if archive := source.archive_in(place):
+        source.download(home, archive)
+        return home
+    if given:
+        said = "" if given == str(data_dir) else "ADVLAB_DATA: "
         tops = " and ".join(source.tops())
-        raise DataError(f"no {tops} in {data_dir}; give the folder that holds it")
+        deeper = [path.parent for top in source.tops() for path in place.glob(f"*/{top}")]
+        mend = f"give {deeper[0]}" if deeper else "give the folder that holds it"
+        if said:
+            mend += f", or unset ADVLAB_DATA for {home}"
+        raise DataError(f"{said}no {tops} in {place}, which {_content(place)}; {mend}")
     return None
+
+
+def _content(place: Path) -> str:
+    """Return what a folder that holds no data set is."""
+    if not place.is_dir():
+        dangling = place.is_symlink() and not place.exists()
+        return "is a link to nothing" if dangling else "is no folder"
+    names = sorted(path.name for path in place.iterdir() if not path.name.startswith("."))
+    return f"holds {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}"
 
 
 def Shapes10(train_n: int | None = None, test_n: int | None = None) -> ImageData:  # noqa: N802
@@ -369,13 +422,38 @@ def Shapes10(train_n: int | None = None, test_n: int | None = None) -> ImageData
     return ImageData(DataSpec("shapes10", "Shapes-10", (3, 32, 32), shapes.CLASSES), train, test)
 
 
-def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[str, Path | None]:
+def asked(dataset: str | None = "auto") -> str:
+    """Return the name of the data set that is asked for by `dataset`, or else by ADVLAB_DATASET.
+
+    The path of a folder of pictures is made absolute; nothing is looked for but that.
+
+    Raises:
+        ValueError: if there is no such data set.
+        DataError: if there is no such folder of pictures.
+    """
+    wanted = files.setting(dataset, "ADVLAB_DATASET", "auto")
+    if own := FOLDER.fullmatch(wanted):
+        path, size = Path(own["path"]).expanduser().absolute(), own["size"]
+        if not path.is_dir():
+            told = f"; for a folder {path}@{size}, add a size: @{size}@{SIDE}" if size else ""
+            raise DataError(f"there is no folder {path}{told}")
+        return f"folder:{path}" + (f"@{size}" if size else "")
+    known = ["auto", *DATASETS]
+    if wanted not in known:
+        raise ValueError(f"unknown data set {wanted!r}; choose {', '.join(known)}, or folder:PATH")
+    return wanted
+
+
+def resolve(
+    dataset: str | None = "auto", data_dir: str | Path | None = None
+) -> tuple[str, Path | None]:
     """Decide which data set to use, downloading it if it is wanted and missing.
 
     Args:
-        dataset: A key of `DATASETS`; "folder:PATH" or "folder:PATH@SIZE"; or "auto": CIFAR-10 where
-            it is present or can be downloaded, else Shapes-10.
-        data_dir: Folder that holds torchvision's files; None looks in ADVLAB_DATA, then data/.
+        dataset: A key of `DATASETS`; "folder:PATH" or "folder:PATH@SIZE"; or "auto": what
+            ADVLAB_DATASET says, or CIFAR-10 where it is present or can be downloaded, else
+            Shapes-10.
+        data_dir: Folder that holds torchvision's files; None or "auto": as in `find`.
 
     Returns:
         The data set, with the path of a folder made absolute, and the folder of its files; None
@@ -383,19 +461,11 @@ def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[
 
     Raises:
         ValueError: if there is no such data set.
-        DataError: if it is asked for by name and cannot be had.
+        DataError: if it is asked for by name and cannot be had, or as `find`.
     """
-    if own := FOLDER.fullmatch(dataset):
-        path, size = Path(own["path"]).expanduser().absolute(), own["size"]
-        if not path.is_dir():
-            told = f"; for a folder {path}@{size}, add a size: @{size}@{SIDE}" if size else ""
-            raise DataError(f"there is no folder {path}{told}")
-        return f"folder:{path}" + (f"@{size}" if size else ""), None
-    key = "cifar10" if dataset == "auto" else dataset
-    if key not in DATASETS:
-        known = ", ".join(["auto", *DATASETS])
-        raise ValueError(f"unknown data set {dataset!r}; choose {known}, or folder:PATH")
-    source = DATASETS[key]
+    wanted = asked(dataset)
+    key = "cifar10" if wanted == "auto" else wanted
+    source = DATASETS.get(key)
     if source is None:
         return key, None
     root = find(key, data_dir)
@@ -404,7 +474,7 @@ def resolve(dataset: str = "auto", data_dir: str | Path | None = None) -> tuple[
         try:
             source.download(root)
         except DataError as error:
-            if dataset == "auto":
+            if wanted == "auto":
                 return "shapes10", None
             raise DataError(
                 f"{source.name} is not here, and {error}. Set ADVLAB_DATA to the folder that holds "
@@ -430,7 +500,7 @@ def folder_key(dataset: str) -> str:
 
 
 def load(
-    dataset: str = "auto",
+    dataset: str | None = "auto",
     data_dir: str | Path | None = None,
     *,
     train_n: int | None = None,

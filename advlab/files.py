@@ -1,4 +1,4 @@
-"""Where things lie, and how they are written: to a temporary name first, then moved."""
+"""What is set, where things lie, and how they are written: to a temporary name, then moved."""
 
 import os
 from collections.abc import Iterator
@@ -12,15 +12,49 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SETTINGS = [
+    f"ADVLAB_{name}" for name in ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE")
+]
+SOURCES = ("advlab", "data", "figures", "notebooks", "tests")  # folders of a clone
+
+
+def setting(value: str | None, variable: str = "", default: str = "") -> str:
+    """Return the first of `value` and the environment's `variable` that says more than "auto"."""
+    said = (value, os.environ.get(variable))
+    return next((one for one in said if one not in (None, "", "auto")), default)
+
+
+def is_clone(folder: Path) -> bool:
+    """Tell whether `folder` is a clone of the repository."""
+    return (folder / "pyproject.toml").is_file() and (folder / "advlab" / "files.py").is_file()
+
+
 def repository() -> Path | None:
-    """Return the clone that holds this package, or None for an installed wheel."""
-    root = Path(__file__).resolve().parent.parent
-    return root if (root / "pyproject.toml").is_file() else None
+    """Return the clone that holds the current folder, or else this package; None without one."""
+    here = Path.cwd()
+    places = (here, *here.parents, Path(__file__).resolve().parent.parent)
+    return next(filter(is_clone, places), None)
 
 
 def home() -> Path:
     """Return the folder for data and outputs: the clone, or the current folder without one."""
     return repository() or Path.cwd()
+
+
+def results_folder(name: str | Path) -> Path:
+    """Return the folder for results called `name`, absolute.
+
+    Raises:
+        ValueError: if it is a clone of the repository or a folder of its sources, which results
+            would be written over.
+    """
+    folder = Path(name).expanduser().resolve()
+    if is_clone(folder) or (is_clone(folder.parent) and folder.name in SOURCES):
+        raise ValueError(
+            f"the output folder {folder} holds the repository's own files, and results would be "
+            "written over them; choose another, such as outputs/mine"
+        )
+    return folder
 
 
 def shipped_checkpoints() -> Path:
@@ -29,9 +63,23 @@ def shipped_checkpoints() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can always be made again: `ADVLAB_CACHE` or the user's cache."""
-    chosen = os.environ.get("ADVLAB_CACHE")
+    """Return the folder for what can always be made again: `ADVLAB_CACHE` or the user's cache.
+
+    Raises:
+        OSError: if there is neither.
+    """
+    chosen = setting(None, "ADVLAB_CACHE")
+    if not chosen and user_home() is None:
+        raise OSError("you have no home folder; set HOME or ADVLAB_CACHE to a folder of your own")
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("advlab")
+
+
+def user_home() -> Path | None:
+    """Return the user's home folder; None where HOME is not set and the system knows of none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def _explained(error: OSError, path: Path) -> OSError:
@@ -40,6 +88,26 @@ def _explained(error: OSError, path: Path) -> OSError:
         f"cannot write {path}: {error.strerror or error}. Free some space, or choose a folder "
         "that you may write to (ADVLAB_CACHE, ADVLAB_OUTPUT, or the option of the command)",
     )
+
+
+def kind_of(path: Path) -> str:
+    """Return what a file that was to hold data is instead: empty, a web page ...; "" if unknown."""
+    with path.open("rb") as opened:
+        start = opened.read(200).lstrip().lower()
+    if not start:
+        return "empty"
+    kinds = {b"<!doctype html": "a web page", b"<html": "a web page"}
+    kinds[b"version https://git-lfs"] = "a pointer of Git LFS (git lfs pull)"
+    return next((kind for sign, kind in kinds.items() if start.startswith(sign)), "")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name `path` and the mend: a full disk names neither."""
+    try:
+        yield
+    except OSError as error:
+        raise _explained(error, path) from error
 
 
 @contextmanager
@@ -53,11 +121,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise _explained(error, path) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -81,9 +148,7 @@ def make_folder(path: Path) -> None:
     Raises:
         OSError: if it cannot be created or written to; names it and the mend.
     """
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _explained(error, path) from error
-    if not os.access(path, os.W_OK):
-        raise _explained(PermissionError(13, "permission denied"), path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "permission denied")

@@ -8,7 +8,6 @@ default.
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,6 +116,8 @@ class Lab:
             text += "nothing here compares with the paper."
         if not self.settings.keep and (reason := self.zoo.why_not_shipped("cnn")):
             text += f"\nModels are trained here, not those that are shipped: {reason}."
+            if files.repository() is None:
+                text += f"\nNo clone of the repository holds {Path.cwd()}: start the lesson in one."
         return text
 
 
@@ -137,24 +138,33 @@ def _render(figure: Figure) -> bytes:
     return drawn.getvalue()
 
 
-def setting(value: str | None, variable: str, default: str) -> str:
-    """Return the first of `value` and the environment's `variable` that says more than "auto"."""
-    said = (value, os.environ.get(variable))
-    return next((one for one in said if one not in (None, "", "auto")), default)
+def profile_name(profile: str = "auto") -> str:
+    """Return the name of the profile that the settings ask for.
 
-
-def resolve_data(dataset: str, data_dir: str) -> tuple[str, Path | None]:
-    """Return data set and folder that the settings ask for (see `datasets.resolve`)."""
-    wanted = setting(dataset, "ADVLAB_DATASET", "auto")
-    return datasets.resolve(wanted, None if data_dir in (None, "", "auto") else data_dir)
+    Raises:
+        ValueError: if there is no such profile.
+    """
+    name = files.setting(profile, "ADVLAB_PROFILE", "lesson")
+    profile_for(name, papers=True)
+    return name
 
 
 def default_output(profile: str, dataset: str) -> Path:
     """Return where results go unless told otherwise: outputs/PROFILE-DATASET in the repository.
 
-    `dataset` is as `resolve_data` returns it.
+    `dataset` is as `datasets.resolve` returns it.
     """
     return files.home() / "outputs" / f"{profile}-{datasets.folder_key(dataset)}"
+
+
+def output_folder(output_dir: str, profile: str, dataset: str) -> Path:
+    """Return where the settings let results go, absolute.
+
+    Raises:
+        ValueError: as `files.results_folder`.
+    """
+    chosen = files.setting(output_dir, "ADVLAB_OUTPUT")
+    return files.results_folder(chosen or default_output(profile, dataset))
 
 
 def start(
@@ -174,25 +184,24 @@ def start(
         dataset: As in `datasets.resolve`; "auto": ADVLAB_DATASET, or CIFAR-10 where it is present
             or can be downloaded, else Shapes-10.
         seed: Of initialisation, order, flips and noise.
-        data_dir: Folder that holds torchvision's data; "auto": ADVLAB_DATA, then data/.
+        data_dir: Folder that holds torchvision's data; "auto": ADVLAB_DATA, else data/.
         output_dir: Folder of results; "auto": ADVLAB_OUTPUT or outputs/PROFILE-DATASET.
         device: "cpu", "cuda", "mps"; "auto": ADVLAB_DEVICE, or a GPU where there is one.
         progress: Show bars while training.
 
     Raises:
-        ValueError: if the profile, data set or device is unknown, or the seed no integer >= 0.
+        ValueError: if the profile, data set or device is unknown, the seed no integer >= 0, or the
+            output folder one of the repository's own.
         DataError: if the data are damaged or cannot be had.
     """
-    profile = setting(profile, "ADVLAB_PROFILE", "lesson")
-    profile_for(profile, papers=True)  # a wrong name is told before data are read
-    if not isinstance(seed, int) or seed < 0:
+    profile = profile_name(profile)  # a wrong name is told before data are read
+    if type(seed) is not int or seed < 0:  # True is an int too
         raise ValueError(f"seed is {seed!r}; it must be an integer from 0 on")
-    where = pick_device(setting(device, "ADVLAB_DEVICE", "auto"))
-    name, root = resolve_data(dataset, data_dir)
+    where = pick_device(device)
+    name, root = datasets.resolve(dataset, data_dir)
+    output = output_folder(output_dir, profile, name)
     settings = profile_for(profile, papers=datasets.are_papers(name))
     data = datasets.load(name, root, train_n=settings.train_n, test_n=settings.test_n).to(where)
-    chosen = setting(output_dir, "ADVLAB_OUTPUT", "")
-    output = Path(chosen).expanduser() if chosen else default_output(profile, name)
     if settings.keep:
         trained = output / "checkpoints"
     else:

@@ -6,6 +6,8 @@ import sys
 import torch
 from tqdm import tqdm
 
+from advlab import files
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -17,11 +19,12 @@ def cores() -> int:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device to compute on; "auto" takes cuda, then mps, then the CPU.
+    """Return the device to compute on; "auto" takes ADVLAB_DEVICE, or cuda, then mps, then the CPU.
 
     Raises:
         ValueError: if there is no such device on this machine.
     """
+    device = files.setting(device, "ADVLAB_DEVICE", "auto")
     there = {"cpu": 1, "cuda": torch.cuda.device_count()}  # how many there are
     there["mps"] = int(torch.backends.mps.is_available())
     if device == "auto":

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,7 +24,15 @@ MARKERS = "osD^vPX*h<>"
 
 
 def use_style() -> None:
-    """Set the look of all figures: white grid, colour-blind palette, modest resolution."""
+    """Set the look of all figures: white grid, colour-blind palette, modest resolution.
+
+    What the user's own matplotlibrc says is taken back, such as text by LaTeX. In a notebook,
+    figures are shown below their cell, whatever MPLBACKEND says.
+    """
+    plt.rcdefaults()
+    shell = get_ipython()
+    if shell is not None and hasattr(shell, "kernel"):
+        shell.enable_matplotlib("inline")
     sns.set_theme(style="whitegrid", palette="colorblind", context="notebook", font_scale=0.85)
     plt.rcParams.update(
         {"figure.dpi": 80, "figure.constrained_layout.use": True, "image.cmap": "viridis"}

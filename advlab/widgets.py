@@ -195,7 +195,8 @@ class AttackExplorer:
         if not models:
             raise ValueError("no model was given; give at least one, by name")
         for name, value, most in (("eps", eps, LARGEST_EPS), ("index", index, len(data.test) - 1)):
-            if value not in range(most + 1):  # the controls would cut it off, and say nothing
+            # The controls would cut it off, or take True for 1, and say nothing.
+            if isinstance(value, bool) or value not in range(most + 1):
                 raise ValueError(f"{name} is {value}; it must be a whole number from 0 to {most}")
         as_picture(data.test.images[index])  # refuses what cannot be drawn
         self.models, self.data = dict(models), data
@@ -283,7 +284,7 @@ class AttackExplorer:
             self._show(label)
         except CancelledError:
             self.message.value = "Cancelled; what is shown is of the last attack that finished."
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # a model of the reader's may raise any
             self.message.value = f"This cannot be attacked: {html.escape(str(error))}"
         self.cancel.disabled, self.progress.value = True, self.progress.max
 
@@ -379,8 +380,11 @@ class AttackExplorer:
         return figure
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        written = io.BytesIO()
-        self.figure().savefig(written, format="png", dpi=80)
         bundle = self.panel()._repr_mimebundle_(**options) or {}
+        written = io.BytesIO()
+        try:
+            self.figure().savefig(written, format="png", dpi=80)
+        except ValueError as error:  # no attack has finished: the panel says why, and so does this
+            return {**bundle, "text/plain": str(error)}
         told = "AttackExplorer: run this cell in JupyterLab for the panel; here is its picture."
         return {**bundle, "text/plain": told, "image/png": written.getvalue()}

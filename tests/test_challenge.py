@@ -76,7 +76,8 @@ def test_exactly_eps_is_allowed_and_a_step_more_is_not(original):
         (lambda x, y: (x[:-1], y[:-1]), r"shape \(31, 3, 32, 32\)"),
         (lambda x, y: (x.flatten(1), y), "shape"),
         (lambda x, y: (x, (y + 1) % 10), "32 differ"),
-        (lambda x, y: (x, y.float()), "int64"),
+        (lambda x, y: (x, y.float()), "labels are torch.float32; give int64"),
+        (lambda x, y: (x, y.int()), "labels are torch.int32; give int64"),
         (lambda x, y: (x, y[:-1]), "all differ"),
         (lambda x, y: (x.double(), y), "float64"),
         (lambda x, y: (x.index_fill(0, torch.tensor([2]), float("nan")), y), "1 images hold NaN"),
@@ -102,12 +103,16 @@ def test_only_an_attack_is_read_as_one(tmp_path, submission):
     save_file({"images": images}, half)
     assert torch.equal(read_attack(attack)[0], images)
     assert read_attack(weights) is None
+    torch.save(models.build("cnn").state_dict(), tmp_path / "weights.pth")
     assert read_attack(tmp_path / "weights.pth") is None
+    save_file({"images": images, "labels": labels}, tmp_path / "renamed")
+    assert torch.equal(read_attack(tmp_path / "renamed")[0], images)
     with pytest.raises(SubmissionError, match="holds images; an attack holds images and labels"):
         read_attack(half)
-    attack.write_bytes(b"no tensors")
-    with pytest.raises(SubmissionError, match=re.escape(str(attack))):
-        read_attack(attack)
+    for content, told in ((b"no tensors", "damaged"), (b"", "empty"), (b"<html>", "a web page")):
+        attack.write_bytes(content)
+        with pytest.raises(SubmissionError, match=f"{re.escape(str(attack))} is {told}"):
+            read_attack(attack)
 
 
 def test_attack_is_scored_against_pgd_and_noted(hand_in, submission, arena, tiny_shapes):

@@ -1,6 +1,7 @@
 """Checkpoints: round trips, every kind of bad file, anybody's weights."""
 
 import functools
+import io
 import os
 import pickle
 
@@ -56,11 +57,46 @@ def test_hash_is_of_every_weight_and_buffer():
 def test_truncated_file_is_refused(saved):
     path, _ = saved
     content = path.read_bytes()
-    for size in (0, 5, 500, len(content) - 1):
+    for size in (5, 500, len(content) - 1):
         path.write_bytes(content[:size])
         for read in (load, functools.partial(load_weights, arch="cnn")):
             with pytest.raises(CheckpointError, match=r"one.safetensors is damaged or no safetens"):
                 read(path)
+
+
+PICKLED = io.BytesIO()
+torch.save({"w": torch.ones(3)}, PICKLED)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty, no weights"),
+        (b"<!DOCTYPE html>\n<html>404</html>", "is a web page, no weights"),
+        (b"\n<html lang=en>", "is a web page, no weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
+        (b"hello", "is no weights file"),
+        (PICKLED.getvalue()[:-50], "is damaged, perhaps cut off; get it again"),
+    ],
+    ids=["empty", "page", "html", "lfs", "text", "cut"],
+)
+def test_file_that_is_no_weights_is_called_what_it_is(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    if name.endswith("safetensors"):
+        told = told.replace("is no weights file", "is damaged").partition(",")[0]
+    with pytest.raises(CheckpointError, match=rf"{name} (is refused: it )?{told}") as caught:
+        load_weights(tmp_path / name, "cnn")
+    assert "pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model", "model.pth", "model.bin"])
+def test_safetensors_are_read_whatever_their_name(saved, name):
+    path, model = saved
+    renamed = path.rename(path.with_name(name))
+    found = load_weights(renamed)
+    assert found.arch == "cnn"
+    assert_same_state(found.model, model.state_dict())
 
 
 def test_one_altered_byte_of_the_weights_is_refused(saved):
@@ -258,7 +294,7 @@ def test_missing_file_no_pickle_and_unknown_architecture_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weights file .*text.pth"):
         load_weights(path, "cnn")
     path.write_text("hello")
-    with pytest.raises(CheckpointError, match=r"text.pth is refused: it is damaged"):
+    with pytest.raises(CheckpointError, match=r"text.pth is refused: it is no weights file"):
         load_weights(path, "cnn")
     torch.save(models.build("cnn").state_dict(), path)
     with pytest.raises(ValueError, match="unknown architecture 'resnet'; choose one of cnn"):

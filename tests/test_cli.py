@@ -1,6 +1,7 @@
 """The command `advlab`, called as a user calls it."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from advlab import __main__, cli, models, recipes
+from advlab import __main__, cli, files, models, recipes
 from advlab.bench import run as bench
 from advlab.catalogue import ATTACKS
 from advlab.upkeep import doctor, publish, runs, trial
 from advlab.upkeep.train import Options
 
 runner = CliRunner()
+HOME = str(files.home())
 ABSENT = "cuda" if torch.backends.mps.is_available() else "mps"  # no machine has both
 
 
@@ -67,9 +69,13 @@ def test_choices_are_what_the_package_declares():
         (["run", "--param", "nonsense"], "not of the form name=value"),
         (["run", "--dataset", "imagenet"], "unknown data set 'imagenet'"),
         (["run", "--data-dir", "/no/such/folder"], "in /no/such/folder"),
+        (["run", "01", "--dataset", "shapes10", "--output-dir", HOME], "repository's own files"),
+        (["bench", "--dataset", "shapes10", "--output-dir", f"{HOME}/figures"], "own files"),
+        (["course", "build", "--output", f"{HOME}/notebooks"], "own files"),
+        (["course", "grade", ".", "--output", HOME], "own files"),
     ],
 )
-def test_evaluate_and_run_refuse_with_the_reason(weights, arguments, message):
+def test_what_is_wrong_is_refused_with_the_reason(weights, arguments, message):
     arguments = [str(weights) if a == "WEIGHTS" else a for a in arguments]
     if arguments[0] == "evaluate" and "--dataset" not in arguments:
         arguments += ["--dataset", "shapes10", "--test-n", "5"]
@@ -79,8 +85,41 @@ def test_evaluate_and_run_refuse_with_the_reason(weights, arguments, message):
 
 
 def test_parameters_are_parsed_as_yaml():
-    parsed = cli.parse_parameters(["a=1", "b=0.5", "c=true", "d=text", "e=[1, 2]"])
-    assert parsed == {"a": 1, "b": 0.5, "c": True, "d": "text", "e": [1, 2]}
+    parsed = cli.parse_parameters(["a=1", "b=0.5", "c=true", "d=text", "e=[1, 2]", "f=", "g=1e-3"])
+    assert parsed == {
+        **{"a": 1, "b": 0.5, "c": True, "d": "text", "e": [1, 2], "f": None},
+        "g": pytest.approx(1e-3),
+    }
+    assert cli.parse_parameters(["a='%TEMP%'", 'b="a: b"']) == {"a": "%TEMP%", "b": "a: b"}
+
+
+@pytest.mark.parametrize(
+    "value", ["%TEMP%/data", "[1,2", "@x", "a: b", "{a: 1}", "[[1]]", "2026-01-01"]
+)
+def test_parameter_that_yaml_reads_as_no_plain_value_is_refused(value):
+    told = (
+        rf"^--param {re.escape(repr('x=' + value))}: the value is no number, [^\n]* quotes [^\n]*$"
+    )
+    with pytest.raises(ValueError, match=told):
+        cli.parse_parameters([f"x={value}"])
+
+
+def test_evaluate_heeds_the_variable_of_the_data_set(weights, monkeypatch):
+    monkeypatch.setenv("ADVLAB_DATASET", "shapes10")
+    result = runner.invoke(cli.app, ["evaluate", str(weights), "--arch", "cnn", "--test-n", "20"])
+    assert "20 Shapes-10 test images" in result.output
+    renamed = weights.rename(weights.with_name("published"))  # a file without an ending
+    result = runner.invoke(cli.app, ["evaluate", str(renamed), "--arch", "cnn", "--test-n", "20"])
+    assert "published: clean" in result.output
+
+
+def test_ascii_terminal_shows_any_name():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    command = [sys.executable, "-m", "advlab", "evaluate", "x.pth", "--data-dir", "/no/数据"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert r"in /no/\u6570\u636e, which is no folder" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])

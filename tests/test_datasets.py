@@ -119,7 +119,11 @@ def alter(path):
     path.write_bytes(content)
 
 
-DAMAGES = {truncate: "truncated or altered", alter: "truncated or altered", Path.unlink: "missing"}
+def page(path):
+    path.write_text("\n <!DOCTYPE html><html>not found</html>")
+
+
+DAMAGES = {truncate: "empty|truncated or altered", alter: "truncated or al", Path.unlink: "missing"}
 
 
 @every_set
@@ -130,7 +134,7 @@ def test_damaged_file_of_any_set_is_named(key, damage, written, monkeypatch):
     for path, _ in datasets.DATASETS[key].listed():
         whole = (root / path).read_bytes()
         damage(root / path)
-        told = f"is {DAMAGES[damage]}.*will not be used"
+        told = f"is ({DAMAGES[damage]}).*will not be used"
         for asked in ("auto", key) if key == "cifar10" else (key,):  # Shapes-10 does not stand in
             with pytest.raises(DataError, match=told) as caught:
                 load(asked, root)
@@ -147,7 +151,7 @@ def test_absent_set_says_what_to_do(key, empty_home, monkeypatch):
     tops = WRITERS[key][2]
     with pytest.raises(DataError, match=f"not here, and .* cannot be reached.*that holds {tops},"):
         resolve(key)
-    with pytest.raises(DataError, match=f"no {tops} in .*home; give the folder"):
+    with pytest.raises(DataError, match=f"^no {tops} in .*home, which holds nothing; give the f"):
         resolve(key, empty_home)
     ((host, port),) = asked
     assert host.count(".") >= 2
@@ -166,6 +170,79 @@ def test_real_data_have_the_known_sizes(cifar10_root):
     assert (len(loaded.train), len(loaded.test)) == (50_000, 10_000)
     assert torch.bincount(loaded.test.labels).tolist() == [1_000] * 10
     assert loaded.classes == CIFAR10_CLASSES
+
+
+# --- a folder that is set: the data, or an error that says what is there
+
+
+@pytest.fixture
+def said(fake_cifar10, empty_home, no_network, monkeypatch):
+    """Sets ADVLAB_DATA to a path of the tests; returns what comes of it."""
+
+    def resolved(place):
+        monkeypatch.setenv("ADVLAB_DATA", str(place))
+        return resolve("auto")
+
+    return resolved
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("tpyo", "is no folder; give the folder that holds it, or unset ADVLAB_DATA for "),
+        ("link", "is a link to nothing;"),
+        ("empty", "holds nothing;"),
+        ("binary", "holds cifar-10-batches-bin;"),
+        ("", r"holds .*; give \S+fake, or unset"),  # one level too deep
+    ],
+)
+def test_variable_that_is_set_and_wrong_is_an_error(said, tmp_path, place, told):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary" / "cifar-10-batches-bin").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"^ADVLAB_DATA: no cifar-10-\S+ in \S+, which {told}"):
+        said(tmp_path / place)
+
+
+def test_link_in_place_of_the_set_that_leads_nowhere_is_an_error(said, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / datasets.CIFAR10_FOLDER).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"data_batch_1 is missing; it will not be used"):
+        load("auto", said(tmp_path / "linked")[1])
+
+
+@every_set
+def test_own_folder_of_a_set_is_accepted(key, written, monkeypatch):
+    root, _ = written
+    for path, _ in datasets.DATASETS[key].listed():
+        for place in (root / path).relative_to(root).parents:
+            assert datasets.find(key, root / place) == root
+    (root.parent / "link").symlink_to(root / datasets.DATASETS[key].tops()[0])
+    assert datasets.find(key, root.parent / "link") == root
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_intact_archive_is_unpacked_and_a_damaged_one_refused(
+    server, said, empty_home, monkeypatch, itself
+):
+    monkeypatch.setattr(datasets, "_reachable", lambda host, port: False)
+    place = server if itself else server.parent
+    before = sorted(path.name for path in server.parent.iterdir())
+    assert said(place) == ("cifar10", empty_home / "data")
+    assert len(load("cifar10").train) == 100
+    assert sorted(path.name for path in server.parent.iterdir()) == before  # it is only read
+    for damage, told in ((truncate, "is truncated or altered"), (page, "is a web page")):
+        damage(server)
+        with pytest.raises(DataError, match=rf"{server} {told}.*; it will not be used"):
+            said(place)
+
+
+def test_variable_that_names_the_data_set_is_heeded(monkeypatch):
+    monkeypatch.setenv("ADVLAB_DATASET", "shapes10")
+    assert resolve() == resolve(None) == resolve("auto") == ("shapes10", None)
+    monkeypatch.setenv("ADVLAB_DATASET", "imagenet")
+    with pytest.raises(ValueError, match="unknown data set 'imagenet'; choose auto, cifar10"):
+        load()
 
 
 # --- the download, from a server on this machine

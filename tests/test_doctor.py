@@ -1,5 +1,6 @@
 """The doctor: what is right, what is not, and the mend."""
 
+import json
 import sys
 
 import psutil
@@ -22,7 +23,15 @@ def line(name):
 def test_this_environment_is_in_order():
     checks = run_checks()
     names = {check.name for check in checks}
-    assert {"Python", "torch", "torchvision", "safetensors", "CIFAR-10", "free memory"} <= names
+    assert {
+        "Python",
+        "torch",
+        "torchvision",
+        "safetensors",
+        "data",
+        "kernel",
+        "free memory",
+    } <= names
     assert not names & {"pytest", "foolbox", "torchattacks"}  # what is optional
     assert len(names) == len(checks)
     # Every shipped model loads, by the names of layers that are published; memory is the machine's.
@@ -63,19 +72,58 @@ def test_what_the_doctor_says_of_operators_is_so():
 
 
 def test_missing_data_are_no_fault_and_damaged_ones_are(empty_home, fake_cifar10, monkeypatch):
-    check = line("CIFAR-10")
+    check = line("data")
     assert check.ok
-    assert "Shapes-10 stands in" in check.detail
+    assert check.detail == "CIFAR-10 is not here; it is downloaded, or Shapes-10 stands in"
     monkeypatch.setenv("ADVLAB_DATA", str(fake_cifar10))
-    check = line("CIFAR-10")
+    check = line("data")
     assert check.ok
     assert str(fake_cifar10) in check.detail
     assert "every MD5 right" in check.detail
     path = fake_cifar10 / datasets.CIFAR10_FOLDER / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-1])
-    check = line("CIFAR-10")
+    check = line("data")
     assert not check.ok
     assert f"{path} is truncated or altered" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("check", "variable", "value", "told"),
+    [
+        ("data", "DATA", "/no/such/folder", "ADVLAB_DATA: no cifar-10-batches-py in /no/such/fold"),
+        ("data", "DATASET", "imagenet", "unknown data set 'imagenet'"),
+        ("settings", "PROFILE", "slow", "unknown profile 'slow'"),
+        ("settings", "OUTPUT", str(files.home()), "holds the repository's own files"),
+        ("settings", "DATADIR", "/x", "there is no ADVLAB_DATADIR; the variables are ADVLAB_CACHE"),
+        ("device", "DEVICE", "abacus", "device 'abacus' is not on this machine"),
+    ],
+)
+def test_setting_that_is_wrong_fails(monkeypatch, check, variable, value, told):
+    monkeypatch.setenv(f"ADVLAB_{variable}", value)
+    assert not line(check).ok
+    assert told in line(check).detail
+
+
+def test_data_set_that_is_chosen_is_the_one_that_is_checked(monkeypatch, no_network, empty_home):
+    monkeypatch.setenv("ADVLAB_DATASET", "shapes10")
+    assert line("data") == (True, "data", "shapes10")
+    monkeypatch.setenv("ADVLAB_DATASET", "mnist")
+    assert line("data") == (True, "data", "MNIST is not here; it is downloaded")
+
+
+def test_kernel_of_another_python_is_named_with_the_mend(monkeypatch, tmp_path):
+    assert line("kernel") == (True, "kernel", f"python3 starts {sys.executable}")
+    own, other = tmp_path / "kernels" / "python3", tmp_path / "python"
+    other.write_text("#!/bin/sh\necho /another\n")
+    other.chmod(0o755)
+    own.mkdir(parents=True)
+    spec = {"argv": [str(other)], "display_name": "x", "language": "python"}
+    (own / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    check = line("kernel")
+    assert not check.ok
+    assert check.detail.startswith(f"python3 starts {other}, not {sys.executable}: lessons")
+    assert check.detail.endswith(f"Remove {own}")
 
 
 def test_missing_intact_and_damaged_checkpoints(empty_home):

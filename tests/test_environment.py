@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from itertools import chain
@@ -68,6 +69,22 @@ def test_make_installs_the_locked_torch_first_and_its_cpu_build_unless_told(sett
     assert "--extra-index-url" not in rest
     for words in (first, rest):
         assert words[words.index("--constraint") + 1] == "constraints.txt"
+
+
+@pytest.mark.parametrize("made", [None, "/elsewhere/.venv", "{}/.venv", "/moved{}/.venv"])
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_environment_that_belongs_to_another_folder_is_made_anew(tmp_path, made, quote):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    if made:
+        (tmp_path / ".venv" / "bin").mkdir(parents=True)
+        (tmp_path / ".venv" / "installed").write_text("")
+        line = f"export VIRTUAL_ENV={quote}{made.format(tmp_path)}{quote}\n"
+        (tmp_path / ".venv" / "bin" / "activate").write_text(line)
+    command = ["make", "--dry-run", "doctor"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert ("rm -rf .venv\n" in shown) is (made != "{}/.venv")
+    assert shown.endswith(".venv/bin/python -m advlab doctor\n")  # a script names its old folder
 
 
 def test_ci_runs_the_commands_of_the_readme():

@@ -14,6 +14,7 @@ from advlab.data import DataError
 from advlab.evaluation import accuracy_table
 from advlab.lab import start
 from advlab.recipes import FAST, PAPER, QUICK, SMALL, Profile
+from advlab.upkeep.train import Options
 
 COUNTS = "2,000 training and 500 test images"
 
@@ -127,7 +128,7 @@ def test_unknown_settings_are_named_before_data_are_read(empty_home, no_network,
     monkeypatch.setattr(lab.datasets, "load", None)
     with pytest.raises(ValueError, match="unknown profile 'slow'; choose one of quick, lesson, fa"):
         start("slow", "shapes10")
-    for seed in (-1, 1.5, "0", None):
+    for seed in (-1, 1.5, "0", None, True):
         with pytest.raises(ValueError, match=r"seed is .*; it must be an integer from 0 on"):
             start("quick", "shapes10", seed=seed)
     for device in ("abacus", "cuda:x", "cpu:7:7", "mps" if torch.cuda.is_available() else "cuda"):
@@ -209,13 +210,53 @@ def test_save_into_a_blocked_folder_names_it_and_the_mend(quick):
 # --- folders
 
 
-def test_home_is_the_clone_or_for_an_installed_wheel_the_current_folder(monkeypatch, tmp_path):
-    assert (files.home() / "pyproject.toml").is_file()
+def test_home_is_the_clone_that_holds_the_notebook_or_the_package_or_the_current_folder(
+    monkeypatch, tmp_path
+):
+    own = Path(files.__file__).parent.parent
+    monkeypatch.chdir(tmp_path)
+    assert files.home() == own
     assert files.shipped_checkpoints() == files.home() / "data" / "checkpoints"
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "site-packages" / "advlab" / "files.py"))
+    monkeypatch.chdir(make_clone(tmp_path / "clone") / "notebooks")
+    assert files.home() == tmp_path / "clone"
+    wheel = tmp_path / "site-packages" / "advlab"
+    monkeypatch.setattr(files, "__file__", str(wheel / "files.py"))
+    assert files.home() == tmp_path / "clone"
     monkeypatch.chdir(tmp_path)
     assert files.repository() is None
     assert files.home() == tmp_path
+
+
+def test_lesson_outside_any_clone_says_so(fake_cifar10, monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "site-packages" / "advlab" / "files.py"))
+    monkeypatch.chdir(tmp_path)
+    made = start("lesson", data_dir=str(fake_cifar10))
+    assert str(made).endswith(
+        f"No clone of the repository holds {tmp_path}: start the lesson in one."
+    )
+
+
+@pytest.mark.parametrize("name", ["", "figures", "notebooks/.."])
+def test_results_are_never_written_over_the_repository_s_own_files(tmp_path, monkeypatch, name):
+    clone = make_clone(tmp_path / "clone")
+    told = "holds the repository's own files, and results would be written over them; choose anoth"
+    with pytest.raises(ValueError, match=told):
+        start("quick", "shapes10", output_dir=str(clone / name))
+    monkeypatch.setenv("ADVLAB_OUTPUT", str(clone / name))
+    monkeypatch.chdir(clone)
+    with pytest.raises(ValueError, match=told):
+        Options("quick", "shapes10").resolved()
+    with pytest.raises(ValueError, match=told):
+        Options("quick", "shapes10", output_dir=name or ".").resolved()
+    assert files.results_folder(clone / "outputs" / "x") == clone / "outputs" / "x"
+
+
+def make_clone(folder: Path) -> Path:
+    """Write what tells a clone of the repository."""
+    for name in ("pyproject.toml", "advlab/files.py", "notebooks/01.ipynb", "figures/t.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    return folder
 
 
 def test_cache_folder_can_be_chosen(monkeypatch, tmp_path):
@@ -225,6 +266,10 @@ def test_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     assert files.cache_dir() == tmp_path / "somewhere"
     monkeypatch.delenv("ADVLAB_CACHE")
     assert files.cache_dir().name == "advlab"
+    monkeypatch.setattr(Path, "home", lambda: Path("~").expanduser())
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # neither HOME nor an account
+    with pytest.raises(OSError, match="no home folder; set HOME or ADVLAB_CACHE to a folder"):
+        files.cache_dir()
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):

@@ -1,6 +1,7 @@
 """Every figure has its labels and is small as a file."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,17 @@ def small(tmp_path):
 
 def labels_of(figure: Figure) -> list[tuple[str, str]]:
     return [(axis.get_xlabel(), axis.get_ylabel()) for axis in figure.axes]
+
+
+def test_style_takes_back_the_users_settings_and_shows_figures_in_a_notebook(monkeypatch):
+    plt.rcParams.update({"text.usetex": True, "savefig.format": "pdf"})
+    plots.use_style()
+    assert (plt.rcParams["text.usetex"], plt.rcParams["savefig.format"]) == (False, "png")
+    asked = []
+    shell = SimpleNamespace(kernel=None, enable_matplotlib=asked.append)
+    monkeypatch.setattr(plots, "get_ipython", lambda: shell)
+    plots.use_style()
+    assert asked == ["inline"]
 
 
 @pytest.fixture

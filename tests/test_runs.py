@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from conftest import write_lesson
 from filelock import FileLock
 from rich.console import Console
 
-from advlab import paper, recipes
+from advlab import files, paper, recipes
 from advlab.catalogue import LESSONS
 from advlab.upkeep import readme, runs
+from advlab.upkeep.kernels import OwnKernel
 from advlab.upkeep.runs import BatchError, choose_lessons
 from advlab.upkeep.train import Options
 
@@ -125,6 +127,69 @@ def test_output_folder_that_cannot_be_written_is_named(lessons):
         run_quick(lessons)
 
 
+SURROUNDINGS = """\
+import sys, warnings
+import matplotlib.pyplot as plt
+from advlab import plots
+warnings.warn('once', DeprecationWarning)
+plots.use_style()
+plt.plot([0, 1])
+plt.title('$x_1$')
+plt.show()
+print(sys.executable, __debug__)
+"""
+
+
+def test_what_a_user_has_set_for_other_programs_changes_no_lesson(lessons, monkeypatch, tmp_path):
+    spec = {"argv": ["false"], "display_name": "other", "language": "python"}
+    startup = "raise SystemExit('not of this lesson')"
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: svg\n")
+    for name, content in (("kernels/python3/kernel.json", json.dumps(spec)), ("a.py", startup)):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text(content)
+    (tmp_path / "ipython" / "profile_default" / "startup").mkdir(parents=True)
+    (tmp_path / "ipython" / "profile_default" / "startup" / "0.py").write_text(
+        "plt = sys = None; 1/0"
+    )
+    long = tmp_path / ("t" * 82)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    for name, value in {
+        "MPLBACKEND": "Agg",
+        "MATPLOTLIBRC": tmp_path,
+        "PYTHONWARNINGS": "error",
+        "PYTHONOPTIMIZE": "1",
+        "PYTHONSTARTUP": tmp_path / "own" / "a.py",
+        "JUPYTER_PATH": tmp_path / "own",
+        "IPYTHONDIR": tmp_path / "ipython",
+        "TMPDIR": long,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    write_lesson(lessons, "01_first", SURROUNDINGS)
+    executed = nbformat.read(
+        run_quick(lessons, "01") / "notebooks" / "01_first.ipynb", as_version=4
+    )
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    assert f"{sys.executable} True\n" in [output.get("text") for output in outputs]
+
+
+def test_kernel_starts_without_a_home_folder(monkeypatch, tmp_path):
+    manager = OwnKernel(connection_file=str(tmp_path / "k.json"))
+    assert "HOME" not in manager.kernel_spec.env
+    monkeypatch.setattr(files, "user_home", lambda: None)
+    assert manager.kernel_spec.env["HOME"] == str(tmp_path)
+
+
+def test_full_disk_is_named_with_the_notebook(lessons, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.papermill, "execute_notebook", full)
+    with pytest.raises(OSError, match=r"cannot write \S+01_first\.partial\.ipynb: No space left"):
+        run_quick(lessons, "01")
+
+
 # --- going on
 
 
@@ -180,7 +245,7 @@ def test_resume_of_another_run_says_what_differs(lessons, monkeypatch, asked, co
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"settings": {', "[1]", '{"settings": {}, "seconds": {}}']
+    "content", ["", "{}", '{"settings": {', "[1]", '{"settings": {}, "seconds": {}}']
 )
 def test_damaged_record_is_named_with_the_mend(lessons, content):
     record = lessons / "out" / "run.json"

@@ -208,12 +208,35 @@ def test_a_batch_run_shows_a_figure(explorer):
     assert "application/vnd.jupyter.widget-view+json" in bundle
 
 
+class Broken(torch.nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of cheese"), IndexError("out of cheese")])
+@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+def test_explorer_whose_attack_fails_shows_why(shapes, error, attack):
+    explorer = AttackExplorer({"one": Broken(error)}, shapes)
+    explorer.attack.value = attack
+    bundle = explorer._repr_mimebundle_()
+    assert re.fullmatch("This cannot be attacked: .*out of cheese.*", bundle["text/plain"])
+    assert "image/png" not in bundle
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert "out of cheese" in explorer.message.value
+
+
 def test_no_model_is_refused(shapes):
     with pytest.raises(ValueError, match="no model was given"):
         AttackExplorer({}, shapes)
 
 
-@pytest.mark.parametrize("wrong", [{"eps": 8 / 255}, {"eps": 65}, {"index": -1}, {"index": 60}])
+@pytest.mark.parametrize(
+    "wrong", [{"eps": 8 / 255}, {"eps": 65}, {"eps": True}, {"index": -1}, {"index": 60}]
+)
 def test_what_the_controls_cannot_show_is_refused(wrong, models, shapes):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be a whole number from 0 to"):

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from advlab import datasets, files, lab, plots
+from advlab import datasets, files, plots
 from advlab.bench import footprint, parts, picture, rivals
 from advlab.bench.measure import Row, cells
 from advlab.bench.whole_paper import whole_part
@@ -106,11 +106,11 @@ def run(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; measure at least once")
     console = console or Console()
-    name, root = lab.resolve_data(dataset, data_dir)
+    name, root = datasets.resolve(dataset, data_dir)
     if publish and not datasets.are_papers(name):
         raise ValueError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
-    chosen = lab.setting(output_dir, "", "") or files.home() / "outputs" / "bench"
-    output = files.home() / "figures" if publish else Path(chosen).expanduser().absolute()
+    chosen = files.setting(output_dir) or files.home() / "outputs" / "bench"
+    output = files.home() / "figures" if publish else files.results_folder(chosen)
     table = pd.DataFrame(measure_apart(name, root, rounds)).assign(
         machine=runs.machine(), torch=torch.__version__, data=name
     )

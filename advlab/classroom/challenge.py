@@ -12,14 +12,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from advlab import datasets, evaluation, files, lab
 from advlab.attacks import pgd
 from advlab.catalogue import ATTACKS
-from advlab.checkpoints import CheckpointError, load_weights
+from advlab.checkpoints import CheckpointError, is_safetensors, load_weights, read_tensors
 from advlab.data import to_float
 
 EPS = 8 / 255
@@ -37,12 +35,12 @@ def read_attack(path: Path) -> tuple[Tensor, Tensor] | None:
     Raises:
         SubmissionError: if the file is damaged or only one of the two is in it.
     """
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return None
     try:
-        found = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise SubmissionError(f"{path} cannot be read: {error}") from error
+        found = read_tensors(path)
+    except CheckpointError as error:
+        raise SubmissionError(str(error)) from error
     named = {"images", "labels"} & set(found)
     if not named:
         return None
@@ -71,10 +69,12 @@ def check_attack(images: Tensor, labels: Tensor, originals: Tensor, true: Tensor
             f"images have shape {tuple(images.shape)}; it must be {tuple(originals.shape)}, all "
             "of the first test images in their order"
         )
-    if labels.shape != true.shape or labels.dtype != torch.int64 or not torch.equal(labels, true):
+    if labels.dtype != torch.int64:
+        raise SubmissionError(f"labels are {labels.dtype}; give int64, as the test set's are")
+    if labels.shape != true.shape or not torch.equal(labels, true):
         changed = int((labels != true).sum()) if labels.shape == true.shape else "all"
         raise SubmissionError(
-            f"labels are not the test set's ({changed} differ); submit them as they are, int64"
+            f"labels are not the test set's ({changed} differ); submit them as they are"
         )
     if images.dtype == torch.uint8:
         images = to_float(images)

@@ -126,7 +126,8 @@ def grade(
     given = None if marks is None else read_marks(marks)
     hide = None
     if sandbox:  # the clone holds the answers, in its history too
-        hide = [path.absolute() for path in (files.home(), Path.home(), folder, output)]
+        folders = filter(None, (files.home(), files.user_home(), folder, output))
+        hide = [path.absolute() for path in folders]
         secrets = [*sources().values(), *(one.path for one in found)]
         grading.check_sandbox(hide, [path.absolute() for path in secrets])
     for path in others:

@@ -23,11 +23,12 @@ from advlab.classroom.probe import PID_NAMESPACE
 from advlab.classroom.sandbox import sandboxed
 from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
+from advlab.upkeep.kernels import short_folder
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
 # The modules whose code decides a score.
 GRADER = [f"classroom/{name}" for name in ("grading", "merging", "run_submission", "sandbox")]
-GRADER += ["upkeep/processes"]
+GRADER += ["upkeep/kernels", "upkeep/processes"]
 _running: set[int] = set()  # process groups of submissions
 
 
@@ -79,7 +80,7 @@ def check_sandbox(hide: Sequence[Path], secrets: Sequence[Path]) -> None:
 @contextmanager
 def _work_folder() -> Iterator[Path]:
     """Yield a folder that goes at the end, whatever was made of it meanwhile."""
-    work = Path(tempfile.mkdtemp(prefix="g"))
+    work = Path(tempfile.mkdtemp(prefix="g", dir=short_folder()))
     try:
         yield work
     finally:  # neither goes where a link leads, or minds how deep folders are nested

@@ -22,8 +22,6 @@ from typing import Any
 import nbformat
 import psutil
 from IPython.core.inputtransformer2 import TransformerManager
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
@@ -33,6 +31,7 @@ from advlab import files
 from advlab.classroom import merging
 from advlab.classroom.merging import RefusedError, clean, grade_id
 from advlab.classroom.sandbox import sandboxed
+from advlab.upkeep.kernels import OwnKernel
 from advlab.upkeep.processes import share_of_memory
 
 LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
@@ -73,14 +72,13 @@ class Runner(NotebookClient):
         return super().output(outs, msg, display_id, cell_index)
 
 
-def _manager(work: Path, hidden: Sequence[Path] | None, megabytes: int) -> AsyncKernelManager:
+def _manager(work: Path, hidden: Sequence[Path] | None, megabytes: int) -> OwnKernel:
     """Return a kernel manager whose kernel is limited, and talks through a file in `work`."""
-    manager = AsyncKernelManager(transport="ipc", connection_file=str(work / "k.json"))
+    manager = OwnKernel(transport="ipc", connection_file=str(work / "k.json"))
     manager.ip = str(work / "k")
     limit = f'ulimit -v {megabytes * 1024}; ulimit -f 200000; exec "$@"'
-    argv = ["/bin/sh", "-c", limit, "sh", *([] if hidden is None else sandboxed(work, hidden))]
-    argv += [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    manager._kernel_spec = KernelSpec(argv=argv, display_name="submission", language="python")
+    covers = [] if hidden is None else sandboxed(work, hidden)
+    manager.words = ["/bin/sh", "-c", limit, "sh", *covers]
     return manager
 
 

@@ -6,6 +6,7 @@ Torch and what stands on it are imported by the checks alone: they tell when tha
 import importlib
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -56,14 +57,45 @@ def _torchvision() -> tuple[bool, str]:
     return True, f"{pair}. {WITHOUT_OPERATORS}"
 
 
+def _settings() -> tuple[bool, str]:
+    from advlab import files, lab
+
+    own = {name: value for name, value in os.environ.items() if name.startswith("ADVLAB_")}
+    if unknown := ", ".join(sorted(own.keys() - files.SETTINGS)):
+        return False, f"there is no {unknown}; the variables are {', '.join(files.SETTINGS)}"
+    lab.output_folder("auto", lab.profile_name(), "auto")
+    return True, ", ".join(f"{name}={value}" for name, value in sorted(own.items())) or "none set"
+
+
+def _kernel() -> tuple[bool, str]:
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    spec = KernelSpecManager().get_kernel_spec("python3")
+    command = [spec.argv[0], "-c", "import sys; print(sys.prefix)"]
+    own = spec.argv[0] in ("python", "python3")  # jupyter takes its own Python for these
+    prefix = sys.prefix if own else subprocess.check_output(command, text=True).strip()
+    if prefix == sys.prefix:
+        return True, f"python3 starts {sys.executable}"
+    return False, (
+        f"python3 starts {spec.argv[0]}, not {sys.executable}: lessons opened in JupyterLab run "
+        f"there (advlab run does not mind). Remove {spec.resource_dir}"
+    )
+
+
 def _data() -> tuple[bool, str]:
     from advlab import datasets
 
-    root = datasets.find("cifar10")
+    name = datasets.asked()
+    key = "cifar10" if name == "auto" else name
+    source = datasets.DATASETS.get(key)
+    if source is None:
+        return True, key
+    root = datasets.find(key)
     if root is None:
-        return True, "not here; it is downloaded, or Shapes-10 stands in"
-    datasets.DATASETS["cifar10"].check(root)
-    return True, f"{root / datasets.CIFAR10_FOLDER}, every MD5 right"
+        told = ", or Shapes-10 stands in" if name == "auto" else ""
+        return True, f"{source.name} is not here; it is downloaded{told}"
+    source.check(root)
+    return True, f"{' and '.join(str(root / top) for top in source.tops())}, every MD5 right"
 
 
 def _checkpoints() -> tuple[bool, str]:
@@ -109,7 +141,9 @@ def run_checks() -> list[Check]:
             checks.append(check_package(requirement))
     for name, check in {
         "torchvision import": _torchvision,
-        "CIFAR-10": _data,
+        "settings": _settings,
+        "data": _data,
+        "kernel": _kernel,
         "checkpoints": _checkpoints,
         "device": _device,
         "cores": lambda: (True, f"{os.cpu_count()}, {platform.machine()}"),

@@ -77,7 +77,7 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
         DataError: if there is no CIFAR-10: nothing computed on other data belongs in those folders.
     """
     console = console or Console()
-    lab.resolve_data("cifar10", "auto")  # before anything is removed
+    datasets.resolve("cifar10")  # before anything is removed
     output = lab.default_output("paper", "cifar10")
     if not resume and output.exists():
         shutil.rmtree(output)
@@ -139,7 +139,7 @@ def reproduce(
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with one seed at least")
-    name, root = lab.resolve_data(dataset, data_dir)
+    name, root = datasets.resolve(dataset, data_dir)
     if publish and not datasets.are_papers(name):
         raise BatchError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
     output = lab.default_output("fast", name)

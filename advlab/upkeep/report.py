@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 import advlab
-from advlab import files, lab
+from advlab import files
 from advlab.attacks import input_gradient
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
@@ -169,8 +169,8 @@ def run(
     maker = open_target(source, data, arch=arch).model if source else None
     name = Path(target).name + (f", weights {weights.name}" if weights else "")
     place = re.sub(r"[^\w.-]+", "-", f"{name}-{data.spec.key}")
-    chosen = lab.setting(output_dir, "", "")
-    output = Path(chosen).expanduser() if chosen else files.home() / "outputs" / "audit" / place
+    chosen = files.setting(output_dir) or files.home() / "outputs" / "audit" / place
+    output = files.results_folder(chosen)
     how = {"settings": settings, "source": maker, "progress": "AutoAttack"}
     report = audit_model(opened.model, data, name=name, output=output, **how)
     show(report, output, console)

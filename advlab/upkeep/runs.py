@@ -27,6 +27,7 @@ from advlab.machine import cores
 from advlab.recipes import Model, profile_for
 from advlab.store import code_hash
 from advlab.upkeep import readme
+from advlab.upkeep.kernels import OwnKernel, short_folder
 from advlab.upkeep.processes import KEEP_MEMORY, PeakMemory, environment
 from advlab.upkeep.train import Options, train_models
 
@@ -185,9 +186,9 @@ def kernel_config(folder: str) -> Config:
     Elsewhere (Windows) it is the loopback network, which is jupyter's default everywhere. The
     folder must be the run's own: kernels that share one would hear each other.
     """
-    if os.name != "posix":
-        return Config()
-    return Config(KernelManager={"transport": "ipc", "connection_file": f"{folder}/kernel.json"})
+    transport = "ipc" if os.name == "posix" else "tcp"
+    file = Path(folder, "kernel.json")
+    return Config(KernelManager={"transport": transport, "connection_file": str(file)})
 
 
 def _execute(
@@ -196,11 +197,16 @@ def _execute(
     own = {k: v for k, v in parameters.items() if k in papermill.inspect_notebook(str(source))}
     partial_path = target.with_suffix(".partial.ipynb")
     try:
-        with tempfile.TemporaryDirectory(prefix="advlab-") as folder:
+        with (
+            files.writing(partial_path),
+            tempfile.TemporaryDirectory(prefix="advlab-", dir=short_folder()) as folder,
+        ):
             papermill.execute_notebook(
                 source,
                 partial_path,
                 own,
+                kernel_name="python3",  # `OwnKernel` does not look it up
+                kernel_manager_class=OwnKernel,
                 config=kernel_config(folder),
                 progress_bar={
                     "desc": label,

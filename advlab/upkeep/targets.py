@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from advlab import datasets, lab
+from advlab import datasets
 from advlab.attacks import check_eps
 from advlab.checkpoints import Checkpoint, load_into, load_weights, read_state, weights_hash
 from advlab.data import ImageData
@@ -25,7 +25,12 @@ WEIGHTS = (".safetensors", ".pth", ".pt")
 
 def is_target(text: str) -> bool:
     """Tell whether `text` names a function in a file or a weights file, not a shipped model."""
-    return ".py" in text or Path(text).suffix in WEIGHTS
+    return ".py" in text or _is_weights(text)
+
+
+def _is_weights(text: str) -> bool:
+    path = Path(text).expanduser()
+    return path.suffix in WEIGHTS or (path.suffix != ".py" and path.is_file())
 
 
 def parse_eps(text: str) -> float:
@@ -176,8 +181,8 @@ def open_data(dataset: str, data_dir: str, device: str, test_n: int | None) -> I
         dataset, data_dir, device: As in `lab.start`.
         test_n: How many at most; None for all.
     """
-    where = pick_device(lab.setting(device, "ADVLAB_DEVICE", "auto"))
-    return datasets.load(*lab.resolve_data(dataset, data_dir), train_n=1, test_n=test_n).to(where)
+    where = pick_device(device)
+    return datasets.load(dataset, data_dir, train_n=1, test_n=test_n).to(where)
 
 
 def open_target(
@@ -199,7 +204,7 @@ def open_target(
         FileNotFoundError: if there is no such file.
     """
     device = data.test.images.device
-    if Path(target).suffix in WEIGHTS:
+    if _is_weights(target):
         if weights is not None:
             raise ValueError(f"{target} is a weights file itself; leave --weights {weights} out")
         opened = load_weights(Path(target).expanduser(), arch, data.shape, len(data.classes))

@@ -6,15 +6,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from advlab import lab
+from advlab import datasets, lab
 from advlab.lab import Lab
 from advlab.machine import cores, pick_device, progress_bar
-from advlab.recipes import Model, Recipe, file_stem, profile_for
+from advlab.recipes import Model, Recipe, file_stem
 from advlab.store import Zoo
 from advlab.training import hold_out
 from advlab.upkeep.processes import KEEP_MEMORY, environment
@@ -40,15 +39,14 @@ class Options:
         """Return the same with all that "auto" stands for decided, and the folders absolute.
 
         Raises:
-            ValueError: if there is no such profile, data set or device.
+            ValueError: if there is no such profile, data set or device, or the output folder is
+                one of the repository's own.
             DataError: if the data cannot be had.
         """
-        profile = lab.setting(self.profile, "ADVLAB_PROFILE", "lesson")
-        profile_for(profile, papers=True)  # a wrong name is told before anything is done
-        dataset, root = lab.resolve_data(self.dataset, self.data_dir)
-        chosen = lab.setting(self.output_dir, "ADVLAB_OUTPUT", "")
-        output = Path(chosen or lab.default_output(profile, dataset)).expanduser().absolute()
-        device = pick_device(lab.setting(self.device, "ADVLAB_DEVICE", "auto"))
+        profile = lab.profile_name(self.profile)  # a wrong one is told before anything is done
+        dataset, root = datasets.resolve(self.dataset, self.data_dir)
+        output = lab.output_folder(self.output_dir, profile, dataset)
+        device = pick_device(self.device)
         folder = str(root.absolute()) if root else "auto"
         return Options(profile, dataset, folder, str(output), self.seed, str(device))
 
