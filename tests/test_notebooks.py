@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import REAL_DATA, shared_folder
+from nbconvert import PythonExporter
 from PIL import Image
 
 from advlab import catalogue, files
@@ -79,6 +80,15 @@ def test_notebook_shows_no_trace_of_the_machine(path):
             assert not LOCAL_PATH.search(text), text[:300]
             assert "\x1b[" not in text
             assert "\r" not in text
+
+
+@pytest.mark.parametrize("path", [*LESSONS, *SOLUTIONS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_notebook_is_a_script_too(path):
+    # Without a notebook around it, `display` and the like are no names unless they are imported.
+    script, _ = PythonExporter().from_filename(path)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+    done = subprocess.run(command, input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @by_name
