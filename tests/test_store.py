@@ -57,7 +57,7 @@ def keys():
         ("forward", "CHUNK = 100", "CHUNK = 50", set(store.CODE)),
         ("catalogue", "alpha=eps / 8, steps=20", "alpha=eps / 8, steps=2", {"measurement"}),
         ("evaluation", "eps == 0", "eps == 1", {"measurement"}),
-        ("autoattack", "attacker.square.n_queries = queries", "pass", {"autoattack"}),
+        ("autoattack", 'attacker.square.n_queries = asked["queries"]', "pass", {"autoattack"}),
         ("recipes", 'PAPER = Recipe("paper", epochs=10', 'PAPER = Recipe("paper", 9', {"model"}),
         ("training", "loss.backward()", "(-loss).backward()", {"model"}),
         (
