@@ -137,10 +137,14 @@ def _with_address(record: logging.LogRecord) -> bool:
     return True
 
 
-def _choose(version: str, attacks: Sequence[str] | None, outputs: int) -> list[str]:
-    """Return the parts to run on a model of so many outputs."""
+def parts_of(version: str, outputs: int) -> list[str]:
+    """Return the parts of a version that a model of so many outputs can be attacked with."""
     check_name("version", version, VERSIONS)
-    possible = [name for name in VERSIONS[version] if outputs >= COMPARED.get(name, 2)]
+    return [name for name in VERSIONS[version] if outputs >= COMPARED.get(name, 2)]
+
+
+def _choose(version: str, attacks: Sequence[str] | None, outputs: int) -> list[str]:
+    possible = parts_of(version, outputs)
     unknown = [name for name in attacks or () if name not in possible]
     if unknown:
         raise ValueError(
