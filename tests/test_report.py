@@ -316,7 +316,7 @@ def test_answers_at_random_are_averaged_by_autoattack(labelled, tmp_path, monkey
     monkeypatch.setattr(report, "auto_attack", auto_attack)
     model = nn.Sequential(nn.Dropout(0.1), model)
     model[0].register_forward_hook(lambda _, x, y: x[0] + 0.01 * torch.randn_like(x[0]))
-    settings = report.Settings(eps=1 / 255, n=20, autoattack=True)
+    settings = report.Settings(eps=0.0005, n=20, autoattack=True)
     found, text, _ = audit(tmp_path, model, data, settings=settings)
     assert asked["version"] == "rand"
     told = dict(rows_of(text, "Settings"))["AutoAttack"]
