@@ -299,9 +299,9 @@ def _tiny_step(t: Trial) -> tuple[bool | None, str]:
     middle = t.images.detach().float().clamp(TINY, 1 - TINY)  # no step leaves [0, 1]
     gradient = input_gradient(model, middle, t.labels)
     step = TINY * gradient.sign()
-    ends = (predict(model, middle + side).double() for side in (step, -step))
-    up, down = (F.cross_entropy(logits, t.labels, reduction="none") for logits in ends)
-    done, promised = up - down, 2 * TINY * gradient.double().abs().flatten(1).sum(1)
+    ends = (predict(model, middle + side).cpu().double() for side in (step, -step))
+    up, down = (F.cross_entropy(logits, t.labels.cpu(), reduction="none") for logits in ends)
+    done, promised = up - down, 2 * TINY * gradient.cpu().abs().flatten(1).sum(1)
     most = done.abs().maximum(promised)
     wrong = float(((done - promised).abs() > most / 2 + 1e-5).float().mean())
     told = _percent("wrong by half or more for {} of the images", wrong)

@@ -175,7 +175,9 @@ def _attack(model: Classifier, images: Tensor, labels: Tensor, asked: dict[str, 
     options |= {"norm": {"linf": "Linf", "l2": "L2"}[asked["norm"]], "device": str(images.device)}
     gpus = [images.device] if images.device.type == "cuda" else []  # their code seeds those, too
     with torch.random.fork_rng(gpus, device_type="cuda"):
-        torch.manual_seed(asked["seed"])  # what a model draws before they do so
+        # What a model draws before they do so; `torch.manual_seed` would seed every GPU.
+        torch.default_generator.manual_seed(asked["seed"])
+        torch.cuda.manual_seed(asked["seed"])
         attacker = _authors_code()(logits, **options)
         attacker.attacks_to_run = asked["attacks"]  # some of them are as in the version, too
         attacker.square.n_queries = asked["queries"]
