@@ -184,10 +184,10 @@ class Trial:
 
         Of a model that is right by chance or less nothing else is asked.
         """
-        rows, learned = [], True
+        rows, learned = [], _above_chance(self)[0] is not False
         for check, judge in CHECKLIST:
-            passed, measured = judge(self) if learned else (None, "clean accuracy is at chance")
-            learned = learned and (judge is not _above_chance or passed is not False)
+            asked = learned or judge is _above_chance
+            passed, measured = judge(self) if asked else (None, "clean accuracy is at chance")
             verdict = "not run" if passed is None else "pass" if passed else "ALARM"
             n = len(self.images)
             rows.append({"check": check, "verdict": verdict, "measured": measured, "n": n})
@@ -290,9 +290,9 @@ def _steadily(t: Trial) -> tuple[bool | None, str]:
 def _tiny_step(t: Trial) -> tuple[bool | None, str]:
     """Compare what the gradient promises for a tiny step with what the step does.
 
-    Right is from half to twice the promise. None of 23 honest models (CNNs and LSTMs, undefended
-    and adversarially trained) broke it for one of 100 images; k-winners, rounding behind a
-    straight-through derivative and random inputs do for most.
+    Right is from half to twice the promise. None of the 23 shipped models broke it for one of 100
+    images, the most curved kept 0.68 of it; k-winners (Xiao et al. 2020, 1905.10510), JPEG behind a
+    made-up derivative and random inputs break it for most.
     """
     margins = attack_loss(predict(t.model, t.images), t.labels, "margin").abs()
     model = Rescaled(t.model, float(margins.median()) or 1.0)

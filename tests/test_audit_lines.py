@@ -92,7 +92,7 @@ def test_audit_hears_what_a_toy_model_does(margin, check, no_square):
 
 def test_audit_sees_through_a_masked_model(learned, no_square):
     model, test = learned
-    images, labels = test.first(60).batch(slice(None))
+    images, labels = test.first(30).batch(slice(None))
 
     def masked(x):
         return 1000 * model(x)

@@ -220,7 +220,7 @@ def test_the_two_readings_of_the_hybrid_are_told_apart(some, tmp_path):
     for arch in ("cnn-lstm", "cnn-lstm-positions"):
         model = models.build(arch).eval()
         model.cnn[0].weight.data *= 20  # untrained, the LSTM hardly depends on the image
-        targets.append(as_checkpoint(model, tmp_path, arch=arch))
+        targets.append(as_checkpoint(model, tmp_path / arch, arch=arch))
     without = accuracy_table(targets, some, [0.0])
     assert without["loss"].nunique() == 2
     for _ in range(2):
