@@ -219,7 +219,7 @@ def attack_loss(
     """Return what an attack raises, for each image.
 
     Args:
-        logits: (N, classes); "dlr" needs at least 4 classes.
+        logits: (N, classes); "dlr" needs at least 3 classes, and 4 if it is targeted.
         labels: (N,) int64, the true classes.
         loss: "ce": the cross entropy. "margin": the best other logit minus the true one, above 0
             once the image is broken (Carlini and Wagner 2017, 1608.04644). "dlr": that margin
@@ -234,12 +234,15 @@ def attack_loss(
         ValueError: if there is no such loss, or too few classes for it.
     """
     check_name("loss", loss, LOSSES)
-    if loss == "dlr" and logits.shape[1] < 4:
-        raise ValueError(f'"dlr" needs 4 logits or more, there are {logits.shape[1]}; use "margin"')
+    needed = 3 if targeted is None else 4
+    if loss == "dlr" and logits.shape[1] < needed:
+        raise ValueError(
+            f'"dlr" needs {needed} logits or more, there are {logits.shape[1]}; use "margin"'
+        )
     if loss != "dlr":
         measure = _margin if loss == "margin" else partial(F.cross_entropy, reduction="none")
         return measure(logits, labels) if targeted is None else -measure(logits, targeted)
-    best = logits.topk(4, dim=1).values
+    best = logits.topk(needed, dim=1).values
     if targeted is None:
         return _margin(logits, labels) / (best[:, 0] - best[:, 2] + 1e-12)
     chosen = logits.gather(1, torch.stack([targeted, labels], 1))

@@ -1,20 +1,35 @@
 """AutoAttack, the field's standard measure of robustness, by its authors' code."""
 
+import logging
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import metadata
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advlab.attacks import check_eps
+from advlab.attacks import check_eps, input_gradient
 from advlab.checkpoints import weights_hash
-from advlab.data import check_batch
-from advlab.forward import CHUNK, Classifier, check_device, gradient_mode, holds, predict
+from advlab.data import check_batch, check_integer, check_name
+from advlab.forward import (
+    CHUNK,
+    Classifier,
+    ask,
+    check_device,
+    check_outputs,
+    gradient_mode,
+    predict,
+)
 from advlab.machine import progress_bar
-from advlab.models import fastest_layout
 from advlab.store import Store, key
 
-PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+COMPARED = {"apgd-dlr": 3, "apgd-t": 4}  # so many logits, in the losses of these parts
+FLAGS = "https://github.com/fra31/auto-attack/blob/master/flags_doc.md"
 
 
 def auto_attack(
@@ -23,6 +38,7 @@ def auto_attack(
     labels: Tensor,
     eps: float = 8 / 255,
     *,
+    version: str = "standard",
     attacks: Sequence[str] | None = None,
     norm: str = "linf",
     seed: int = 0,
@@ -37,14 +53,16 @@ def auto_attack(
     authors' (package pyautoattack). It takes minutes for 100 images of a robust model, so each 100
     images that are done are kept in `store`, and an interrupted run goes on from there.
 
-    Ten parameters, a line each: those of the authors' class, and where parts are kept and shown.
+    Eleven parameters, a line each: those of the authors' class, and where parts are kept and shown.
 
     Args:
         model: The attacked model. Nothing is kept of one whose code is neither PyTorch's nor ours:
             nobody could tell whether it was edited.
         images, labels, eps, norm: As in `attacks.pgd`.
-        attacks: Some of `PARTS`; None for all four, and with fewer than four classes for all but
-            "apgd-t", whose loss compares four logits.
+        version: "standard", or for a model that answers at random "rand": APGD on two losses, whose
+            every gradient is the average of 20 (EOT; Athalye et al. 2018, 1707.07397).
+        attacks: Some parts of the version (`VERSIONS`); None for all but those whose loss compares
+            more logits than there are (`COMPARED`).
         seed: Of every random start.
         queries: How often Square may ask the model, per image; 5,000 is the standard.
         store: Where finished parts are kept; None keeps none.
@@ -55,31 +73,54 @@ def auto_attack(
 
     Raises:
         ImportError: without the extra "audit".
-        ValueError: if `eps` or `norm` is not as in `attacks.pgd`, or one of `attacks` does not
-            exist, or not for so few classes.
+        ValueError: if `eps` or `norm` is not as in `attacks.pgd`, there is no such version, it has
+            no such part for so few classes, or the standard is asked of answers at random.
     """
     check_batch(images, labels)
     check_device(model, images)
     _authors_code()
-    asked = {
-        "eps": check_eps(eps, "eps", norm, images.shape[1:]),
-        "norm": norm,
-        "attacks": _choose(attacks, outputs=predict(model, images[:1]).shape[1]),
-        "seed": seed,
-        "queries": queries,
-    }
+    images = images.detach()
+    asked = {"eps": check_eps(eps, "eps", norm, images.shape[1:]), "norm": norm}
+    asked |= {"seed": check_integer("seed", seed), "version": version}
+    asked["queries"] = check_integer("queries", queries, 1)
+    outputs = check_outputs(predict(model, images[:CHUNK]), labels).shape[1]
+    asked["attacks"] = _choose(version, attacks, outputs)
+    if set(asked["attacks"]) != {"square"}:
+        input_gradient(model, images[:1], labels[:1])  # refuses what has none
+    if version == "standard":
+        _refuse_chance(model, images)
     kept = store if store and _is_known(model) else Store(None)
     held: list[bool] = []
     with progress_bar(progress, len(images), "image") as bar, gradient_mode(model, images.device):
         for x, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            name = ""
-            if kept.folder:
-                on = [repr(model), weights_hash(model), x, y, x.device.type]
-                name = key("autoattack", asked, version("pyautoattack"), *on)
-            held += kept.remember(name, lambda x=x, y=y: _attack(model, x, y, **asked))
+            name = _key(model, x, y, asked) if kept.folder else ""
+            held += kept.remember(name, lambda x=x, y=y: _attack(model, x, y, asked))
             bar.update(len(y))
             bar.set_postfix(held=f"{sum(held) / len(held):.3f}")
     return torch.tensor(held, device=images.device)
+
+
+def _key(model: nn.Module, images: Tensor, labels: Tensor, asked: dict[str, Any]) -> str:
+    on = [repr(model), weights_hash(model), images, labels, images.device.type]
+    return key("autoattack", asked, metadata.version("pyautoattack"), *on)
+
+
+def _refuse_chance(model: Classifier, images: Tensor) -> None:
+    if answers_vary(model, images):
+        raise ValueError(
+            "the model answers differently when asked again, and the standard version would find "
+            'it more robust than it is; give version="rand", which averages its gradients'
+        )
+
+
+def answers_vary(model: Classifier, images: Tensor) -> bool:
+    """Tell whether a model answers at random: otherwise when it is asked again.
+
+    It is asked five times about the first images, (N, C, H, W) float in [0, 1]. Logits of length 1
+    may differ by 1e-4, as rounding on a GPU makes them: the numbers of AutoAttack's own check.
+    """
+    first, *others = (F.normalize(predict(model, images[:CHUNK])) for _ in range(5))
+    return max(float((other - first).norm(dim=1).max()) for other in others) > 1e-4
 
 
 def _authors_code() -> type:
@@ -89,12 +130,24 @@ def _authors_code() -> type:
         raise ImportError(
             'AutoAttack needs another package; install it with: pip install "advlab[audit]"'
         ) from error
+    # Its warnings name a file of its repository, which nobody has who installed the package.
+    logging.getLogger("auto-attack").addFilter(_with_address)
     return AutoAttack
 
 
-def _choose(attacks: Sequence[str] | None, outputs: int) -> list[str]:
-    """Return the parts to run on a model of so many outputs."""
-    possible = [name for name in PARTS if name != "apgd-t" or outputs >= 4]
+def _with_address(record: logging.LogRecord) -> bool:
+    record.msg = record.msg.replace("See flags_doc.md", f"See {FLAGS}")
+    return True
+
+
+def parts_of(version: str, outputs: int) -> list[str]:
+    """Return the parts of a version that a model of so many outputs can be attacked with."""
+    check_name("version", version, VERSIONS)
+    return [name for name in VERSIONS[version] if outputs >= COMPARED.get(name, 2)]
+
+
+def _choose(version: str, attacks: Sequence[str] | None, outputs: int) -> list[str]:
+    possible = parts_of(version, outputs)
     unknown = [name for name in attacks or () if name not in possible]
     if unknown:
         raise ValueError(
@@ -112,30 +165,28 @@ def _is_known(model: Classifier) -> bool:
     return all(kind.startswith(("torch.nn.", "advlab.")) for kind in kinds)
 
 
-def _attack(
-    model: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    eps: float,
-    norm: str,
-    attacks: Sequence[str],
-    seed: int,
-    queries: int,
-) -> list[bool]:
-    """Return which images hold."""
+def _attack(model: Classifier, images: Tensor, labels: Tensor, asked: dict[str, Any]) -> list[bool]:
+    """Return which images hold by the authors' code, asked as `auto_attack` is."""
 
     def logits(x: Tensor) -> Tensor:
-        return model(x.contiguous(memory_format=fastest_layout(model)))
+        return ask(model, x).clone()  # Square writes into what it is given
 
+    # Clones, as what was made in inference mode has no gradient outside it either.
+    images, labels = images.float().clone(memory_format=torch.contiguous_format), labels.clone()
+    options = {name: asked[name] for name in ("eps", "seed", "version")}
+    options |= {"norm": {"linf": "Linf", "l2": "L2"}[asked["norm"]], "device": str(images.device)}
     gpus = [images.device] if images.device.type == "cuda" else []  # their code seeds those, too
     with torch.random.fork_rng(gpus, device_type="cuda"):
-        where = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "device": str(images.device)}
-        attacker = _authors_code()(logits, eps=eps, seed=seed, **where)
-        attacker.attacks_to_run = attacks  # some of them are as in the standard, too
-        attacker.square.n_queries = queries
+        # What a model draws before they do so; `torch.manual_seed` would seed every GPU.
+        torch.default_generator.manual_seed(asked["seed"])
+        torch.cuda.manual_seed(asked["seed"])
+        attacker = _authors_code()(logits, **options)
+        attacker.attacks_to_run = asked["attacks"]  # some of them are as in the version, too
+        attacker.square.n_queries = asked["queries"]
         outputs = predict(model, images[:1]).shape[1]
         if outputs < 10:  # the standard aims at nine other classes
             attacker.apgd_targeted.n_target_classes = outputs - 1
             attacker.fab.n_target_classes = outputs - 1
-        made, _ = attacker.run_standard_evaluation(images.float(), labels, batch_size=CHUNK)
-    return holds(model, made.clamp(0, 1), labels).tolist()
+        # What was broken once is broken: asked again, a model could be right by chance.
+        _, found = attacker.run_standard_evaluation(images, labels, batch_size=CHUNK)
+    return (found == labels).tolist()

@@ -68,7 +68,7 @@ class Checkpoint:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the content of a tensor of any dtype (NumPy knows no bfloat16), for a hash."""
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
 def weights_hash(model: nn.Module) -> str:

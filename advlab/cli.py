@@ -215,7 +215,7 @@ def audit(
     autoattack: Annotated[bool, own_option("--autoattack", help="AutoAttack too (long).")] = False,
     seed: Annotated[int, own_option(min=0, help="Of noise and random starts.")] = 0,
     output_dir: Annotated[
-        str, own_option(help="Folder of the report; auto: outputs/audit/TARGET-DATASET.")
+        str, own_option(help="Folder of the report; auto: outputs/audit/FOLDER-TARGET-DATASET.")
     ] = "auto",
     auto_n: Annotated[int, shipped_option(min=0, help="Images for AutoAttack; 0: none.")] = 1_000,
     test_n: Annotated[
@@ -330,12 +330,6 @@ def evaluate(
     images = open_data(dataset, data_dir, device.value, test_n)
     kind = arch and arch.value
     opened = [open_target(text, images, weights, kind) for text in targets]
-    names = [checkpoint.name for checkpoint in opened]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(
-            f"two targets are called {', '.join(sorted(twice))}, and a table could not tell them "
-            "apart; rename a file, or evaluate them one by one"
-        )
     maker = open_target(source, images, arch=kind) if source else None
     how = {"attack": attack.value, "source": maker, "progress": "evaluating"}
     table = evaluation.accuracy_table(opened, images, paper.TEST_EPS, **how)

@@ -168,10 +168,17 @@ def accuracy_table(
         and n.
 
     Raises:
-        ValueError: if an eps is out of range or there is no such attack.
+        ValueError: if an eps is out of range, there is no such attack, or two targets have one
+            name.
     """
     for eps in test_eps:
         check_eps(eps)
+    names = [target.name for target in targets]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two targets are called {', '.join(twice)}, and a table could not tell them apart; "
+            "rename a file, or measure them one by one"
+        )
     chosen = attack_named(attack)
     kept = store if store and chosen.is_ours else Store(None)
     bench = _Bench(data, chosen, seed, kept)
@@ -199,12 +206,19 @@ def board(rows: pd.DataFrame, eps: float = 8 / 255) -> pd.DataFrame:
         the one before) and autoattack, sorted by the strongest.
 
     Raises:
-        ValueError: if nothing was measured at `eps`.
+        ValueError: if nothing was measured at `eps`, or a model twice under one attack.
     """
     clean, at_eps = rows["attack"] == "clean", (rows["test_eps"] - eps).abs() < 1e-6
     if not at_eps.any():
         raise ValueError(f"no row has test_eps {eps:g}; there are {sorted(set(rows['test_eps']))}")
-    wide = rows[clean | at_eps].pivot_table(index="model", columns="attack", values="accuracy")
+    shown = rows[clean | at_eps]
+    again = shown[shown.duplicated(["model", "attack"])]
+    if len(again):
+        raise ValueError(
+            f"two rows are of {again['model'].iloc[0]} under {again['attack'].iloc[0]} at eps "
+            f"{eps:g}; keep one (a seed, a number of images), or rename a model"
+        )
+    wide = shown.pivot(index="model", columns="attack", values="accuracy")
     columns = ["clean", *(a.name for a in ATTACKS.values() if a.board), "autoattack"]
     wide = wide[[name for name in columns if name in wide]]
     return wide.sort_values(list(wide.columns[::-1]), ascending=False)

@@ -143,7 +143,9 @@ def test_pgd_attacks_any_images_away_and_towards(shape, classes, norm, loss):
     for aim in (None, (labels + 1) % classes):
         attack = partial(pgd, model, images, labels, eps, targeted=aim, **options)
         if loss == "dlr" and classes < 4:
-            with pytest.raises(ValueError, match='"dlr" needs 4 logits or more, there are 2'):
+            needed = 3 if aim is None else 4
+            told = f'"dlr" needs {needed} logits or more, there are 2'
+            with pytest.raises(ValueError, match=told):
                 attack()
         else:
             assert_within(attack(), images, eps, norm)
@@ -483,6 +485,8 @@ def test_losses_are_their_formulas():
     torch.testing.assert_close(
         attack_loss(logits, labels), -torch.log_softmax(logits, 1)[[0, 1], labels]
     )
+    three = attack_loss(logits[:, :3], labels, "dlr")  # it compares no fourth
+    torch.testing.assert_close(three, margin / torch.tensor([3.0 - 0.5, 4.0 - 0.0]))
     aim = torch.tensor([2, 3])
     torch.testing.assert_close(
         attack_loss(logits, labels, "margin", aim), torch.tensor([0.5 - 3.0, 1.0 - 4.0])

@@ -1,9 +1,15 @@
 """The checklist: no alarm for an honest model, an alarm for what only looks robust."""
 
+import copy
+import io
+
+import numpy as np
 import pytest
 import torch
-from conftest import as_checkpoint, balance
+from conftest import as_checkpoint, balance, encoded, make_batch, make_small_cnn
+from PIL import Image
 from torch import nn
+from torch.nn import functional
 
 from advlab import audit, models
 from advlab.audit import Trial
@@ -26,21 +32,27 @@ def no_square(monkeypatch):
     monkeypatch.setattr(audit, "auto_attack", missing)
 
 
+CHANCE, SAME = "clean accuracy is above chance", "the same answer to the same image"
+FLAT, STEP = "gradients neither vanish nor explode", "a tiny step does what the gradient says"
+SCALE = "the loss hides nothing that the margin shows"
+CLASSES = "every answer is a class of the data"
+
+
 def verdicts(table):
     return dict(zip(table["check"], table["verdict"], strict=True))
 
 
 def test_audit_of_an_honest_model_has_no_alarm(learned, no_square):
     model, test = learned
-    images, labels = test.first(60).batch(slice(None))
-    table = audit.audit(model, images, labels, eps=0.004)
+    images, labels = test.first(40).batch(slice(None))
+    table = audit.audit(model, images, labels, eps=0.004, classes=10)
     assert list(table.columns) == ["check", "verdict", "measured", "n"]
-    assert len(table) == 9
+    assert len(table) == 14
     found = verdicts(table)
     assert found.pop(BLACK_BOX) == "not run"
     assert found.pop("white box at least as strong as transfer") == "not run"
     assert set(found.values()) == {"pass"}
-    assert set(table["n"]) == {60}
+    assert set(table["n"]) == {40}
 
 
 class Toy(nn.Module):
@@ -80,7 +92,7 @@ def test_audit_hears_what_a_toy_model_does(margin, check, no_square):
 
 def test_audit_sees_through_a_masked_model(learned, no_square):
     model, test = learned
-    images, labels = test.first(60).batch(slice(None))
+    images, labels = test.first(30).batch(slice(None))
 
     def masked(x):
         return 1000 * model(x)
@@ -92,6 +104,104 @@ def test_audit_sees_through_a_masked_model(learned, no_square):
         "gradients neither vanish nor explode",
     ):
         assert found[check] == "ALARM", check
+
+
+class Changed(nn.Module):
+    """A model whose images, or logits, are changed by a function of them."""
+
+    def __init__(self, model, before=lambda x: x, after=lambda x, logits: logits):
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, x):
+        return self.after(x, self.model(self.before(x)))
+
+
+class KWinners(nn.Module):
+    """The highest of a layer's values stay, the others are 0 (Xiao et al. 2020, 1905.10510)."""
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        return (flat * (flat >= flat.topk(int(0.3 * flat.shape[1])).values[:, -1:])).view_as(x)
+
+
+def k_winners(model):
+    changed = copy.deepcopy(model)
+    for k, layer in enumerate(changed.network):
+        if isinstance(layer, nn.ReLU):
+            changed.network[k] = KWinners()
+    return changed
+
+
+def drops_out(model):
+    changed = copy.deepcopy(model)
+    changed.network[-1].register_forward_pre_hook(lambda _, x: functional.dropout(x[0], 0.3))
+    return changed
+
+
+def resized(x):
+    size = int(torch.randint(26, 32, ()))
+    return functional.pad(functional.interpolate(x, size), (0, 32 - size, 0, 32 - size))
+
+
+def jpeg(x):
+    """Return 8-bit pictures as JPEG keeps them; as if nothing had happened for the gradient."""
+    pictures = [(255 * image).byte().permute(1, 2, 0).numpy() for image in x.detach()]
+    files = [encoded(Image.fromarray(picture), "JPEG") for picture in pictures]
+    kept = [torch.from_numpy(np.array(Image.open(io.BytesIO(file)))) for file in files]
+    return x + (torch.stack(kept).permute(0, 3, 1, 2) / 255 - x).detach()
+
+
+def abstain(x, logits):
+    """Return the logits with one more, the highest where the two best are near each other."""
+    return torch.cat([logits, logits.topk(2).values[:, 1:] + 1], 1)
+
+
+UNTRUE = [  # made from a model, heard by the line of this name
+    ("noise", lambda m: Changed(m, lambda x: x + 0.05 * torch.randn_like(x)), SAME),
+    ("resize and pad", lambda m: Changed(m, resized), SAME),
+    ("flip", lambda m: Changed(m, lambda x: x.flip(3) if torch.rand(()) < 0.5 else x), SAME),
+    ("dropout", drops_out, SAME),
+    ("8 bits", lambda m: Changed(m, lambda x: (255 * x).round() / 255), FLAT),
+    ("JPEG", lambda m: Changed(m, jpeg), STEP),
+    ("k-winners", k_winners, STEP),
+    ("x 1000", lambda m: Changed(m, after=lambda _, logits: 1_000 * logits), SCALE),
+    ("sigmoid", lambda m: Changed(m, after=lambda _, logits: logits.sigmoid()), SCALE),
+    ("detector", lambda m: Changed(m, after=abstain), CLASSES),
+]
+
+
+@pytest.mark.parametrize(("make", "check"), [u[1:] for u in UNTRUE], ids=[u[0] for u in UNTRUE])
+def test_the_line_for_it_hears_what_only_looks_robust(learned, make, check):
+    model, test = learned
+    images, labels = test.first(30).batch(slice(None))
+    judge = dict(audit.CHECKLIST)[check]
+    for network, passes in ((model, True), (make(model).eval(), False)):
+        torch.manual_seed(0)
+        assert judge(Trial(network, images, labels, eps=0.02, classes=64))[0] is passes
+
+
+def test_a_line_needs_more_than_one_image_that_differs():
+    images, labels = make_batch(100)
+    trial = Trial(make_small_cnn(), images, labels)
+    low = [trial.interval(share)[0] > audit.LITTLE for share in (0, 0.01, 0.02, 0.03)]
+    assert low == [False, False, False, True]
+
+
+def test_nothing_is_asked_of_a_model_at_chance(learned):
+    model, test = learned
+    images, labels = test.first(40).batch(slice(None))
+    table = audit.audit(model, images, (labels + 1) % 10)
+    assert list(table["verdict"]) == ["ALARM"] + 13 * ["not run"]
+    assert set(table["measured"][1:]) == {"clean accuracy is at chance"}
+    judge = dict(audit.CHECKLIST)[CHANCE]
+    assert judge(Trial(model, images, labels))[0] is True
+    assert judge(Trial(model, images[:2], labels[:1].repeat(2))) == (None, "needs two classes")
+
+
+def test_classes_that_the_labels_pass_are_refused(small_cnn, batch):
+    with pytest.raises(ValueError, match="classes is 2, but there is a label 9"):
+        Trial(small_cnn, batch[0], batch[1] * 0 + 9, classes=2)
 
 
 def test_audit_asks_no_black_box_where_nothing_is_left(learned, monkeypatch):
@@ -157,6 +267,6 @@ def test_any_image_and_number_of_classes_goes_over_the_bench(arch, shape, classe
     assert minimal_eps(model, images, labels)[0] == 0
     held = auto_attack(model, images, labels, 0.1, queries=20, store=Store(tmp_path))
     assert int(held.sum()) <= table["correct"][1]
-    trial = Trial(model, images, labels, source=model)
+    trial = Trial(model, images, labels, source=model, classes=classes)
     assert set(trial.checklist()["verdict"]) <= {"pass", "ALARM"}
     assert trial.accuracies()["correct"][0] == 11

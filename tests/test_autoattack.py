@@ -1,16 +1,17 @@
 """AutoAttack: whose code it is, what is kept of it, and that an interrupted run goes on."""
 
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_batch, make_small_cnn
+from conftest import balance, make_batch, make_small_cnn
 from torch import nn
 
-from advlab import autoattack, models
+from advlab import models
 from advlab.attacks import pgd
-from advlab.autoattack import auto_attack
+from advlab.autoattack import FLAGS, answers_vary, auto_attack
 from advlab.forward import holds, predict
 from advlab.store import Store
 
@@ -21,15 +22,82 @@ def test_without_its_package_it_says_how_to_get_it(small_cnn, monkeypatch):
         auto_attack(small_cnn, *make_batch(2))
 
 
-def test_it_is_at_least_as_strong_as_pgd(learned):
+def tiny(classes):
+    """Return a model of so many classes on 8 x 8 pixels, and 12 images that it gets right."""
+    model, (images, _) = make_small_cnn(0, (3, 8, 8), classes), make_batch(12, shape=(3, 8, 8))
+    return model, images, balance(model, images)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 8])
+def test_it_is_at_least_as_strong_as_pgd_on_any_number_of_classes(classes):
     pytest.importorskip("pyautoattack", reason='needs the extra "audit"')
-    model, test = learned
-    images, labels = test.first(30).batch(slice(None))
+    model, images, labels = tiny(classes)
     state = torch.get_rng_state()
-    held = auto_attack(model, images, labels, 0.01, attacks=["apgd-ce"])
+    held = auto_attack(model, images, labels, 0.02, queries=20)
     assert torch.equal(torch.get_rng_state(), state)
-    made = pgd(model, images, labels, 0.01, alpha=0.00125, steps=20)
-    assert int(held.sum()) <= int(holds(model, made, labels).sum()) + 1
+    assert int(held.sum()) < 12
+    for loss in ("ce", "margin"):
+        made = pgd(model, images, labels, 0.02, alpha=0.0025, steps=20, loss=loss)
+        assert not (held & ~holds(model, made, labels)).any()
+
+
+def test_it_takes_what_the_other_attacks_take(tmp_path):
+    pytest.importorskip("pyautoattack", reason='needs the extra "audit"')
+    model, images, labels = tiny(3)
+    how = {"eps": 0.01, "attacks": ["apgd-ce", "square"], "queries": 5}
+    expected = auto_attack(model, images, labels, **how)
+    assert 0 < int(expected.sum()) < 12
+    with torch.inference_mode():
+        found = [auto_attack(model, images.clone(), labels.clone(), **how)]
+    for one in (
+        images.clone().requires_grad_(),
+        images.double(),
+        images.to(memory_format=torch.channels_last),
+        images.repeat_interleave(2, dim=3)[..., ::2],
+    ):
+        found.append(auto_attack(model, one, labels, store=Store(tmp_path), **how))
+    found.append(auto_attack(lambda x: model(x).double(), images, labels, **how))
+    assert all(torch.equal(one, expected) for one in found)
+    assert images.grad is None
+    with pytest.raises(ValueError, match="label 3 has no logit"):
+        auto_attack(model, images, labels + 1, **how)
+
+
+class Noisy(nn.Module):
+    """Answers at random: noise on every image, in eval mode too."""
+
+    def __init__(self, model, size=0.05):
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x):
+        return self.model(x + self.size * torch.randn_like(x))
+
+
+def test_answers_at_random_need_the_version_that_averages():
+    pytest.importorskip("pyautoattack", reason='needs the extra "audit"')
+    network, images, labels = tiny(3)
+    images, labels = images[:4], labels[:4]
+    model = Noisy(network).eval()
+    with pytest.raises(ValueError, match=r'answers differently .*; give version="rand"'):
+        auto_attack(model, images, labels)
+    assert answers_vary(model, images)
+    assert not answers_vary(network, images)
+    parts = {"version": "rand", "attacks": ["apgd-ce"]}
+    torch.manual_seed(0)
+    held = auto_attack(model, images, labels, 0.02, **parts)
+    made = pgd(model, images, labels, 0.02, alpha=0.0025, steps=20)
+    assert int(held.sum()) <= int(holds(model, made, labels).sum())
+    assert torch.equal(auto_attack(model, images, labels, 0.02, **parts), held)
+
+
+def test_its_warnings_name_a_file_that_is_there(caplog):
+    pytest.importorskip("pyautoattack", reason='needs the extra "audit"')
+    network, images, labels = tiny(3)
+    how = {"attacks": ["apgd-ce"], "queries": 1}
+    auto_attack(lambda x: network(x).softmax(1), images, labels, 0.001, **how)
+    assert "probability distribution" in caplog.text
+    assert f"See {FLAGS}" in caplog.text
 
 
 @pytest.fixture
@@ -39,7 +107,7 @@ def calls(monkeypatch):
 
     class AutoAttack:
         def __init__(self, model, **options):
-            self.options = options
+            self.model, self.options = model, options
             self.square, self.fab, self.apgd_targeted = (SimpleNamespace() for _ in range(3))
 
         def run_standard_evaluation(self, images, labels, batch_size):
@@ -48,10 +116,10 @@ def calls(monkeypatch):
             seen.append((len(images), self.options | asked, targets))
             made = images.clone()
             made[::2] = 0.5
-            return made, labels
+            return made, self.model(made).argmax(1)
 
     monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace(AutoAttack=AutoAttack))
-    monkeypatch.setattr(autoattack, "version", lambda name: "0.1")
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1")
     return seen
 
 
@@ -64,6 +132,7 @@ def test_interrupted_run_goes_on(small_cnn, calls, tmp_path):
     assert calls[0][1:] == (
         {
             **{"norm": "Linf", "eps": 8 / 255, "seed": 0, "queries": 5_000, "device": "cpu"},
+            "version": "standard",
             "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
         },
         ({}, {}),
@@ -99,7 +168,7 @@ def test_parts_of_other_models_attacks_and_seeds_are_not_mixed(calls, tmp_path, 
             auto_attack(model, x, y, store=Store(tmp_path), **one)
         assert len(calls) == len(asked)
     assert calls[5][1]["attacks"] == ["square"]
-    monkeypatch.setattr(autoattack, "version", lambda name: "0.2")
+    monkeypatch.setattr(metadata, "version", lambda name: "0.2")
     auto_attack(make_small_cnn(0), images, labels, store=Store(tmp_path))
     assert len(calls) == len(asked) + 1
 
@@ -132,6 +201,9 @@ def test_few_classes_leave_fewer_targets_and_parts(calls, outputs, parts, target
     auto_attack(model, *batch)
     _, asked, found = calls[0]
     assert len(asked["attacks"]) == parts
+    auto_attack(model, *batch, version="rand")
+    averaged = ["apgd-ce"] if outputs < 3 else ["apgd-ce", "apgd-dlr"]
+    assert (calls[1][1]["version"], calls[1][1]["attacks"]) == ("rand", averaged)
     assert found == (({"n_target_classes": targets} if targets else {}),) * 2
     with pytest.raises(ValueError, match=f"no attack 'apgd' on {outputs} outputs; choose some of"):
         auto_attack(model, *batch, attacks=["apgd", "square"])

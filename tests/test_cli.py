@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from advlab import __main__, cli, files, models, recipes
+from advlab import __main__, cli, evaluation, files, models, recipes
 from advlab.bench import run as bench
 from advlab.catalogue import ATTACKS
+from advlab.checkpoints import save, weights_hash
 from advlab.upkeep import doctor, publish, runs, trial
 from advlab.upkeep.train import Options
 
@@ -82,6 +83,29 @@ def test_what_is_wrong_is_refused_with_the_reason(weights, arguments, message):
     result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
+
+
+def test_evaluate_reads_what_a_file_says_of_itself(tmp_path):
+    model, told = models.build("cnn-lstm-positions", 0), {"train_eps": 0.0, "seed": 0}
+    path = tmp_path / "positions.safetensors"
+    own = {"arch": "cnn-lstm-positions", "weights_hash": weights_hash(model), "classes": list("ab")}
+    save(model, told | own, path)
+    command = ["evaluate", str(path), "--dataset", "shapes10", "--test-n", "40"]
+    result = runner.invoke(cli.app, [*command, "--arch", "cnn-lstm"])
+    assert result.exit_code == 1
+    told = "is of the architecture cnn-lstm-positions, not cnn-lstm; leave --arch out"
+    assert told in " ".join(result.output.split())
+
+
+def test_two_files_of_one_name_are_refused_before_anything_is_computed(weights, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    other = weights.parent / "ben" / weights.name
+    other.parent.mkdir()
+    other.write_bytes(weights.read_bytes())
+    on = ["--arch", "cnn", "--dataset", "shapes10", "--test-n", "9"]
+    result = runner.invoke(cli.app, ["evaluate", str(weights), str(other), *on])
+    assert result.exit_code == 1
+    assert "two targets are called published, and a table could not" in result.output
 
 
 def test_parameters_are_parsed_as_yaml():

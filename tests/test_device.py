@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from advlab import attacks, checkpoints, evaluation, forward, lab, models, plots, training, widgets
-from advlab.audit import Trial
+from advlab.audit import CHECKLIST, Trial
 from advlab.autoattack import auto_attack
 from advlab.catalogue import ATTACKS
 from advlab.data import DataSpec, ImageData, Split, to_float
@@ -113,8 +113,8 @@ def named(b: SimpleNamespace) -> list[Any]:
 
 
 def audit(b: SimpleNamespace) -> list[Any]:
-    trial = Trial(*b.batch, source=b.cnn, eps=EPS)
-    return [trial.checklist(), trial.accuracies()]
+    trial = Trial(*b.batch, source=b.cnn, eps=EPS, classes=64)
+    return [*(judge(trial) for _, judge in CHECKLIST), trial.checklist(), trial.accuracies()]
 
 
 def authors_code(b: SimpleNamespace) -> Tensor:
@@ -228,9 +228,10 @@ def test_the_second_device_refuses_what_a_gpu_would():
 
 
 def test_every_public_function_of_tensors_is_tried():
-    inside = {"check_batch", "check_device", "check_logits", "check_targets", "eval_mode", "key"}
+    inside = {"check_batch", "check_device", "check_outputs", "check_targets", "eval_mode", "key"}
     inside |= {"gradient_mode", "recurrent_gradients", "per_image_statistics_mode", "load_into"}
     inside |= {"fastest_layout", "as_picture", "show_image", "amplified", "audit", "as_bytes"}
+    inside |= {"answers_vary"}
     on_cpu, written = {"read_state", "read_tensors", "read_upload"}, Path(__file__).read_text()
     for name in ("attacks", "audit", "autoattack", "catalogue", "checkpoints", "data", "evaluation",
                  "forward", "plots", "store", "training", "transforms", "widgets"):  # fmt: skip

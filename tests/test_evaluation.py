@@ -111,6 +111,15 @@ def test_table_refuses_bad_eps_and_attack_before_measuring(trained, shapes):
         accuracy_table(trained, shapes, [0.1], attack="cw")
 
 
+def test_two_models_of_one_name_are_refused_before_measuring(trained, shapes):
+    with pytest.raises(ValueError, match="two targets are called cnn baseline, and a table"):
+        accuracy_table([*trained, trained[0]], shapes, [0.0])
+    row = {"test_eps": 0.1, "attack": "fgsm", "model": "weights"}
+    rows = pd.DataFrame([row | {"accuracy": 0.8}, row | {"accuracy": 0.0}])
+    with pytest.raises(ValueError, match=r"two rows are of weights under fgsm at eps 0\.1; keep"):
+        evaluation.board(rows, 0.1)
+
+
 def test_nothing_is_kept_of_an_attack_whose_code_nobody_can_hash(
     trained, shapes, tmp_path, monkeypatch
 ):

@@ -242,7 +242,7 @@ def test_the_report_says_what_the_trial_measured(labelled, tmp_path):
     settings = report.Settings(eps=2 / 255, n=50, seed=3)
     found, text, page = audit(tmp_path, model, data, settings=settings, source=make_small_cnn(1))
     images, labels = data.test.first(50).batch(slice(None))
-    trial = Trial(model, images, labels, make_small_cnn(1), 2 / 255, 3)
+    trial = Trial(model, images, labels, make_small_cnn(1), 2 / 255, 3, 10)
     pd.testing.assert_frame_equal(found.accuracies, trial.accuracies())
     pd.testing.assert_frame_equal(found.checklist, trial.checklist())
     assert [row[:2] for row in rows_of(text, "Checklist")] == [
@@ -302,6 +302,28 @@ def test_a_model_at_chance_is_told_first(shapes, tmp_path):
     assert first.startswith("**The clean accuracy, ")
     assert "is not above chance" in first
     assert found.summary in first
+    assert set(found.checklist["verdict"][1:]) == {"not run"}
+
+
+def test_answers_at_random_are_averaged_by_autoattack(labelled, tmp_path, monkeypatch):
+    model, data = labelled
+    asked = {}
+
+    def auto_attack(model, images, labels, eps, **options):
+        asked.update(options)
+        return labels == 0
+
+    monkeypatch.setattr(report, "auto_attack", auto_attack)
+    model = nn.Sequential(nn.Dropout(0.1), model)
+    model[0].register_forward_hook(lambda _, x, y: x[0] + 0.01 * torch.randn_like(x[0]))
+    settings = report.Settings(eps=0.0005, n=20, autoattack=True)
+    found, text, _ = audit(tmp_path, model, data, settings=settings)
+    assert asked["version"] == "rand"
+    told = dict(rows_of(text, "Settings"))["AutoAttack"]
+    assert told.startswith("version rand: APGD-CE, APGD-DLR")
+    lines = found.checklist.set_index("check")
+    assert lines["verdict"]["the same answer to the same image"] == "ALARM"
+    assert lines["measured"]["black box weaker than white box"] == "answers at random"
 
 
 @pytest.mark.parametrize("outputs", [3, 10])
@@ -373,10 +395,10 @@ def test_resnet18_from_a_file_to_its_report(mine, empty_home, monkeypatch):
         "mine.py:resnet", settings, source="mine.py:kept", dataset="shapes10", console=console
     )
     assert set(found.accuracies["n"]) == {40}
-    assert "not run" not in set(found.checklist["verdict"])
-    folder = empty_home / "outputs" / "audit" / "mine.py-resnet-shapes10"
+    assert set(found.checklist["verdict"][1:]) == {"not run"}  # nobody has trained it
+    folder = empty_home / "outputs" / "audit" / "user-mine.py-resnet-shapes10"
     text = (folder / "report.md").read_text()
-    assert text.startswith("# Audit of mine.py:resnet\n")
+    assert text.startswith("# Audit of user/mine.py:resnet\n")
     assert dict(rows_of(text, "Settings"))["parameters"] == "11,181,642"
     shown = console.export_text()
     assert found.summary in shown.replace("\n", " ")

@@ -57,7 +57,7 @@ def keys():
         ("forward", "CHUNK = 100", "CHUNK = 50", set(store.CODE)),
         ("catalogue", "alpha=eps / 8, steps=20", "alpha=eps / 8, steps=2", {"measurement"}),
         ("evaluation", "eps == 0", "eps == 1", {"measurement"}),
-        ("autoattack", "attacker.square.n_queries = queries", "pass", {"autoattack"}),
+        ("autoattack", 'attacker.square.n_queries = asked["queries"]', "pass", {"autoattack"}),
         ("recipes", 'PAPER = Recipe("paper", epochs=10', 'PAPER = Recipe("paper", 9', {"model"}),
         ("training", "loss.backward()", "(-loss).backward()", {"model"}),
         (
@@ -220,7 +220,7 @@ def test_the_two_readings_of_the_hybrid_are_told_apart(some, tmp_path):
     for arch in ("cnn-lstm", "cnn-lstm-positions"):
         model = models.build(arch).eval()
         model.cnn[0].weight.data *= 20  # untrained, the LSTM hardly depends on the image
-        targets.append(as_checkpoint(model, tmp_path, arch=arch))
+        targets.append(as_checkpoint(model, tmp_path / arch, arch=arch))
     without = accuracy_table(targets, some, [0.0])
     assert without["loss"].nunique() == 2
     for _ in range(2):

@@ -18,6 +18,18 @@ from advlab.plots import MARKERS
 
 # What an alarm means, and what to try next: a sentence each.
 MEANING = {
+    "clean accuracy is above chance": (
+        "Whoever always names the most frequent class is right as often, so there is nothing that "
+        "an attack could take away.",
+        "Check that the classes are in the order of the data and the images prepared as in "
+        "training (--dataset), and train first.",
+    ),
+    "the same answer to the same image": (
+        "The model draws something at random, so each attack followed the gradient of one draw and "
+        "was judged by another: the figures here are too high.",
+        "Average every gradient over many draws (EOT): --autoattack then runs the version that "
+        'does so, and `auto_attack(..., version="rand")` in Python.',
+    ),
     "iterated attack at least as strong as one step": (
         "Many small steps break fewer images than one large step, so the small ones lose their "
         "way: the gradient is masked, or the answers are drawn at random.",
@@ -68,6 +80,26 @@ MEANING = {
         "A longer step in the same direction leaves more images right, so one step says little "
         "about this model.",
         "Judge it by the iterated attacks, and draw the loss along the direction.",
+    ),
+    "a tiny step does what the gradient says": (
+        "A step of a quarter of 1/255 changes the loss by less than half or more than twice of "
+        "what the gradient promises, so attacks follow a wrong map: k-winners, rounding behind a "
+        "made-up derivative, or answers at random.",
+        "Put a smooth stand-in before the model for the attack (BPDA) or average the gradient over "
+        "noise; if the derivative is such a stand-in already, trust the figures that Square bears "
+        "out.",
+    ),
+    "the loss hides nothing that the margin shows": (
+        "The margin (the best wrong logit minus the right one) breaks clearly more than the cross "
+        "entropy, so the logits are too large, too small or saturated for the softmax.",
+        "Report the figure on the margin, and run AutoAttack (--autoattack), whose losses no "
+        "factor changes.",
+    ),
+    "every answer is a class of the data": (
+        "The model answers with an output beyond the classes: it abstains, and here that counts as "
+        "a broken image.",
+        "Report how often it abstains on clean images, and attack it so that it is wrong without "
+        "abstaining.",
     ),
 }
 

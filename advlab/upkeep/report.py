@@ -16,14 +16,12 @@ import advlab
 from advlab import files
 from advlab.attacks import input_gradient
 from advlab.audit import Trial
-from advlab.autoattack import auto_attack
+from advlab.autoattack import COMPARED, VERSIONS, auto_attack, parts_of
 from advlab.checkpoints import weights_hash
 from advlab.data import ImageData
 from advlab.evaluation import wilson
 from advlab.upkeep.pages import Report, interval, size
 from advlab.upkeep.targets import check_fit, first_names, open_data, open_target
-
-APGD_T_OUTPUTS = 4  # its loss compares so many logits
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,12 @@ def audit_model(
             f"no gradient passes through the model, and the audit needs it: {error}. Take no_grad, "
             "detach and NumPy out of its forward"
         ) from error
-    trial = Trial(model, images, labels, source, settings.eps, settings.seed)
+    how = settings.eps, settings.seed, len(data.classes)
+    trial = Trial(model, images, labels, source, *how)
     held = None
     if settings.autoattack:
         options = {"seed": settings.seed, "progress": progress}
+        options["version"] = "rand" if trial.random else "standard"
         held = auto_attack(model, images, labels, settings.eps, **options)
     checklist, accuracies = trial.checklist(), trial.accuracies()
     if held is not None:
@@ -91,32 +91,35 @@ def audit_model(
         row = ("AutoAttack", settings.eps, correct / n, *wilson(correct, n), correct, n)
         accuracies.loc[len(accuracies)] = row
     facts = _facts(trial, data, outputs, settings.autoattack)
-    report = Report(name, _summary(trial, checklist, accuracies), checklist, accuracies, facts)
+    report = Report(name, _summary(checklist, accuracies), checklist, accuracies, facts)
     report.write(output)
     return report
 
 
-def _summary(trial: Trial, checklist: pd.DataFrame, accuracies: pd.DataFrame) -> str:
+def _summary(checklist: pd.DataFrame, accuracies: pd.DataFrame) -> str:
     """Return the first line: whether the model has learned at all, and how many lines passed."""
     clean, verdicts = accuracies.iloc[0], list(checklist["verdict"])
-    commonest = float(trial.labels.bincount().max()) / len(trial.labels)
     text = f"Of {len(verdicts)} lines, {verdicts.count('pass')} pass, {verdicts.count('ALARM')} "
     text += f"raise an alarm, {verdicts.count('not run')} were not run."
-    if clean.low > commonest:
+    if verdicts[0] != "ALARM":
         return text
     return (
         f"The clean accuracy, {100 * clean.accuracy:.1f} % (95 % interval {interval(clean)}), is "
-        f"not above chance: the most frequent class is {100 * commonest:.1f} % of these images. "
-        f"What follows means little before the model has learned. {text}"
+        f"not above chance ({checklist['measured'][0]}). What follows means little before the "
+        f"model has learned. {text}"
     )
 
 
 def _facts(trial: Trial, data: ImageData, outputs: int, autoattack: bool) -> dict[str, str]:
     """Return what was measured, on what and with what: a line each."""
-    parts = "APGD-CE, APGD-T, FAB-T and Square (5,000 queries)"
-    if outputs < APGD_T_OUTPUTS:
-        parts = "APGD-CE, FAB-T and Square (5,000 queries); APGD-T was left out: it compares "
-        parts += f"{APGD_T_OUTPUTS} logits, the model has {outputs}"
+    name = "rand" if trial.random else "standard"
+    parts = parts_of(name, outputs)
+    told = f"version {name}: {', '.join(parts).upper()} (Square: 5,000 queries)"
+    for left in set(VERSIONS[name]).difference(parts):
+        told += (
+            f"; {left.upper()} was left out: it compares {COMPARED[left]} logits, the model has "
+        )
+        told += str(outputs)
     packages = f"advlab {advlab.__version__}, torch {torch.__version__}, torchvision "
     packages += f"{version('torchvision')}, Python {platform.python_version()}"
     classes = f"{len(data.classes)} ({first_names(data.classes)})"
@@ -131,7 +134,7 @@ def _facts(trial: Trial, data: ImageData, outputs: int, autoattack: bool) -> dic
         "eps": size(trial.eps),
         "seed": str(trial.seed),
         "device": trial.images.device.type,
-        "AutoAttack": parts if autoattack else "not run",
+        "AutoAttack": told if autoattack else "not run",
         "versions": packages,
     }
 
@@ -157,7 +160,7 @@ def run(
         target, weights, arch: As in `targets.open_target`: a function is imported and run.
         source: Another target, from which attacks are transferred.
         dataset, data_dir, device: As in `lab.start`.
-        output_dir: Folder of the report; "auto": outputs/audit/TARGET-DATASET.
+        output_dir: Folder of the report; "auto": outputs/audit/FOLDER-TARGET-DATASET.
 
     Raises:
         ValueError, OSError, ImportError, DataError: as `targets.open_target`, `audit_model` and
@@ -167,7 +170,9 @@ def run(
     data = open_data(dataset, data_dir, device, settings.n)
     opened = open_target(target, data, weights, arch)
     maker = open_target(source, data, arch=arch).model if source else None
-    name = Path(target).name + (f", weights {weights.name}" if weights else "")
+    # With its folder: two people's weights.pth are two reports, in two places.
+    name = "/".join(Path(target).absolute().parts[-2:])
+    name += f", weights {'/'.join(weights.absolute().parts[-2:])}" if weights else ""
     place = re.sub(r"[^\w.-]+", "-", f"{name}-{data.spec.key}")
     chosen = files.setting(output_dir) or files.home() / "outputs" / "audit" / place
     output = files.results_folder(chosen)
