@@ -6,11 +6,13 @@ weights, which is float32 here. The model is left as it was found, and so are th
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from advlab.data import check_batch, check_images
@@ -28,20 +30,11 @@ def eval_mode(model: Classifier) -> Iterator[None]:
     """Put every module of `model` in eval mode; give each its own mode back at the end.
 
     `model.train()` afterwards would be wrong: a layer that its owner keeps in eval mode (frozen
-    batch norm, say) would be switched as well.
-
-    Raises:
-        ValueError: if `model` is a function that calls a module in training mode, where dropout and
-            batch statistics would count, and change.
+    batch norm, say) would be switched as well. What a function calls, no `nn.Module`, cannot be
+    found: `ask` refuses one that calls a model in training mode.
     """
-    if not isinstance(model, nn.Module):
-        hook = register_module_forward_pre_hook(_refuse_training)
-        try:
-            yield
-        finally:
-            hook.remove()
-        return
-    training = [module for module in model.modules() if module.training]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
     try:
         for module in training:
             module.training = False
@@ -52,7 +45,9 @@ def eval_mode(model: Classifier) -> Iterator[None]:
 
 
 def _refuse_training(module: nn.Module, _: object) -> None:
-    if module.training:
+    # Dropout and batch statistics would count, and change.
+    has_state = next(chain(module.parameters(), module.buffers()), None) is not None
+    if module.training and (has_state or isinstance(module, _DropoutNd)):
         raise ValueError(
             f"the function calls a model ({type(module).__name__}) that is in training mode; call "
             "its eval() first, or give the model itself"
@@ -161,11 +156,19 @@ def ask(model: Classifier, images: Tensor, layout: torch.memory_format | None = 
         (N, outputs) float32.
 
     Raises:
-        ValueError: if the model returns anything else, NaN or infinity.
+        ValueError: if the model returns anything else, NaN or infinity; or if it is a function that
+            calls a model in training mode.
     """
     weights = model.parameters() if isinstance(model, nn.Module) else ()
     dtype = next((w.dtype for w in weights if w.is_floating_point()), torch.float32)
-    logits = model(images.to(dtype).clone(memory_format=layout or fastest_layout(model)))
+    hook = None
+    if not isinstance(model, nn.Module):
+        hook = register_module_forward_pre_hook(_refuse_training)
+    try:
+        logits = model(images.to(dtype).clone(memory_format=layout or fastest_layout(model)))
+    finally:
+        if hook:
+            hook.remove()
     n = len(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
         is_tensor = isinstance(logits, Tensor)

@@ -85,10 +85,10 @@ def test_answers_at_random_need_the_version_that_averages():
     assert not answers_vary(network, images)
     parts = {"version": "rand", "attacks": ["apgd-ce"]}
     torch.manual_seed(0)
-    held = auto_attack(model, images, labels, 0.02, **parts)
-    made = pgd(model, images, labels, 0.02, alpha=0.0025, steps=20)
+    held = auto_attack(model, images, labels, 0.05, **parts)
+    made = pgd(model, images, labels, 0.05, alpha=0.00625, steps=20)
     assert int(held.sum()) <= int(holds(model, made, labels).sum())
-    assert torch.equal(auto_attack(model, images, labels, 0.02, **parts), held)
+    assert torch.equal(auto_attack(model, images, labels, 0.05, **parts), held)
 
 
 def test_its_warnings_name_a_file_that_is_there(caplog):
