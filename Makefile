@@ -56,8 +56,8 @@ browser: .venv/installed      ## what the tests in a browser need beside Chromiu
 doctor: .venv/installed       ## check this machine
 	$(ADVLAB) doctor
 
-lint: .venv/installed         ## style of code and notebooks
-	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+lint: .venv/installed         ## style of code and notebooks, and types
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
 
 clean:                        ## remove the environment and all outputs
 	rm -rf .venv outputs

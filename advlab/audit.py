@@ -14,7 +14,7 @@ their intervals must not overlap.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -123,8 +123,8 @@ class Trial:
     @cached_property
     def on_margin(self) -> float:
         """Accuracy under PGD-20 on the margin, which no factor on the logits hides."""
-        options = {"alpha": self.eps / 8, "steps": 20, "loss": "margin", "seed": self.seed}
-        return self.share(pgd(self.model, self.images, self.labels, self.eps, **options))
+        attack = partial(pgd, alpha=self.eps / 8, steps=20, loss="margin", seed=self.seed)
+        return self.share(attack(self.model, self.images, self.labels, self.eps))
 
     @cached_property
     def random(self) -> bool:
@@ -134,8 +134,8 @@ class Trial:
     @cached_property
     def converged(self) -> float:
         """Accuracy under 100 steps from two other random starts."""
-        options = {"alpha": self.eps / 10, "steps": 100, "restarts": 2, "seed": self.seed + 1}
-        return self.share(pgd(self.model, self.images, self.labels, self.eps, **options))
+        attack = partial(pgd, alpha=self.eps / 10, steps=100, restarts=2, seed=self.seed + 1)
+        return self.share(attack(self.model, self.images, self.labels, self.eps))
 
     @cached_property
     def transfer(self) -> list[float]:
@@ -156,8 +156,8 @@ class Trial:
         if self.random:
             return None
         try:
-            options = {"attacks": ["square"], "seed": self.seed, "queries": 1_000}
-            held = auto_attack(self.model, self.images, self.labels, self.eps, **options)
+            attack = partial(auto_attack, attacks=["square"], seed=self.seed, queries=1_000)
+            held = attack(self.model, self.images, self.labels, self.eps)
         except ImportError:
             return None
         return float(held.float().mean())

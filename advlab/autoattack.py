@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -80,7 +81,7 @@ def auto_attack(
     check_device(model, images)
     _authors_code()
     images = images.detach()
-    asked = {"eps": check_eps(eps, "eps", norm, images.shape[1:]), "norm": norm}
+    asked: dict[str, Any] = {"eps": check_eps(eps, "eps", norm, images.shape[1:]), "norm": norm}
     asked |= {"seed": check_integer("seed", seed), "version": version}
     asked["queries"] = check_integer("queries", queries, 1)
     outputs = check_outputs(predict(model, images[:CHUNK]), labels).shape[1]
@@ -93,8 +94,10 @@ def auto_attack(
     held: list[bool] = []
     with progress_bar(progress, len(images), "image") as bar, gradient_mode(model, images.device):
         for x, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            name = _key(model, x, y, asked) if kept.folder else ""
-            held += kept.remember(name, lambda x=x, y=y: _attack(model, x, y, asked))
+            name = ""
+            if kept.folder and isinstance(model, nn.Module):
+                name = _key(model, x, y, asked)
+            held += kept.remember(name, partial(_attack, model, x, y, asked))
             bar.update(len(y))
             bar.set_postfix(held=f"{sum(held) / len(held):.3f}")
     return torch.tensor(held, device=images.device)

@@ -245,7 +245,7 @@ def _build(metadata: Mapping[str, Any], path: Path) -> nn.Module:
     """Return an untrained model like the one that was saved (older files are of CIFAR-10)."""
     shape, classes = metadata.get("shape", CIFAR_SHAPE), metadata.get("classes", 10)
     try:
-        return models.build(metadata.get("arch"), shape=shape, classes=classes)
+        return models.build(str(metadata.get("arch")), shape=shape, classes=classes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not say what model it is of: {error}") from error
 
@@ -288,15 +288,16 @@ def load_weights(
     tensors = read_state(path)
     about = (_own_metadata(path) or {}) if is_safetensors(path) else {}
     own = about.get("arch")
-    if own is None and arch is None:
+    named = own or arch
+    if named is None:
         raise CheckpointError(
             f"{path} does not say which architecture it is of; give --arch, one of "
             f"{', '.join(models.ARCHITECTURES)}"
         )
     if own is not None and arch not in (None, own):
         raise CheckpointError(f"{path} is of the architecture {own}, not {arch}; leave --arch out")
-    built = _build(about, path) if own else models.build(arch, 0, shape, classes)
+    built = _build(about, path) if own else models.build(named, 0, shape, classes)
     model = load_into(built, tensors, path)
-    metadata = {"arch": own or arch, "train_eps": None, "seed": None, "recipe": {"name": None}}
+    metadata = {"arch": named, "train_eps": None, "seed": None, "recipe": {"name": None}}
     metadata["weights_hash"] = weights_hash(model)
     return Checkpoint(model, metadata, path)

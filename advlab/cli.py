@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 import yaml
@@ -30,7 +30,7 @@ errors = Console(stderr=True)
 class Group(TyperGroup):
     """Commands that end with the message alone for what their user can mend."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
@@ -60,13 +60,14 @@ def _say(text: str) -> None:
 
 
 def _choice(name: str, values: Iterable[str]) -> type[StrEnum]:
-    return StrEnum(name, {value: value for value in values})
+    return cast("type[StrEnum]", StrEnum(name, {value: value for value in values}))
 
 
 ProfileName = _choice("ProfileName", ["auto", *PROFILES])
 DeviceName = _choice("DeviceName", DEVICES)
 ArchName = _choice("ArchName", ARCHITECTURES)
 AttackName = _choice("AttackName", ATTACKS)
+ANY_PROFILE, ANY_DEVICE, FGSM = ProfileName("auto"), DeviceName("auto"), AttackName("fgsm")
 
 Profile = Annotated[ProfileName, typer.Option(help="How much of everything.")]
 Dataset = Annotated[
@@ -131,14 +132,14 @@ def run(
         list[str] | None,
         typer.Argument(help="Such as 02_fgsm, 02, fgsm, or solutions; all lessons for none."),
     ] = None,
-    profile: Profile = ProfileName.auto,
+    profile: Profile = ANY_PROFILE,
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",
     output_dir: Annotated[
         str, typer.Option(help="Folder of results; auto: outputs/PROFILE-DATASET.")
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of initialisation, order, flips, noise.")] = 0,
-    device: Device = DeviceName.auto,
+    device: Device = ANY_DEVICE,
     param: Annotated[
         list[str] | None, typer.Option(help="name=value, a parameter of the lessons; repeatable.")
     ] = None,
@@ -147,7 +148,7 @@ def run(
     """Run lessons with papermill and print the paper's tables beside ours."""
     from advlab.upkeep import runs
 
-    options = Options(profile.value, dataset, data_dir, output_dir, seed, device.value)
+    options = Options(str(profile), dataset, data_dir, output_dir, seed, str(device))
     given = parse_parameters(param or [])
     runs.run(lessons or (), options, parameters=given, resume=resume, console=console)
 
@@ -175,7 +176,7 @@ def reproduce(
     """Rebuild the whole paper from nothing by the recipe FAST (half an hour on two cores)."""
     from advlab.upkeep import publish as publishing
 
-    places = {"dataset": dataset, "data_dir": data_dir}
+    places: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir}
     publishing.reproduce(seeds, **places, resume=resume, publish=publish, console=console)
 
 
@@ -226,22 +227,23 @@ def audit(
     ] = False,
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",
-    device: Device = DeviceName.auto,
+    device: Device = ANY_DEVICE,
 ) -> None:
     """Put a classifier of your own on trial and write a report; or all shipped models (hours)."""
     from advlab.upkeep import report, trial
 
-    places = {"dataset": dataset, "data_dir": data_dir, "device": device.value}
+    places: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "device": str(device)}
     names = targets or []
     if not any(map(is_target, names)):
-        numbers = {"auto_n": auto_n, "test_n": test_n}
-        trial.run(names, **places, **numbers, publish=publish, console=console)
+        shipped = partial(trial.run, names, publish=publish, console=console)
+        shipped(**places, auto_n=auto_n, test_n=test_n)
         return
     if len(names) > 1:
         raise ValueError(f"{len(names)} targets; a report is of one: give each its own command")
     settings = report.Settings(parse_eps(eps), n, seed, autoattack)
-    own = {"weights": weights, "arch": arch and arch.value, "source": source}
-    report.run(names[0], settings, **own, **places, output_dir=output_dir, console=console)
+    kind = None if arch is None else str(arch)
+    own = partial(report.run, weights=weights, arch=kind, source=source, output_dir=output_dir)
+    own(names[0], settings, **places, console=console)
 
 
 @challenge.callback()
@@ -294,8 +296,8 @@ def grade(
     from advlab.classroom import course as classroom
 
     kept = files.results_folder(output or files.home() / "outputs" / "grades")
-    how = {"sandbox": sandbox, "jobs": jobs, "marks": marks}
-    table = classroom.grade(folder, kept, **how, console=console)
+    mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks)
+    table = mark(folder, kept, console=console)
     totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()
     console.print(totals.to_string(), markup=False, highlight=False)
 
@@ -320,19 +322,19 @@ def evaluate(
     ] = None,
     attack: Annotated[
         AttackName, typer.Option(help="; ".join(f"{a.name}: {a.about}" for a in ATTACKS.values()))
-    ] = AttackName.fgsm,
+    ] = FGSM,
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",
-    device: Device = DeviceName.auto,
+    device: Device = ANY_DEVICE,
     test_n: Annotated[int | None, typer.Option(min=1, help="Test images; all for none.")] = None,
 ) -> None:
     """Print the accuracy of any classifier, clean and attacked."""
-    images = open_data(dataset, data_dir, device.value, test_n)
-    kind = arch and arch.value
+    images = open_data(dataset, data_dir, str(device), test_n)
+    kind = None if arch is None else str(arch)
     opened = [open_target(text, images, weights, kind) for text in targets]
     maker = open_target(source, images, arch=kind) if source else None
-    how = {"attack": attack.value, "source": maker, "progress": "evaluating"}
-    table = evaluation.accuracy_table(opened, images, paper.TEST_EPS, **how)
+    measure = partial(evaluation.accuracy_table, attack=str(attack), progress="evaluating")
+    table = measure(opened, images, paper.TEST_EPS, source=maker)
     made_by = f"transfer from {maker.name}" if maker else "white box"
     _say(f"accuracy % on {len(images.test):,} {images.name} test images; {attack}, {made_by}")
     wide = 100 * table.pivot(index="model", columns="test_eps", values="accuracy")

@@ -112,7 +112,8 @@ class TorchvisionSet:
             DataError: as `check`, or if a package that reads the files is missing.
         """
         self.check(root)
-        splits, classes = [], ()
+        splits: list[Split] = []
+        classes: Sequence[str] = ()
         for train in (True, False):
             try:
                 images, labels, classes = self.read(root, train)
@@ -120,7 +121,8 @@ class TorchvisionSet:
                 raise DataError(f"{self.name} cannot be read: {error}; pip install scipy") from None
             pixels = torch.as_tensor(images).contiguous()
             splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
-        shape = tuple(splits[0].images.shape[1:])
+        channels, height, width = splits[0].images.shape[1:]
+        shape = channels, height, width
         return ImageData(DataSpec(key, self.name, shape, tuple(classes), self.papers), *splits)
 
     def download(self, root: Path, archive: Path | None = None) -> None:
@@ -287,7 +289,9 @@ def read_picture(source: Path | bytes, shape: tuple[int, int, int]) -> Tensor:
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
     """Return the files of each class below `folder`: one folder a class, hidden ones left out."""
-    found = {place.name: [] for place in sorted(folder.glob("[!.]*")) if place.is_dir()}
+    found: dict[str, list[Path]] = {
+        place.name: [] for place in sorted(folder.glob("[!.]*")) if place.is_dir()
+    }
     for name, paths in found.items():
         for path in sorted((folder / name).rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -357,15 +361,23 @@ def load_folder(folder: Path, size: int = SIDE, seed: int = 0) -> ImageData:
             parts[0][name], parts[1][name] = mixed[held:], mixed[:held]
     splits = []
     for part in parts:
-        pairs = [(path, k) for k, paths in enumerate(part.values()) for path in paths]
+        pairs = [(path, k) for k, own in enumerate(part.values()) for path in own]
         mixed = [pairs[k] for k in torch.randperm(len(pairs), generator=generator)]
-        splits.append(_read_all(*zip(*mixed, strict=True), size))
+        sources, labels = zip(*mixed, strict=True)
+        splits.append(_read_all(sources, labels, size))
     key = folder_key(f"folder:{folder}@{size}")
     name = f"folder {folder.name}"  # which no other data set is called, a folder "CIFAR-10" neither
     return ImageData(DataSpec(key, name, (3, size, size), tuple(parts[0])), *splits)
 
 
 # --- choosing one
+
+
+def _read_set(key: str) -> TorchvisionSet:
+    """Return a set that is read from files."""
+    source = DATASETS[key]
+    assert source is not None
+    return source
 
 
 def find(key: str, data_dir: str | Path | None = None) -> Path | None:
@@ -377,8 +389,8 @@ def find(key: str, data_dir: str | Path | None = None) -> Path | None:
     Raises:
         DataError: if what is given holds none, or a damaged archive; says what there is.
     """
-    source, home = DATASETS[key], files.home() / "data"
-    given = files.setting(data_dir and str(data_dir), "ADVLAB_DATA")
+    source, home = _read_set(key), files.home() / "data"
+    given = files.setting(str(data_dir) if data_dir else None, "ADVLAB_DATA")
     place = Path(given).expanduser() if given else home
     outer = [
         up
@@ -522,7 +534,8 @@ def load(
     if own := FOLDER.fullmatch(key):
         whole = load_folder(Path(own["path"]), int(own["size"] or SIDE))
     else:
-        whole = DATASETS[key].load(key, root)
+        assert root is not None  # only what is drawn has none
+        whole = _read_set(key).load(key, root)
     train, test = (
         split.first(n if n is None else min(n, len(split)))
         for split, n in ((whole.train, train_n), (whole.test, test_n))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -93,7 +93,7 @@ class Lab:
         folder = self.output_dir / "figures"
         if figure is not None:
             foot = 0.17 / figure.get_figheight()  # inches, kept free for the line
-            engine = figure.get_layout_engine()
+            engine: Any = figure.get_layout_engine()
             if engine is not None:
                 engine.set(rect=(0, foot, 1, 1 - foot))
             figure.text(

@@ -108,7 +108,8 @@ def fgsm_equation(
         axis.text(0.5, -0.06, caption, transform=axis.transAxes, ha="center", va="top")
     for axis, sign in zip(axes[:2], (f"+ {eps:g} ×", "="), strict=True):
         axis.text(1.19, 0.5, sign, transform=axis.transAxes, ha="center", va="center", fontsize=13)
-    figure.get_layout_engine().set(wspace=0.34)
+    engine: Any = figure.get_layout_engine()
+    engine.set(wspace=0.34)
     return figure
 
 

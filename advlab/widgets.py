@@ -281,25 +281,24 @@ class AttackExplorer:
                 self.attack.value, self.eps.value / 255, steps=self.steps.value,
                 target=self.target.value, classes=len(self.data.classes), report=report,
             )  # fmt: skip
-            self._show(label)
+            self._show(self.outcome, label)
         except CancelledError:
             self.message.value = "Cancelled; what is shown is of the last attack that finished."
         except Exception as error:  # a model of the reader's may raise any
             self.message.value = f"This cannot be attacked: {html.escape(str(error))}"
         self.cancel.disabled, self.progress.value = True, self.progress.max
 
-    def _show(self, label: int | None) -> None:
-        outcome = self.outcome
-        pictures = "".join(_picture(image, title) for title, image in self._views().items())
+    def _show(self, outcome: Outcome, label: int | None) -> None:
+        views = self._views(outcome)
+        pictures = "".join(_picture(image, title) for title, image in views.items())
         self.shown.value = (
             f"{pictures}<p>L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of "
             f"{html.escape(self.first.value)} {'is the same' if outcome.survives else 'is another'}"
             f" after saving in 8 bits</p>{_bars(outcome, self._names(), self.data.classes, label)}"
         )
 
-    def _views(self) -> dict[str, Tensor]:
+    def _views(self, outcome: Outcome) -> dict[str, Tensor]:
         """Return the pictures to show, by title; the change is signed, and grey where none is."""
-        outcome = self.outcome
         change = outcome.attacked - outcome.original
         factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
         return {
@@ -357,7 +356,7 @@ class AttackExplorer:
         names = self._names()
         figure = Figure(figsize=(6 + 2.4 * len(names), 3))
         axes = figure.subplots(1, 3 + len(names), width_ratios=[1] * 3 + [1.4] * len(names))
-        for axis, (title, image) in zip(axes, self._views().items(), strict=False):
+        for axis, (title, image) in zip(axes, self._views(outcome).items(), strict=False):
             show_image(axis, image.clamp(0, 1), title)
         chosen = likeliest(outcome, label)
         places = np.arange(len(chosen))

@@ -112,8 +112,8 @@ def score_attack(
     target = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"]).model
     reference = ATTACKS["pgd-20"](target, *test.batch(slice(None)), EPS)
     reference = (255 * reference).round() / 255  # as every submission
-    held = [int(evaluation.holds(target, x, test.labels).sum()) for x in (shown, reference)]
-    return lesson.data.name, *held, len(test)
+    ours, theirs = (int(evaluation.holds(target, x, test.labels).sum()) for x in (reference, shown))
+    return lesson.data.name, theirs, ours, len(test)
 
 
 def score_defence(path: Path) -> tuple[str, int, int, int]:
@@ -129,8 +129,9 @@ def score_defence(path: Path) -> tuple[str, int, int, int]:
     test = datasets.Shapes10(1, DEFENDED).test
     lesson = lab.start("lesson", "shapes10", device="cpu")
     reference = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"])
-    held = [_worst_case(c.model, *test.batch(slice(None))) for c in (checkpoint, reference)]
-    return "Shapes-10", *held, len(test)
+    batch = test.batch(slice(None))
+    theirs, ours = (_worst_case(c.model, *batch) for c in (checkpoint, reference))
+    return "Shapes-10", theirs, ours, len(test)
 
 
 def _worst_case(model: torch.nn.Module, images: Tensor, labels: Tensor) -> int:

@@ -64,7 +64,9 @@ class Runner(NotebookClient):
 
     printed = 0
 
-    def output(self, outs: Any, msg: dict[str, Any], display_id: str, cell_index: int) -> Any:
+    def output(
+        self, outs: Any, msg: dict[str, Any], display_id: str | None, cell_index: int
+    ) -> Any:
         """Keep an output, unless the notebook has printed too much already."""
         self.printed += len(json.dumps(msg["content"], default=str))
         if self.printed > LARGEST_OUTPUT and msg["msg_type"] != "error":

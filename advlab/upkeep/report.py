@@ -3,6 +3,7 @@
 import platform
 import re
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,15 +83,15 @@ def audit_model(
     trial = Trial(model, images, labels, source, *how)
     held = None
     if settings.autoattack:
-        options = {"seed": settings.seed, "progress": progress}
-        options["version"] = "rand" if trial.random else "standard"
-        held = auto_attack(model, images, labels, settings.eps, **options)
+        attack = partial(auto_attack, seed=settings.seed, progress=progress)
+        kind = "rand" if trial.random else "standard"
+        held = attack(model, images, labels, settings.eps, version=kind)
     checklist, accuracies = trial.checklist(), trial.accuracies()
     if held is not None:
         correct, n = int(held.sum()), len(held)
         row = ("AutoAttack", settings.eps, correct / n, *wilson(correct, n), correct, n)
         accuracies.loc[len(accuracies)] = row
-    facts = _facts(trial, data, outputs, settings.autoattack)
+    facts = _facts(model, trial, data, outputs, settings.autoattack)
     report = Report(name, _summary(checklist, accuracies), checklist, accuracies, facts)
     report.write(output)
     return report
@@ -110,7 +111,9 @@ def _summary(checklist: pd.DataFrame, accuracies: pd.DataFrame) -> str:
     )
 
 
-def _facts(trial: Trial, data: ImageData, outputs: int, autoattack: bool) -> dict[str, str]:
+def _facts(
+    model: nn.Module, trial: Trial, data: ImageData, outputs: int, autoattack: bool
+) -> dict[str, str]:
     """Return what was measured, on what and with what: a line each."""
     name = "rand" if trial.random else "standard"
     parts = parts_of(name, outputs)
@@ -124,9 +127,9 @@ def _facts(trial: Trial, data: ImageData, outputs: int, autoattack: bool) -> dic
     packages += f"{version('torchvision')}, Python {platform.python_version()}"
     classes = f"{len(data.classes)} ({first_names(data.classes)})"
     return {
-        "model": type(trial.model).__name__,
-        "parameters": f"{sum(p.numel() for p in trial.model.parameters()):,}",
-        "hash of the weights": weights_hash(trial.model),
+        "model": type(model).__name__,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "hash of the weights": weights_hash(model),
         "data": data.name,
         "images": f"the first {len(trial.labels):,} test images, {data.shape}",
         "classes": f"{classes}; the model has {outputs} outputs",
@@ -176,8 +179,8 @@ def run(
     place = re.sub(r"[^\w.-]+", "-", f"{name}-{data.spec.key}")
     chosen = files.setting(output_dir) or files.home() / "outputs" / "audit" / place
     output = files.results_folder(chosen)
-    how = {"settings": settings, "source": maker, "progress": "AutoAttack"}
-    report = audit_model(opened.model, data, name=name, output=output, **how)
+    trial = partial(audit_model, settings=settings, source=maker, progress="AutoAttack")
+    report = trial(opened.model, data, name=name, output=output)
     show(report, output, console)
     return report
 
@@ -188,7 +191,7 @@ def show(report: Report, folder: Path, console: Console) -> None:
     for row in report.checklist.itertuples():
         style = {"ALARM": "bold red", "pass": "green"}.get(row.verdict, "dim")
         table.add_row(f"[{style}]{row.verdict}[/]", row.check, row.measured)
-    plain = {"markup": False, "highlight": False, "soft_wrap": True}
-    console.print(report.summary, **plain)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(report.summary)
     console.print(table)
-    console.print(f"Written: {folder / 'report.html'} (and report.md, report.png)", **plain)
+    say(f"Written: {folder / 'report.html'} (and report.md, report.png)")

@@ -102,6 +102,8 @@ def _own_errors(doing: str, path: Path) -> Iterator[None]:
 def _import(path: Path) -> ModuleType:
     name = f"advlab_target_{path.stem}"  # as path.stem it could hide a module that others import
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # the ending is .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:
@@ -215,7 +217,11 @@ def open_target(
         load_into(model, read_state(weights), weights)
     check_fit(model.to(device), data)
     # What such a model computes does not show in its class and weights alone: its name is in it.
-    metadata = {"arch": f"{type(model).__name__} of {target}", "train_eps": None, "seed": None}
+    metadata: dict[str, Any] = {
+        "arch": f"{type(model).__name__} of {target}",
+        "train_eps": None,
+        "seed": None,
+    }
     metadata |= {"recipe": {"name": None}, "weights_hash": weights_hash(model)}
     file, _, function = target.rpartition(":")
     return Checkpoint(model, metadata, Path(file).with_name(f"{Path(file).stem}:{function}"))

@@ -7,6 +7,7 @@ the cache, so a run that was interrupted goes on from there, and a second one is
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -100,16 +101,19 @@ def measure(
     for attack, count in attacks.items():
         some = replace(data, test=data.test.first(count))
         sizes = (0.0, EPS) if attack == "fgsm" else (EPS,)
-        how = {"attack": attack, "store": opened.store, "progress": f"{label}{name}, {attack}"}
-        parts.append(evaluation.accuracy_table([checkpoint], some, sizes, **how))
+        table = partial(evaluation.accuracy_table, attack=attack, store=opened.store)
+        parts.append(table([checkpoint], some, sizes, progress=f"{label}{name}, {attack}"))
     if auto_n:
         batch = data.test.first(n).batch(slice(None))
-        where = {"store": opened.store, "progress": f"{label}{name}, AutoAttack"}
+        strongest = partial(
+            autoattack.auto_attack, store=opened.store, progress=f"{label}{name}, AutoAttack"
+        )
         for eps in (*SWEEP, EPS) if name == SWEPT else (EPS,):
-            held = int(autoattack.auto_attack(checkpoint.model, *batch, eps, **where).sum())
-            how = data.name, eps, "autoattack", evaluation.WHITE_BOX
-            row = evaluation.result_row(checkpoint, *how, (held, math.nan), n)
+            found = int(strongest(checkpoint.model, *batch, eps).sum()), math.nan
+            row = evaluation.result_row(
+                checkpoint, data.name, eps, "autoattack", evaluation.WHITE_BOX, found, n
+            )
             parts.append(pd.DataFrame([row]))
-    table = pd.concat(parts, ignore_index=True)
-    table.loc[table["test_eps"] == 0, "attack"] = "clean"
-    return table
+    measured = pd.concat(parts, ignore_index=True)
+    measured.loc[measured["test_eps"] == 0, "attack"] = "clean"
+    return measured
