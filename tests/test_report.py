@@ -368,8 +368,14 @@ def test_no_gradient_is_named(labelled, tmp_path):
             with torch.no_grad():
                 return self.model(images)
 
-    with pytest.raises(ValueError, match="no gradient passes through the model"):
+    class InNumpy(Times):
+        def forward(self, images):
+            return self.model(torch.from_numpy(images.numpy()))
+
+    with pytest.raises(ValueError, match="logits carry no gradient"):
         audit(tmp_path, Blind(model, 1.0), data)
+    with pytest.raises(ValueError, match="no gradient passes through the model"):
+        audit(tmp_path, InNumpy(model, 1.0), data)
     assert not (tmp_path / "report").exists()
 
 
