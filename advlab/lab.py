@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from advlab import datasets, files, paper
-from advlab.data import ImageData
+from advlab.data import ImageData, check_integer
 from advlab.machine import pick_device
 from advlab.recipes import FAST, PAPER, Profile, profile_for
 from advlab.store import Store, Zoo, key
@@ -195,8 +195,7 @@ def start(
         DataError: if the data are damaged or cannot be had.
     """
     profile = profile_name(profile)  # a wrong name is told before data are read
-    if type(seed) is not int or seed < 0:  # True is an int too
-        raise ValueError(f"seed is {seed!r}; it must be an integer from 0 on")
+    check_integer("seed", seed)
     where = pick_device(device)
     name, root = datasets.resolve(dataset, data_dir)
     output = output_folder(output_dir, profile, name)
