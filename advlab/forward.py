@@ -242,7 +242,6 @@ def check_device(model: Classifier, images: Tensor) -> None:
             )
 
 
-@torch.no_grad()
 def predict(model: Classifier, images: Tensor) -> Tensor:
     """Return the logits of images.
 
@@ -258,6 +257,11 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
             or its answer is not as in `ask`.
     """
     check_images(images)
+    return _predict(model, images)
+
+
+@torch.no_grad()
+def _predict(model: Classifier, images: Tensor) -> Tensor:
     check_device(model, images)
     with eval_mode(model), float32_mode(images.device):
         return torch.cat([ask(model, part) for part in images.split(CHUNK)])
@@ -289,4 +293,4 @@ def holds(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
 
 def _answers(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     check_batch(images, labels)
-    return check_outputs(predict(model, images), labels)
+    return check_outputs(_predict(model, images), labels)
