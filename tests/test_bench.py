@@ -166,7 +166,8 @@ def test_images_of_all_processes_cells_and_attacks_are_counted(
         }
     (share,) = [row for row in rows if row.unit == "%"]
     assert share.value == pytest.approx(100 * 64 / 1_000)
-    cells = by_way(parts.evaluation_part(easy, [checkpoint] * 2, rounds=1, n=100), parts.TABLE)
+    two = [checkpoint, replace(checkpoint, path=Path("another"))]
+    cells = by_way(parts.evaluation_part(easy, two, rounds=1, n=100), parts.TABLE)
     assert (cells[PAPERS].value, cells["advlab"].value) == (48 * 2 * 6 / 2, 100 * 2 * 6)
     assert cells["advlab"].ratio == pytest.approx(1_200 / 288)
     rows = parts.attacks_part(easy, checkpoint.model, rounds=1, n=20)

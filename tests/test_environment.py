@@ -82,7 +82,11 @@ def test_environment_that_belongs_to_another_folder_is_made_anew(tmp_path, made,
         line = f"export VIRTUAL_ENV={quote}{made.format(tmp_path)}{quote}\n"
         (tmp_path / ".venv" / "bin" / "activate").write_text(line)
     command = ["make", "--dry-run", "doctor"]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    env = {name: v for name, v in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    shown = done.stdout
     assert ("rm -rf .venv\n" in shown) is (made != "{}/.venv")
     assert shown.endswith(".venv/bin/python -m advlab doctor\n")  # a script names its old folder
 
