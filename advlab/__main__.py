@@ -10,10 +10,8 @@ def main() -> None:
     Raises:
         SystemExit: with the command's exit code; 1 if it could not start.
     """
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # an ASCII terminal shows the name of a file all the same
+    # An ASCII terminal shows the name of a file all the same.
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

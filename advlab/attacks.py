@@ -171,9 +171,8 @@ def _round_towards(images: Tensor, made: Tensor) -> Tensor:
     """
     if images.dtype not in COARSE:
         return made.to(images.dtype)
-    rounded = (
-        made.to(images.dtype) + 0.0
-    )  # no -0: from 0 on, the bits of floats count like integers
+    # From 0 on, the bits of floats count like integers; adding 0 turns -0 into 0.
+    rounded = made.to(images.dtype) + 0.0
     change = rounded.float() - images.float()
     over = change.abs() > (made - images.float()).abs()
     back = rounded.view(torch.int16) - (change.sign() * over).to(torch.int16)
