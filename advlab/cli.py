@@ -4,9 +4,10 @@ Each option is a parameter of its command, however many that makes.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
-from functools import partial
+from functools import partial, update_wrapper
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -20,8 +21,9 @@ from advlab.catalogue import ARCHITECTURES, ATTACKS, DATASETS
 from advlab.machine import DEVICES
 from advlab.recipes import PROFILES
 from advlab.upkeep import doctor as checkup
+from advlab.upkeep.cluster import Scheduler
 from advlab.upkeep.targets import is_target, open_data, open_target, parse_eps
-from advlab.upkeep.train import Options
+from advlab.upkeep.tasks import Options
 
 console = Console()
 errors = Console(stderr=True)
@@ -40,6 +42,48 @@ class Group(TyperGroup):
             text = f"advlab: {error}"
             errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
+
+
+cluster_option = partial(typer.Option, rich_help_panel="Where to compute")
+
+
+def on_cluster(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, as its parameter `scheduler`, what these options say."""
+
+    def with_options(
+        *,
+        scheduler: Annotated[
+            str,
+            cluster_option(
+                help="Address of a Dask scheduler, tls://HOST:8786; auto: ADVLAB_SCHEDULER, or "
+                "a cluster of this machine's own cores."
+            ),
+        ] = "auto",
+        tls_ca: Annotated[
+            str | None, cluster_option(help="Certificate authority of that scheduler.")
+        ] = None,
+        tls_cert: Annotated[
+            str | None, cluster_option(help="Certificate that shows who you are.")
+        ] = None,
+        tls_key: Annotated[str | None, cluster_option(help="Its key.")] = None,
+        insecure: Annotated[
+            bool,
+            cluster_option(
+                "--insecure", help="Accept one without TLS: who reaches it can run code as you."
+            ),
+        ] = False,
+        **given: Any,
+    ) -> None:
+        asked = Scheduler(scheduler, tls_ca, tls_cert, tls_key, insecure)
+        command(**given, scheduler=asked)
+
+    options = signature(with_options)
+    update_wrapper(with_options, command)
+    parameters = {**signature(command).parameters, **options.parameters}
+    del parameters["given"]
+    with_options.__signature__ = options.replace(parameters=[*parameters.values()])
+    with_options.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    return with_options
 
 
 app = typer.Typer(
@@ -127,6 +171,7 @@ def _parse_value(text: str, value: str) -> Any:
 
 
 @app.command()
+@on_cluster
 def run(
     lessons: Annotated[
         list[str] | None,
@@ -144,24 +189,29 @@ def run(
         list[str] | None, typer.Option(help="name=value, a parameter of the lessons; repeatable.")
     ] = None,
     resume: Resume = False,
+    *,
+    scheduler: Scheduler,
 ) -> None:
     """Run lessons with papermill and print the paper's tables beside ours."""
     from advlab.upkeep import runs
 
     options = Options(str(profile), dataset, data_dir, output_dir, seed, str(device))
     given = parse_parameters(param or [])
-    runs.run(lessons or (), options, parameters=given, resume=resume, console=console)
+    on: dict[str, Any] = {"scheduler": scheduler, "console": console}
+    runs.run(lessons or (), options, parameters=given, resume=resume, **on)
 
 
 @app.command()
-def retrain(resume: Resume = False) -> None:
+@on_cluster
+def retrain(resume: Resume = False, *, scheduler: Scheduler) -> None:
     """Train all models again by the paper's recipe (hours); refresh notebooks and figures."""
     from advlab.upkeep import publish
 
-    publish.retrain(resume=resume, console=console)
+    publish.retrain(resume=resume, scheduler=scheduler, console=console)
 
 
 @app.command()
+@on_cluster
 def reproduce(
     seeds: Annotated[
         int, typer.Option(min=1, help="Train the ten models of Tables 1 and 2 this many times.")
@@ -172,6 +222,8 @@ def reproduce(
     publish: Annotated[
         bool, typer.Option("--publish", help="Refresh clock and table of seeds in figures/.")
     ] = False,
+    *,
+    scheduler: Scheduler,
 ) -> None:
     """Rebuild the whole paper from nothing by the recipe FAST (half an hour on two cores)."""
     from advlab.upkeep import publish as publishing
@@ -199,6 +251,7 @@ def bench(
 
 
 @app.command()
+@on_cluster
 def audit(
     targets: Annotated[
         list[str] | None,
@@ -228,6 +281,8 @@ def audit(
     dataset: Dataset = "auto",
     data_dir: DataDir = "auto",
     device: Device = ANY_DEVICE,
+    *,
+    scheduler: Scheduler,
 ) -> None:
     """Put a classifier of your own on trial and write a report; or all shipped models (hours)."""
     from advlab.upkeep import report, trial
@@ -283,6 +338,7 @@ def build(
 
 
 @course.command()
+@on_cluster
 def grade(
     folder: Annotated[Path, typer.Argument(help="STUDENT/a2/a2.ipynb, or STUDENT_a2.ipynb.")],
     output: Annotated[Path | None, typer.Option(help="Folder; else outputs/grades.")] = None,
@@ -291,6 +347,8 @@ def grade(
     marks: Annotated[
         Path | None, typer.Option(help="CSV: student, assignment, cell, score given by hand.")
     ] = None,
+    *,
+    scheduler: Scheduler,
 ) -> None:
     """Grade a folder of submissions: grades.csv, and a page of feedback for each student."""
     from advlab.classroom import course as classroom

@@ -108,9 +108,15 @@ class Store:
             if checksum == _checksum(content):
                 return json.loads(content)
         result = compute()
-        content = json.dumps(result).encode()
-        files.write_bytes(path, _checksum(content) + b"\n" + content)
+        self.keep(name, result)
         return result
+
+    def keep(self, name: str, result: Any) -> None:
+        """Keep a result that is called `name`; without a folder nothing is kept."""
+        if self.folder is not None:
+            content = json.dumps(result).encode()
+            path = self.folder / name[:2] / f"{name}.json"
+            files.write_bytes(path, _checksum(content) + b"\n" + content)
 
 
 def _checksum(content: bytes) -> bytes:
@@ -239,18 +245,22 @@ class Zoo:
             CheckpointError: if the file that holds them is damaged.
         """
         if arch not in self._directions:
-            source = self.get(arch)
-            name = key("directions", source.metadata["weights_hash"], arch, self.data.md5)
-            path = self.folder / f"{arch}-directions-{name}.safetensors"
+            path = self.directions_path(arch)
             files.make_folder(self.folder)
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
-                    self._craft(source.model, path)
+                    self._craft(self.get(arch).model, path)
             # Of one architecture at a time, the others gone before these come: they fill 154 MB.
             self._directions.clear()
             signs = read_tensors(path)["directions"]
             self._directions[arch] = signs.to(self.data.train.images.device)
         return self._directions[arch]
+
+    def directions_path(self, arch: str) -> Path:
+        """Return the file of an architecture's directions, there or not; it needs the baseline."""
+        weights = self.get(arch).metadata["weights_hash"]
+        name = key("directions", weights, arch, self.data.md5)
+        return self.folder / f"{arch}-directions-{name}.safetensors"
 
     def _craft(self, model: torch.nn.Module, path: Path) -> None:
         """Craft the directions of all training images into a file, sparing memory.

@@ -18,11 +18,11 @@ from rich.console import Console
 from advlab import datasets, evaluation, files, lab, paper
 from advlab.checkpoints import read_metadata
 from advlab.machine import cores
-from advlab.recipes import Training
 from advlab.upkeep import readme
+from advlab.upkeep.graph import train_models
 from advlab.upkeep.processes import environment
 from advlab.upkeep.runs import BatchError, lesson_files, machine, run, solution_files
-from advlab.upkeep.train import Options, train_models
+from advlab.upkeep.tasks import Job, Options
 
 PAPER_LESSONS = ("01", "02", "03", "04", "05")  # those that rebuild the paper
 
@@ -165,10 +165,7 @@ def reproduce(
 def _tables_of_seed(options: Options) -> pd.DataFrame:
     """Train the ten models of Tables 1 and 2 with a seed; return the tables' rows."""
     archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
-    wanted: list[tuple[str, Training]] = [
-        (arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs
-    ]
-    train_models(options.open_zoo, wanted)
+    train_models([Job(options, arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs])
     opened, tables = options.open(), []
     for arch in paper.TABLES:
         models = [opened.zoo.get(arch, eps) for eps in paper.TABLE_TRAIN_EPS]

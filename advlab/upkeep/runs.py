@@ -6,9 +6,13 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock, Semaphore
 from typing import Any
 
 import nbformat
@@ -19,6 +23,7 @@ from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 from traitlets.config import Config
 
 from advlab import datasets, files, paper
@@ -27,9 +32,11 @@ from advlab.machine import cores
 from advlab.recipes import Model, profile_for
 from advlab.store import code_hash
 from advlab.upkeep import readme
+from advlab.upkeep.cluster import Scheduler
+from advlab.upkeep.graph import Trainings, run_bar, stopping_at_once, training
 from advlab.upkeep.kernels import OwnKernel, short_folder
 from advlab.upkeep.processes import KEEP_MEMORY, PeakMemory, environment
-from advlab.upkeep.train import Options, train_models
+from advlab.upkeep.tasks import Job, Options
 
 
 class BatchError(RuntimeError):
@@ -191,8 +198,17 @@ def kernel_config(folder: str) -> Config:
     return Config(KernelManager={"transport": transport, "connection_file": str(file)})
 
 
+def _count_cells(notebook: Path) -> int:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return sum(cell.cell_type == "code" for cell in cells)
+
+
 def _execute(
-    name: str, source: Path, target: Path, parameters: Mapping[str, Any], label: str
+    name: str,
+    source: Path,
+    target: Path,
+    parameters: Mapping[str, Any],
+    on_cell: Callable[..., None],
 ) -> None:
     own = {k: v for k, v in parameters.items() if k in papermill.inspect_notebook(str(source))}
     partial_path = target.with_suffix(".partial.ipynb")
@@ -208,16 +224,13 @@ def _execute(
                 kernel_name="python3",  # `OwnKernel` does not look it up
                 kernel_manager_class=OwnKernel,
                 config=kernel_config(folder),
-                progress_bar={
-                    "desc": label,
-                    "bar_format": "{desc} |{bar:24}| {n_fmt}/{total_fmt} cells, {elapsed}",
-                },
+                progress_bar=False,
+                on_cell_complete=on_cell,
             )
     except PapermillExecutionError as error:
         raise BatchError(
             f"lesson {name} failed in cell {error.exec_count}:\n{error}\n"
-            f"The partly executed notebook: {partial_path}\n"
-            "After mending it, go on from there with --resume"
+            f"The partly executed notebook: {partial_path}"
         ) from error
     partial_path.replace(target)
 
@@ -228,9 +241,11 @@ def run(
     *,
     parameters: Mapping[str, Any] | None = None,
     resume: bool = False,
+    alone: bool = False,
+    scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train what is missing, run the lessons, print the summary.
+    """Train what is missing, run each lesson as soon as its models are there, print the summary.
 
     Args:
         names: As in `choose_lessons`.
@@ -238,13 +253,16 @@ def run(
         parameters: More parameters of the lessons.
         resume: Go on with the folder's earlier run: a lesson that it finished is kept, unless its
             notebook was edited since.
+        alone: Run the lessons after the training, one at a time: what they time is published.
+        scheduler: Which cluster trains; see `cluster.connect`.
 
     Returns:
         The output folder: notebooks/, figures/ and run.json.
 
     Raises:
-        BatchError: for an unknown lesson or parameter, a failed lesson, a folder in use, or a
-            resume with other settings or code.
+        BatchError: for an unknown lesson or parameter, a folder in use, or a resume with other
+            settings or code; if models or lessons failed, after the others are done.
+        ClusterError: as `cluster.connect`.
     """
     console, parameters = console or Console(), parameters or {}
     lessons = choose_lessons(names)
@@ -260,10 +278,9 @@ def run(
         with FileLock(output / ".lock", timeout=0):
             record = open_record(path, _new_record(options, parameters), resume)
             with PeakMemory() as memory, environment(**KEEP_MEMORY, **options.variables()):
-                _train(lessons, options, record, path)
                 # Nothing is injected for the default: a plain run leaves the lessons as written.
                 given = {**parameters, **({"seed": options.seed} if options.seed else {})}
-                _run_lessons(lessons, given, record, path, console)
+                _Batch(lessons, options, given, record, path, console).run(scheduler, alone)
             record["peak_mb"] = max(round(memory.megabytes), record.get("peak_mb", 0))
             _write_record(record, path)
     except Timeout as error:
@@ -285,39 +302,84 @@ def _announce(dataset: str, console: Console) -> None:
         )
 
 
-def _train(
-    lessons: Mapping[str, Path], options: Options, record: dict[str, Any], path: Path
-) -> None:
-    start = time.perf_counter()
-    if train_models(options.open_zoo, needed_models(lessons, options)):
-        earlier = record["seconds"].get("training", 0)
-        record["seconds"]["training"] = round(earlier + time.perf_counter() - start, 1)
-        _write_record(record, path)
+@dataclass(frozen=True)
+class _Batch:
+    """Lessons that are run into notebooks/ beside the record's `path`."""
 
+    lessons: Mapping[str, Path]
+    options: Options
+    parameters: Mapping[str, Any]
+    record: dict[str, Any]
+    path: Path
+    console: Console
+    _writing: Lock = field(default_factory=Lock)
 
-def _run_lessons(
-    lessons: Mapping[str, Path],
-    parameters: Mapping[str, Any],
-    record: dict[str, Any],
-    path: Path,
-    console: Console,
-) -> None:
-    """Run the lessons into notebooks/ beside the record's `path`, noting each that is finished."""
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    for number, (name, source) in enumerate(lessons.items(), 1):
-        target = path.parent / "notebooks" / f"{name}.ipynb"
-        label = f"[{number}/{len(lessons)}] {name:<28}"
-        says, said = notebook_hash(source), record["notebooks"].get(name)
-        if says == said and target.is_file():
-            console.print(f"{label} done before", markup=False)
-            continue
+    def run(self, scheduler: Scheduler | None, alone: bool) -> None:
+        """Train models and run lessons; see `run`."""
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        todo = {name: path for name, path in self.lessons.items() if not self._is_done(name, path)}
+        start, before = time.perf_counter(), self.record.get("wall_seconds", 0)
+        jobs = self._jobs(self.lessons)
+        turn = Semaphore(1 if alone else cores())
+        failed: dict[str, BaseException] = {}
+        with (
+            training(jobs, scheduler) as trained,
+            run_bar("lessons", sum(map(_count_cells, todo.values())), "cell") as bar,
+            stopping_at_once(trained),
+            ThreadPoolExecutor(1 + len(todo)) as pool,
+        ):
+            if trained:
+                waits = pool.submit(self._wait_for_models, trained, jobs, start)
+                failed = waits.result() if alone else {}
+            lesson = partial(self._run_lesson, trained=trained, turn=turn, bar=bar)
+            begun = {pool.submit(lesson, name, path): name for name, path in todo.items()}
+            wait(begun)
+            failed |= waits.result() if trained else {}
+        self._note(wall_seconds=round(before + time.perf_counter() - start, 1))
+        errors = [f"{name}: {error!r}" for name, error in failed.items()]
+        errors += [str(error) for one in begun if (error := one.exception())]
+        if errors:
+            raise BatchError("\n".join([*errors, "What is done is kept; go on with --resume"]))
+
+    def _jobs(self, lessons: Mapping[str, Path]) -> list[Job]:
+        return [Job(self.options, *model) for model in needed_models(lessons, self.options)]
+
+    def _is_done(self, name: str, source: Path) -> bool:
+        says, said = notebook_hash(source), self.record["notebooks"].get(name)
+        if says == said and (self.path.parent / "notebooks" / f"{name}.ipynb").is_file():
+            self.console.print(f"{name:<28} done before", markup=False)
+            return True
         if said not in (None, says):
-            console.print(f"{label} was edited since, and runs again", markup=False)
-        start = time.perf_counter()
-        _execute(name, source, target, parameters, label)
-        record["notebooks"][name] = says
-        record["seconds"][name] = round(time.perf_counter() - start, 1)
-        _write_record(record, path)
+            self.console.print(f"{name:<28} was edited since, and runs again", markup=False)
+        return False
+
+    def _wait_for_models(
+        self, trained: Trainings, jobs: list[Job], start: float
+    ) -> dict[str, BaseException]:
+        failed = trained.failed(jobs)
+        earlier = self.record["seconds"].get("training", 0)
+        self._note("seconds", training=round(earlier + time.perf_counter() - start, 1))
+        return failed
+
+    def _run_lesson(
+        self, name: str, source: Path, trained: Trainings | None, turn: Semaphore, bar: tqdm
+    ) -> None:
+        failed = trained.failed(self._jobs({name: source})) if trained else {}
+        if failed:
+            raise BatchError(f"lesson {name} was not run: there is no {', '.join(failed)}")
+        with turn:
+            start = time.perf_counter()
+            target = self.path.parent / "notebooks" / f"{name}.ipynb"
+            _execute(name, source, target, self.parameters, lambda **_: bar.update())
+        seconds = time.perf_counter() - start
+        self._note("notebooks", **{name: notebook_hash(source)})
+        self._note("seconds", **{name: round(seconds, 1)})
+        bar.write(f"  {name:<36} {seconds:.0f} s")
+
+    def _note(self, part: str = "", **values: Any) -> None:
+        with self._writing:
+            (self.record[part] if part else self.record).update(values)
+            _write_record(self.record, self.path)
 
 
 # --- the summary

@@ -1,0 +1,217 @@
+"""The one engine that computes: a Dask cluster, of this machine's cores or any other that runs.
+
+Whoever reaches a scheduler can run code on its workers. Ours therefore listens on loopback alone,
+and speaks TLS with keys that are made for the run and known to nobody else. Another scheduler must
+speak TLS, too, unless its user says that it need not.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import dask
+from distributed import Client, LocalCluster, Security
+from distributed.comm import CommClosedError
+
+from advlab import files
+from advlab.machine import cores
+from advlab.upkeep import tasks
+from advlab.upkeep.processes import KEEP_MEMORY, kill_children
+
+SECONDS = 30  # for a scheduler to answer, and for a first worker to be there
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+DASHBOARD = find_spec("bokeh") is not None
+MEMORY = ("target", "spill", "pause", "terminate")
+LOCAL: dict[str, Any] = {
+    "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREADS, "1") | KEEP_MEMORY,
+    # A training takes the memory that it takes: there is nothing to spill, and no use in pausing.
+    **{
+        f"distributed.worker.memory.{at}": False for at in ("target", "spill", "pause", "terminate")
+    },
+    "distributed.worker.profile.enabled": False,
+    # Pages about the cluster, for whoever asks: without the dashboard there are none.
+    **{f"distributed.{kind}.http.routes": [] for kind in ("worker", "nanny")},
+    **({} if DASHBOARD else {"distributed.scheduler.http.routes": []}),
+}
+
+
+class ClusterError(RuntimeError):
+    """A cluster that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Which cluster is to compute.
+
+    Args:
+        address: Of a running scheduler, "tls://HOST:8786"; "auto": ADVLAB_SCHEDULER, or else a
+            cluster of this machine's own.
+        tls_ca, tls_cert, tls_key: Files that show who may use it; None: as Dask is configured.
+        insecure: Accept a scheduler without TLS.
+    """
+
+    address: str = "auto"
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    insecure: bool = False
+
+    def resolved(self) -> str | None:
+        """Return the address; None for a cluster of this machine's own.
+
+        Raises:
+            ClusterError: if it is no address, or without TLS.
+        """
+        address = files.setting(self.address, "ADVLAB_SCHEDULER", "auto")
+        if address == "auto":
+            return None
+        kind, _, rest = address.partition("://")
+        if kind not in ("tls", "tcp") or not rest:
+            raise ClusterError(f"scheduler {address!r} is no address; it is like tls://HOST:8786")
+        if kind == "tcp" and not self.insecure:
+            raise ClusterError(
+                f"scheduler {address} speaks no TLS: whoever reaches it can run code as you. Start "
+                "it with TLS and give --tls-ca, --tls-cert and --tls-key, or accept that with "
+                "--insecure"
+            )
+        return address
+
+    def security(self) -> Security:
+        """Return the keys for a scheduler that is running already."""
+        given = {
+            "tls_ca_file": self.tls_ca,
+            "tls_client_cert": self.tls_cert,
+            "tls_client_key": self.tls_key,
+        }
+        found = {name: path for name, path in given.items() if path}
+        try:
+            return Security(require_encryption=not self.insecure, **found)
+        except OSError as error:
+            raise ClusterError(f"a TLS file cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that is ready to compute.
+
+    Args:
+        client: What tasks are sent with.
+        shared: Whether its workers share this machine's disk: those of its own cluster do.
+    """
+
+    client: Client
+    shared: bool
+
+    @property
+    def workers(self) -> list[str]:
+        """The addresses of the workers that are there now."""
+        return list(self.client.scheduler_info(n_workers=-1)["workers"])
+
+    def place(self, opened: Any) -> tasks.Place:
+        """Return where tasks for the models of `opened`, a `lab.Lab`, keep their files."""
+        token = "" if self.shared else tasks.token_of(opened.zoo.folder)
+        return tasks.Place(token, opened.data.md5)
+
+    def file(self, path: Any) -> tasks.File:
+        """Return a file of this machine as a task can have it."""
+        return tasks.File(path, None if self.shared else path.read_bytes())
+
+    def ask_all(self, function: Any, *arguments: Any) -> dict[str, Any]:
+        """Return what `function` returns, or raises, on each worker, by address."""
+        sent = {
+            where: self.client.submit(
+                function, *arguments, workers=[where], pure=False, allow_other_workers=False
+            )
+            for where in self.workers
+        }
+        return {where: one.exception() or one.result() for where, one in sent.items()}
+
+
+@contextmanager
+def connect(asked: Scheduler | None = None, jobs: int | None = None) -> Iterator[Cluster]:
+    """Yield a cluster whose workers run the same code as this process.
+
+    When the block is left by an error or an interruption, what runs is stopped at once.
+
+    Args:
+        asked: Which cluster; None for one of this machine's own.
+        jobs: Workers of an own cluster; None for one a core.
+
+    Raises:
+        ClusterError: if the scheduler does not answer, has no worker, may not be used, or a worker
+            has another version of advlab or torch.
+    """
+    asked = asked or Scheduler()
+    address = asked.resolved()
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    opened = _own(jobs or cores()) if address is None else _running(address, asked)
+    with opened as client:
+        cluster = Cluster(client, shared=address is None)
+        _check_versions(cluster)
+        for where, error in cluster.ask_all(tasks.start_worker).items():
+            if error:
+                raise ClusterError(f"worker {where}: {error!r}")
+        yield cluster
+
+
+@contextmanager
+def _own(workers: int) -> Iterator[Client]:
+    with dask.config.set(LOCAL):
+        started = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            security=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit=None,
+            silence_logs=logging.CRITICAL,
+        )
+        client = Client(started)
+        try:
+            yield client
+        except BaseException:
+            # A worker ends when its task does, and a training takes hours.
+            kill_children()
+            raise
+        finally:
+            client.close()
+            started.close()
+
+
+@contextmanager
+def _running(address: str, asked: Scheduler) -> Iterator[Client]:
+    try:
+        client = Client(address, security=asked.security(), timeout=SECONDS)
+    except TypeError as error:
+        raise ClusterError(
+            f"the scheduler {address} speaks TLS, and there are no keys: give --tls-ca, --tls-cert "
+            "and --tls-key, or set them in Dask's configuration"
+        ) from error
+    except (OSError, TimeoutError, ValueError, CommClosedError) as error:
+        raise ClusterError(
+            f"the scheduler {address} does not answer, or refuses these keys ({error}). Is it "
+            "running, and does it speak TLS with the same certificate authority?"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=SECONDS)
+        except TimeoutError as error:
+            raise ClusterError(f"the scheduler {address} has no worker; start one") from error
+        yield client
+
+
+def _check_versions(cluster: Cluster) -> None:
+    own, names = tasks.about(), ("advlab", "torch")
+    for where, found in cluster.ask_all(tasks.about).items():
+        if isinstance(found, BaseException):
+            raise ClusterError(f"worker {where} cannot run advlab: {found!r}. Install it there")
+        for name, theirs, ours in zip(names, found, own, strict=True):
+            if theirs != ours:
+                raise ClusterError(
+                    f"worker {where} has another version of {name} ({theirs}, here {ours}); "
+                    "install the same on all machines"
+                )

@@ -1,0 +1,265 @@
+"""What a worker of the cluster does: train a model, craft directions, measure, attack.
+
+What a task needs beside the data comes to it as files, and what it makes goes back so: their
+contents travel with them, unless the worker shares the disk of the machine that asks. A worker
+finds the data itself. This module is light, because every worker imports it.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import torch
+from distributed import get_worker
+
+from advlab import checkpoints, datasets, evaluation, files, lab
+from advlab.checkpoints import Checkpoint
+from advlab.data import DataError
+from advlab.lab import Lab
+from advlab.machine import pick_device
+from advlab.recipes import Training, file_stem
+from advlab.store import Store, code_hash
+
+EPOCHS = "advlab epochs"  # the topic under which workers tell how far a training is
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a run, for all its lessons and models; each as in `lab.start`."""
+
+    profile: str = "auto"
+    dataset: str = "auto"
+    data_dir: str = "auto"
+    output_dir: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+
+    def resolved(self) -> "Options":
+        """Return the same with all that "auto" stands for decided, and the folders absolute.
+
+        Raises:
+            ValueError: if there is no such profile, data set or device, or the output folder is
+                one of the repository's own.
+            DataError: if the data cannot be had.
+        """
+        profile = lab.profile_name(self.profile)  # a wrong one is told before anything is done
+        dataset, root = datasets.resolve(self.dataset, self.data_dir)
+        output = lab.output_folder(self.output_dir, profile, dataset)
+        device = pick_device(self.device)
+        folder = str(root.absolute()) if root else "auto"
+        return Options(profile, dataset, folder, str(output), self.seed, str(device))
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that tell other processes of resolved options."""
+        found = {
+            "ADVLAB_PROFILE": self.profile,
+            "ADVLAB_DATASET": self.dataset,
+            "ADVLAB_OUTPUT": self.output_dir,
+            "ADVLAB_DEVICE": self.device,
+        }
+        return found | ({} if self.data_dir == "auto" else {"ADVLAB_DATA": self.data_dir})
+
+    def open(self) -> Lab:
+        """Open data, models and kept results of these options; the data are read once a process."""
+        opened = _opened(replace(self, seed=0))
+        return replace(opened, zoo=replace(opened.zoo, seed=self.seed))
+
+
+@lru_cache(1)
+def _opened(options: Options) -> Lab:
+    return lab.start(**vars(options), progress=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model that is wanted: of which run, and which."""
+
+    options: Options
+    arch: str
+    training: Training
+
+    @property
+    def name(self) -> str:
+        """What its file is called, without ending."""
+        return file_stem(self.arch, self.training, self.options.seed)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that a task needs or has made.
+
+    Args:
+        path: Where it lies on the machine that made it.
+        content: What is in it; None where `path` is good on every machine that is concerned.
+    """
+
+    path: Path
+    content: bytes | None = None
+
+    def put(self, folder: Path) -> Path:
+        """Return where the file is; in `folder`, written there, if it has come from elsewhere."""
+        if self.content is None:
+            return self.path
+        path = folder / self.path.name
+        if not path.is_file():
+            files.write_bytes(path, self.content)
+        return path
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tasks keep files: in the folders of whoever asks, or in their worker's own.
+
+    Args:
+        token: Name of the folder of the worker's own, the same for all runs into the same output
+            folder: a later one finds there how far a training was. "" for a worker that shares
+            the disk of whoever asks.
+        md5: That of the data that are meant.
+    """
+
+    token: str
+    md5: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the worker's own."""
+        return files.cache_dir() / "cluster" / self.token
+
+    def open(self, options: Options) -> Lab:
+        """Open what a task works with.
+
+        Raises:
+            DataError: if this machine has no such data, or others of that name.
+        """
+        if not self.token:
+            return options.open()
+        opened = replace(options, data_dir="auto", output_dir=str(self.folder)).open()
+        if opened.data.md5 != self.md5:
+            raise DataError(
+                f"{opened.data.name} differs here from what is asked for; copy the same files"
+            )
+        zoo = replace(opened.zoo, folder=self.folder / "checkpoints", shipped=None)
+        return replace(opened, zoo=zoo, store=Store(self.folder / "measured"))
+
+    def made(self, path: Path) -> File:
+        """Return a file that was made here, as it goes back."""
+        return File(path, path.read_bytes() if self.token else None)
+
+
+def token_of(folder: Path) -> str:
+    """Return the name under which workers keep what belongs to the models in `folder`."""
+    path = folder / ".cluster"
+    if not path.is_file():
+        files.write_bytes(path, token_hex(8).encode())
+    return path.read_text()
+
+
+# --- what workers are asked for
+
+
+def about() -> tuple[str, str]:
+    """Return what must be the same on every machine: the code of this package, and torch."""
+    return code_hash(), torch.__version__
+
+
+def start_worker() -> None:
+    """Compute with one thread: there is a worker a core."""
+    torch.set_num_threads(1)
+
+
+def open_data(place: Place, options: Options) -> None:
+    """Read the data into this process; see `Place.open`."""
+    place.open(options)
+
+
+def clear(place: Place) -> None:
+    """Remove the worker's own folder."""
+    if place.token:
+        shutil.rmtree(place.folder, ignore_errors=True)
+
+
+class StoppedError(RuntimeError):
+    """Nobody waits for this task any longer."""
+
+
+def _tell(name: str, row: dict[str, float]) -> None:
+    """Tell whoever asked that an epoch is done, and stop if nobody asks any longer."""
+    worker = get_worker()
+    task = worker.state.tasks.get(worker.get_current_task())
+    if task is None or task.state == "cancelled":
+        raise StoppedError(f"the training of {name} was called off")
+    images = row["epoch"] * row["seconds"] * row["images_per_second"]
+    worker.log_event(EPOCHS, {"model": name, "images": images})
+
+
+def train_model(place: Place, job: Job, *needs: File) -> File:
+    """Train a model and return its file.
+
+    Args:
+        place: Where.
+        job: Which model.
+        needs: For an augmented model its baseline, and the directions of that.
+    """
+    zoo = place.open(job.options).zoo
+    for need in needs:
+        need.put(zoo.folder)
+    zoo.on_epoch = _tell
+    return place.made(zoo.get(job.arch, job.training).path)
+
+
+def craft(place: Place, job: Job, baseline: File) -> File:
+    """Craft the directions of a baseline; return the file that holds them."""
+    zoo = place.open(job.options).zoo
+    baseline.put(zoo.folder)
+    zoo.directions(job.arch)
+    return place.made(zoo.directions_path(job.arch))
+
+
+@dataclass(frozen=True)
+class _Noted(Store):
+    """A store that tells what was asked of it."""
+
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        result = super().remember(name, compute)
+        if name:
+            self.found[name] = result
+        return result
+
+
+def measure(
+    place: Place,
+    options: Options,
+    targets: Sequence[File],
+    sizes: Sequence[float],
+    attack: str,
+    *,
+    source: File | None = None,
+    n: int | None = None,
+) -> dict[str, Any]:
+    """Measure models (see `evaluation.accuracy_table`); return what was found, by key.
+
+    Args:
+        place, options: Where, and on which data.
+        targets, source: Checkpoints.
+        sizes, attack: As in `accuracy_table`.
+        n: Test images, the first ones; None for all.
+    """
+    opened = place.open(options)
+    data = replace(opened.data, test=opened.data.test.first(n))
+    loaded = [_load(place, file, opened.device) for file in targets]
+    store = _Noted(opened.store.folder)
+    maker = None if source is None else _load(place, source, opened.device)
+    evaluation.accuracy_table(loaded, data, sizes, attack=attack, source=maker, store=store)
+    return store.found
+
+
+def _load(place: Place, file: File, device: torch.device) -> Checkpoint:
+    checkpoint = checkpoints.load(file.put(place.folder / "asked"))
+    checkpoint.model.to(device)
+    return checkpoint
