@@ -229,7 +229,53 @@ def reproduce(
     from advlab.upkeep import publish as publishing
 
     places: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir}
-    publishing.reproduce(seeds, **places, resume=resume, publish=publish, console=console)
+    places |= {"scheduler": scheduler, "console": console}
+    publishing.reproduce(seeds, **places, resume=resume, publish=publish)
+
+
+@app.command()
+@on_cluster
+def sweep(
+    file: Annotated[
+        Path | None, typer.Argument(help="YAML, with the options below: 'seeds: [0, 1]'.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Such as paper,fast,robust.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0-4, or 0,2.")] = None,
+    train_eps: Annotated[
+        str | None, typer.Option(help="Of augmented models, such as 0.005,0.2.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Such as cnn,cnn-lstm.")] = None,
+    attack: Annotated[str | None, typer.Option(help="White box, such as fgsm,pgd-20.")] = None,
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+    output_dir: Annotated[
+        str, typer.Option(help="Folder of results; auto: outputs/sweep-DATASET.")
+    ] = "auto",
+    device: Device = ANY_DEVICE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs.")] = False,
+    *,
+    scheduler: Scheduler,
+) -> None:
+    """Train and measure recipes x seeds x eps x architectures; goes on where it was stopped."""
+    from advlab.upkeep import sweep as sweeping
+
+    names = ("recipes", "seeds", "train_eps", "archs", "attacks")
+    options = dict(zip(names, (recipe, seeds, train_eps, arch, attack), strict=True))
+    asked = {} if file is None else sweeping.read_file(file)
+    asked |= {name: text for name, text in options.items() if text is not None}
+    base = sweeping.options(dataset, data_dir, output_dir, str(device))
+    on: dict[str, Any] = {"scheduler": scheduler, "console": console}
+    sweeping.run(sweeping.parse(asked.items()), base, dry=dry_run, **on)
+
+
+@app.command()
+def plot(
+    table: Annotated[Path, typer.Argument(help="sweep.csv, as `advlab sweep` wrote it.")],
+) -> None:
+    """Draw the table of a sweep: means and ranges over its seeds."""
+    from advlab.upkeep import sweep as sweeping
+
+    _say(f"Written: {sweeping.draw(table)}")
 
 
 @app.command()

@@ -201,6 +201,30 @@ def curves(
     return figure
 
 
+def over_seeds(table: pd.DataFrame) -> Figure:
+    """Draw the table of a sweep: means over seeds, and bands from the lowest to the highest.
+
+    Args:
+        table: Tidy rows; a panel for each attack and architecture, a line for each model.
+    """
+    white = table["source"] == "white box"
+    shown = table.assign(
+        percent=100 * table["accuracy"],
+        attack=table["attack"] + white.map({True: ", white box", False: ", from the baseline"}),
+        trained=table["recipe"] + table["train_eps"].map(lambda eps: f", eps = {eps:.3g}"),
+    )
+    grid = sns.relplot(
+        shown, x="test_eps", y="percent", hue="trained", style="trained", row="attack",
+        col="architecture", kind="line", markers=True, dashes=False, errorbar=("pi", 100),
+        height=2.6, aspect=1.6, facet_kws={"sharex": "row"},
+    )  # fmt: skip
+    grid.set_titles("{col_name}: {row_name}", size="small")
+    grid.set_axis_labels("test eps (pixel range [0, 1])", "accuracy (%)").set(ylim=(0, 100))
+    seeds, n = table["seed"].nunique(), table["n"].max()
+    grid.legend.set_title(f"mean and range\nof {seeds} seeds,\n{table['data'].iloc[0]}, n = {n:,}")
+    return grid.figure
+
+
 def difference_map(comparison: pd.DataFrame, title: str = "") -> Figure:
     """Draw ours minus the paper's, in points, for every entry (`paper.compare`)."""
     architectures = list(dict.fromkeys(comparison["architecture"]))

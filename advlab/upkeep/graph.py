@@ -21,7 +21,7 @@ from advlab.recipes import Recipe
 from advlab.store import Store, Zoo
 from advlab.training import hold_out
 from advlab.upkeep import tasks
-from advlab.upkeep.cluster import Cluster, Scheduler, connect
+from advlab.upkeep.cluster import Cluster
 from advlab.upkeep.processes import kill_children
 from advlab.upkeep.tasks import File, Job
 
@@ -65,12 +65,12 @@ class Trainings:
     """Models that are on their way here.
 
     Args:
-        jobs: Those that are missing, the first ones first.
         cluster: Trains them.
+        jobs: Those that are missing, the first ones first.
         bar: Counts images; a line is written for each model that is done.
     """
 
-    def __init__(self, jobs: Sequence[Job], cluster: Cluster, bar: tqdm) -> None:
+    def __init__(self, cluster: Cluster, jobs: Sequence[Job], bar: tqdm) -> None:
         self._cluster, self._bar, self._run = cluster, bar, uuid4().hex[:8]
         self._sent: dict[str, Future] = {}
         self._promises: dict[Job, Promise] = {}
@@ -154,6 +154,13 @@ class Trainings:
     def __len__(self) -> int:
         return len(self._promises)
 
+    def __getitem__(self, job: Job) -> Future:
+        """Return what will become of a model's file."""
+        return self._sent[job.name]
+
+    def __contains__(self, job: Job) -> bool:
+        return job in self._promises
+
     def failed(self, jobs: Iterable[Job]) -> dict[str, BaseException]:
         """Wait until `jobs` are done; return the errors of those that failed, by name."""
         waited = {job.name: self._promises[job] for job in jobs if job in self._promises}
@@ -167,53 +174,51 @@ def _put(folder: Path, future: Future) -> None:
 
 
 @contextmanager
-def stopping_at_once(trained: Trainings | None) -> Iterator[None]:
-    """When the block is interrupted, end what it has started: kernels, and waiting for models."""
+def stopping_at_once(trained: Trainings) -> Iterator[None]:
+    """When the block is interrupted, let nobody wait, and end the kernels that it has started."""
     try:
         yield
     except BaseException:
-        if trained:
-            trained.stop()
+        trained.stop()
         kill_children()
         raise
 
 
-@contextmanager
-def training(jobs: Iterable[Job], scheduler: Scheduler | None = None) -> Iterator[Trainings | None]:
-    """Send those of `jobs` that are missing to a cluster, and yield what is on its way.
+def missing(jobs: Iterable[Job]) -> list[Job]:
+    """Return those of `jobs` that are not trained yet."""
+    return [job for job in jobs if job.options.open().zoo.find(job.arch, job.training) is None]
 
-    The block goes on at once and asks `Trainings.failed` for what it needs; it is left when all
-    models are here. Where none is missing no cluster is started, and None is yielded.
+
+def processes_for(jobs: Sequence[Job]) -> int:
+    """Return how many processes train `jobs` at a time: one a core, but one on a GPU."""
+    on_cpu = all(job.options.device == "cpu" for job in jobs)
+    return min(cores() if on_cpu else 1, len(jobs))
+
+
+@contextmanager
+def training(cluster: Cluster, jobs: Sequence[Job]) -> Iterator[Trainings]:
+    """Send `jobs` to a cluster, and yield what is on its way, under one bar.
+
+    The block goes on at once; it is left when all models are here, or failed.
 
     Args:
-        jobs: Models, the first ones first; the baselines that others need are added.
-        scheduler: See `cluster.connect`.
+        cluster: Trains them.
+        jobs: Models that are `missing`, the first ones first; the baselines that others need are
+            added.
     """
-    missing = [job for job in jobs if job.options.open().zoo.find(job.arch, job.training) is None]
-    if not missing:
-        yield None
-        return
-    on_cpu = missing[0].options.device == "cpu"  # a GPU gets one process
-    processes = min(cores() if on_cpu else 1, len(missing))
-    with connect(scheduler, processes) as cluster:
-        images = sum(images_to_train(job.options.open().zoo, job) for job in missing)
-        with run_bar(f"{len(missing)} models", images, " images") as bar:
-            trained = Trainings(missing, cluster, bar)
+    images = sum(images_to_train(job.options.open().zoo, job) for job in jobs)
+    with run_bar(f"{len(jobs)} models", images, " images") as bar:
+        trained = Trainings(cluster, jobs, bar)
+        with stopping_at_once(trained):
             yield trained
-            trained.failed(missing)
+            trained.failed(jobs)
 
 
-def train_models(jobs: Sequence[Job], scheduler: Scheduler | None = None) -> int:
-    """Train those of `jobs` that are missing; return how many that were.
-
-    Raises:
-        TaskError: if some failed; the others are here all the same.
-    """
-    with training(jobs, scheduler) as trained:
-        if trained is None:
-            return 0
-        raise_failed(trained.failed(jobs), len(jobs), "trainings")
-        return len(trained)
+def file(cluster: Cluster, trained: Trainings | None, job: Job) -> File | Future:
+    """Return the file of a model as a task can have it, or what will become of it."""
+    if trained and job in trained:
+        return trained[job]
+    return cluster.file(job.options.open().zoo.get(job.arch, job.training).path)
 
 
 Measurement = tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]

@@ -7,22 +7,20 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 from rich.console import Console
 
-from advlab import datasets, evaluation, files, lab, paper
+from advlab import datasets, files, lab
 from advlab.checkpoints import read_metadata
 from advlab.machine import cores
-from advlab.upkeep import readme
-from advlab.upkeep.graph import train_models
+from advlab.upkeep import readme, sweep
+from advlab.upkeep.cluster import Scheduler
 from advlab.upkeep.processes import environment
 from advlab.upkeep.runs import BatchError, lesson_files, machine, run, solution_files
-from advlab.upkeep.tasks import Job, Options
+from advlab.upkeep.tasks import Options
 
 PAPER_LESSONS = ("01", "02", "03", "04", "05")  # those that rebuild the paper
 
@@ -63,7 +61,12 @@ def _settled(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode
     return [output for output in joined if output.get("text", "x").strip()]
 
 
-def retrain(*, resume: bool = False, console: Console | None = None) -> None:
+def retrain(
+    *,
+    resume: bool = False,
+    scheduler: Scheduler | None = None,
+    console: Console | None = None,
+) -> None:
     """Train everything from nothing by the paper's recipe and refresh the repository in place.
 
     Models, tables and figures are made in outputs/paper-cifar10, with a cache there, and moved into
@@ -71,6 +74,7 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
 
     Args:
         resume: Keep the models and lessons that an interrupted retraining finished.
+        scheduler: Which cluster trains; see `cluster.connect`.
 
     Raises:
         BatchError: as `runs.run`.
@@ -84,7 +88,7 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
     everything = lesson_files() | solution_files()
     options = Options("paper", "cifar10", output_dir=str(output))
     with environment(ADVLAB_CACHE=str(output / "cache")):
-        run(everything, options, resume=resume, console=console)
+        run(everything, options, resume=resume, alone=True, scheduler=scheduler, console=console)
     _copy((output / "checkpoints").glob("*-seed0.safetensors"), files.shipped_checkpoints())
     _copy((output / "figures").iterdir(), files.home() / "figures")
     for name in everything:
@@ -99,7 +103,7 @@ def retrain(*, resume: bool = False, console: Console | None = None) -> None:
             tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache,
             environment(ADVLAB_CACHE=cache),
         ):
-            folder = run(options=Options(profile, "cifar10"), console=console)
+            folder = run(options=Options(profile, "cifar10"), alone=True, console=console)
         times["profiles"][profile] = json.loads((folder / "run.json").read_text())["seconds"]
     files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
     readme.refresh(files.home())
@@ -118,6 +122,7 @@ def reproduce(
     data_dir: str = "auto",
     resume: bool = False,
     publish: bool = False,
+    scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> Path:
     """Rebuild the whole paper from nothing by the recipe `FAST`: models, tables, figures.
@@ -129,6 +134,7 @@ def reproduce(
         resume: Keep what an interrupted run finished.
         publish: Copy the table of seeds and the run's clock, with the seconds of each model's
             training, into the repository's figures/.
+        scheduler: Which cluster trains; see `cluster.connect`.
 
     Returns:
         The output folder, outputs/fast-DATASET.
@@ -147,10 +153,11 @@ def reproduce(
         shutil.rmtree(output)
     options = Options("fast", name, str(root or "auto"), str(output))
     with environment(ADVLAB_CACHE=str(output / "cache")):
-        run(PAPER_LESSONS, options, resume=resume, console=console or Console())
+        run(PAPER_LESSONS, options, resume=resume, scheduler=scheduler, console=console)
         if seeds > 1:
-            table = pd.concat([_tables_of_seed(replace(options, seed=k)) for k in range(seeds)])
-            files.write_table(output / "figures" / "l04_seeds.csv", table)
+            asked = sweep.Sweep(("fast",), tuple(range(seeds)), attacks=())
+            table = sweep.run(asked, options, scheduler=scheduler, console=console)
+            files.write_bytes(output / "figures" / "l04_seeds.csv", table.read_bytes())
     if publish:
         record = json.loads((output / "run.json").read_text())
         models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
@@ -160,23 +167,3 @@ def reproduce(
         if seeds > 1:
             _copy([output / "figures" / "l04_seeds.csv"], files.home() / "figures")
     return output
-
-
-def _tables_of_seed(options: Options) -> pd.DataFrame:
-    """Train the ten models of Tables 1 and 2 with a seed; return the tables' rows."""
-    archs = sorted(paper.TABLES, reverse=True)  # the slow one first, so that the cores end together
-    train_models([Job(options, arch, eps) for eps in paper.TABLE_TRAIN_EPS for arch in archs])
-    opened, tables = options.open(), []
-    for arch in paper.TABLES:
-        models = [opened.zoo.get(arch, eps) for eps in paper.TABLE_TRAIN_EPS]
-        table = evaluation.accuracy_table(
-            models,
-            opened.data,
-            paper.TEST_EPS,
-            attack="fgsm-per-image",
-            source=opened.zoo.get(arch),
-            store=opened.store,
-            progress=f"tables of seed {options.seed}, {arch}",
-        )
-        tables.append(table)
-    return pd.concat(tables)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -32,8 +33,8 @@ from advlab.machine import cores
 from advlab.recipes import Model, profile_for
 from advlab.store import code_hash
 from advlab.upkeep import readme
-from advlab.upkeep.cluster import Scheduler
-from advlab.upkeep.graph import Trainings, run_bar, stopping_at_once, training
+from advlab.upkeep.cluster import Scheduler, connect
+from advlab.upkeep.graph import Trainings, missing, processes_for, run_bar, training
 from advlab.upkeep.kernels import OwnKernel, short_folder
 from advlab.upkeep.processes import KEEP_MEMORY, PeakMemory, environment
 from advlab.upkeep.tasks import Job, Options
@@ -319,22 +320,23 @@ class _Batch:
         logging.getLogger("papermill").setLevel(logging.ERROR)
         todo = {name: path for name, path in self.lessons.items() if not self._is_done(name, path)}
         start, before = time.perf_counter(), self.record.get("wall_seconds", 0)
-        jobs = self._jobs(self.lessons)
+        jobs = missing(self._jobs(self.lessons))
         turn = Semaphore(1 if alone else cores())
-        failed: dict[str, BaseException] = {}
-        with (
-            training(jobs, scheduler) as trained,
-            run_bar("lessons", sum(map(_count_cells, todo.values())), "cell") as bar,
-            stopping_at_once(trained),
-            ThreadPoolExecutor(1 + len(todo)) as pool,
-        ):
-            if trained:
-                waits = pool.submit(self._wait_for_models, trained, jobs, start)
-                failed = waits.result() if alone else {}
+        cells = sum(map(_count_cells, todo.values()))
+        with ExitStack() as stack:
+            trained = None
+            if jobs:
+                cluster = stack.enter_context(connect(scheduler, processes_for(jobs)))
+                trained = stack.enter_context(training(cluster, jobs))
+            bar = stack.enter_context(run_bar("lessons", cells, "cell"))
+            pool = stack.enter_context(ThreadPoolExecutor(1 + len(todo)))
+            models = pool.submit(self._wait_for_models, trained, jobs, start)
+            if alone:
+                wait([models])
             lesson = partial(self._run_lesson, trained=trained, turn=turn, bar=bar)
-            begun = {pool.submit(lesson, name, path): name for name, path in todo.items()}
+            begun = [pool.submit(lesson, name, path) for name, path in todo.items()]
             wait(begun)
-            failed |= waits.result() if trained else {}
+            failed = models.result()
         self._note(wall_seconds=round(before + time.perf_counter() - start, 1))
         errors = [f"{name}: {error!r}" for name, error in failed.items()]
         errors += [str(error) for one in begun if (error := one.exception())]
@@ -354,8 +356,10 @@ class _Batch:
         return False
 
     def _wait_for_models(
-        self, trained: Trainings, jobs: list[Job], start: float
+        self, trained: Trainings | None, jobs: list[Job], start: float
     ) -> dict[str, BaseException]:
+        if trained is None:
+            return {}
         failed = trained.failed(jobs)
         earlier = self.record["seconds"].get("training", 0)
         self._note("seconds", training=round(earlier + time.perf_counter() - start, 1))

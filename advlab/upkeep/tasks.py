@@ -238,7 +238,6 @@ def measure(
     targets: Sequence[File],
     sizes: Sequence[float],
     attack: str,
-    *,
     source: File | None = None,
     n: int | None = None,
 ) -> dict[str, Any]:
