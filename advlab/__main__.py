@@ -1,7 +1,13 @@
 """The command `advlab`, also as `python -m advlab`."""
 
 import io
+import signal
 import sys
+from typing import NoReturn
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -14,6 +20,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: nothing that was started is left running
     try:
         from advlab import cli
     except Exception as error:  # a torch that is broken raises more than ImportError

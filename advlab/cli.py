@@ -38,6 +38,9 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
+        except KeyboardInterrupt:
+            errors.print("advlab: stopped. What is finished is kept; go on with --resume")
+            raise typer.Exit(130) from None
         except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
             text = f"advlab: {error}"
             errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

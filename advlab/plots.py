@@ -213,11 +213,12 @@ def over_seeds(table: pd.DataFrame) -> Figure:
         attack=table["attack"] + white.map({True: ", white box", False: ", from the baseline"}),
         trained=table["recipe"] + table["train_eps"].map(lambda eps: f", eps = {eps:.3g}"),
     )
-    grid = sns.relplot(
-        shown, x="test_eps", y="percent", hue="trained", style="trained", row="attack",
-        col="architecture", kind="line", markers=True, dashes=False, errorbar=("pi", 100),
-        height=2.6, aspect=1.6, facet_kws={"sharex": "row"},
-    )  # fmt: skip
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn makes room itself
+        grid = sns.relplot(
+            shown, x="test_eps", y="percent", hue="trained", style="trained", row="attack",
+            col="architecture", kind="line", markers=True, dashes=False, errorbar=("pi", 100),
+            height=2.6, aspect=1.6, facet_kws={"sharex": "row"},
+        )  # fmt: skip
     grid.set_titles("{col_name}: {row_name}", size="small")
     grid.set_axis_labels("test eps (pixel range [0, 1])", "accuracy (%)").set(ylim=(0, 100))
     seeds, n = table["seed"].nunique(), table["n"].max()

@@ -16,7 +16,7 @@ from advlab.evaluation import accuracy_table
 from advlab.models import Architecture
 from advlab.store import Zoo
 from advlab.upkeep import runs
-from advlab.upkeep.train import Options
+from advlab.upkeep.tasks import Options
 
 
 def test_a_new_architecture_is_one_entry(tiny_shapes, tmp_path, monkeypatch):

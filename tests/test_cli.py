@@ -14,7 +14,8 @@ from advlab.bench import run as bench
 from advlab.catalogue import ATTACKS
 from advlab.checkpoints import save, weights_hash
 from advlab.upkeep import doctor, publish, runs, trial
-from advlab.upkeep.train import Options
+from advlab.upkeep.cluster import Scheduler
+from advlab.upkeep.tasks import Options
 
 runner = CliRunner()
 HOME = str(files.home())
@@ -169,16 +170,17 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         ["audit", "cnn", *places, "--device", "cpu", "--auto-n", "0", "--test-n", "9"],
         ["bench", *places, "--output-dir", "there", "--rounds", "2"],
     ):
-        result = runner.invoke(cli.app, command)
+        where = ["--scheduler", "tls://a:1", "--tls-ca", "b"] if command[0] != "bench" else []
+        result = runner.invoke(cli.app, [*command, *where])
         assert result.exit_code == 0, result.output
     shared = {"dataset": "shapes10", "data_dir": "here"}
     options = Options("quick", "shapes10", "here", "auto", 3, "cpu")
     numbers = {"device": "cpu", "auto_n": 0, "test_n": 9, "publish": False}
-    console = {"console": cli.console}
+    on = {"console": cli.console, "scheduler": Scheduler("tls://a:1", tls_ca="b")}
     assert asked == [
-        ((["02"], options), {"parameters": {"a": 1}, "resume": True} | console),
-        ((3,), shared | {"resume": True, "publish": True} | console),
-        ((["cnn"],), shared | numbers | console),
+        ((["02"], options), {"parameters": {"a": 1}, "resume": True} | on),
+        ((3,), shared | {"resume": True, "publish": True} | on),
+        ((["cnn"],), shared | numbers | on),
         (("shapes10", "here", "there", 2, False, cli.console), {}),
     ]
     # Worker processes get them: they must not need this module to read them.

@@ -14,7 +14,7 @@ from advlab.data import DataError
 from advlab.evaluation import accuracy_table
 from advlab.lab import start
 from advlab.recipes import FAST, PAPER, QUICK, SMALL, Profile
-from advlab.upkeep.train import Options
+from advlab.upkeep.tasks import Options
 
 COUNTS = "2,000 training and 500 test images"
 

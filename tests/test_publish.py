@@ -11,14 +11,11 @@ import torch
 from conftest import write_lesson
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from advlab import checkpoints, lab, paper, recipes
+from advlab import checkpoints, lab
 from advlab.data import DataError
-from advlab.lab import Lab
-from advlab.recipes import Recipe
-from advlab.store import Store, Zoo
-from advlab.upkeep import publish, runs
+from advlab.upkeep import publish
 from advlab.upkeep.runs import BatchError
-from advlab.upkeep.train import Options
+from advlab.upkeep.tasks import Options
 
 
 def test_clean_notebook_keeps_what_a_terminal_would_show_and_of_a_widget_its_picture():
@@ -45,7 +42,7 @@ def whole_run(empty_home, monkeypatch):
     """A home in which a run leaves its record and a figure; returns what each run was asked for."""
     asked = []
 
-    def run(lessons, options, *, resume, console):
+    def run(lessons, options, *, resume, **more):
         assert tuple(lessons) == publish.PAPER_LESSONS
         output = Path(options.output_dir)
         kept = sorted(path.name for path in output.iterdir()) if output.exists() else []
@@ -55,11 +52,14 @@ def whole_run(empty_home, monkeypatch):
         return output
 
     monkeypatch.setattr(publish, "run", run)
-    monkeypatch.setattr(
-        publish,
-        "_tables_of_seed",
-        lambda asked: pd.DataFrame({"seed": [asked.seed] * 2, "accuracy": [0.5, asked.seed / 3]}),
-    )
+
+    def sweep(what, options, **more):
+        assert (what.recipes, what.attacks, options) == (("fast",), (), asked[-1][0])
+        table = Path(options.output_dir) / "sweep.csv"
+        table.write_text("".join(f"{seed}\n" for seed in ("seed", *what.seeds)))
+        return table
+
+    monkeypatch.setattr(publish.sweep, "run", sweep)
     return asked
 
 
@@ -84,9 +84,7 @@ def test_reproduce_starts_from_nothing_unless_it_resumes(whole_run, resume, kept
 
 def test_reproduce_writes_the_tables_of_all_seeds(whole_run):
     output = publish.reproduce(2, dataset="shapes10")
-    table = pd.read_csv(output / "figures" / "l04_seeds.csv")
-    assert table["seed"].tolist() == [0, 0, 1, 1]
-    assert table["accuracy"].tolist() == [0.5, 0, 0.5, 0.333333]
+    assert pd.read_csv(output / "figures" / "l04_seeds.csv")["seed"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dataset", ["shapes10", "auto"])
@@ -120,23 +118,6 @@ def test_publish_copies_the_record_and_the_table_of_seeds(
         assert (figures / "l04_seeds.csv").read_bytes() == table
 
 
-def test_tables_of_a_seed_are_the_papers_two(tiny_shapes, tmp_path, monkeypatch):
-    asked = []
-    zoo = Zoo(tiny_shapes, Recipe("tiny", epochs=1, batch_size=32), 7, tmp_path, progress=False)
-    opened = Lab("fast", recipes.PROFILES["fast"], tiny_shapes, zoo, tmp_path, Store(None))
-    monkeypatch.setattr(Options, "open", lambda self: opened)
-    monkeypatch.setattr(publish, "train_models", lambda make_zoo, wanted: asked.extend(wanted))
-    table = publish._tables_of_seed(Options("fast", "shapes10", seed=7))
-    assert asked[:2] == [("cnn-lstm", 0.0), ("cnn", 0.0)]  # baselines first
-    assert set(asked) == {(arch, eps) for arch in paper.TABLES for eps in paper.TABLE_TRAIN_EPS}
-    assert len(asked) == 10
-    columns = ["architecture", "train_eps", "test_eps"]
-    assert table[columns].to_numpy().tolist() == paper.published()[columns].to_numpy().tolist()
-    assert set(table["seed"]) == {7}
-    assert set(table["attack"]) == {"fgsm-per-image"}
-    assert (table["source"] == table["architecture"] + " baseline").all()
-
-
 # --- retraining
 
 
@@ -148,7 +129,6 @@ def clone(empty_home, fake_cifar10, monkeypatch):
     """
     monkeypatch.setenv("ADVLAB_DATA", str(fake_cifar10))
     monkeypatch.delenv("ADVLAB_OUTPUT")
-    monkeypatch.setattr(runs, "_train", lambda *args: None)
     monkeypatch.setattr(publish.readme, "refresh", lambda home: None)
     code = (
         "import os, pathlib\n"

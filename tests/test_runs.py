@@ -21,13 +21,12 @@ from advlab.catalogue import LESSONS
 from advlab.upkeep import readme, runs
 from advlab.upkeep.kernels import OwnKernel
 from advlab.upkeep.runs import BatchError, choose_lessons
-from advlab.upkeep.train import Options
+from advlab.upkeep.tasks import Options
 
 
 @pytest.fixture
-def lessons(empty_home, monkeypatch):
+def lessons(empty_home):
     """A clone with two lessons that leave traces of their running, and no models to train."""
-    monkeypatch.setattr(runs, "_train", lambda *args: None)
     for name in ("01_first", "02_second"):
         write_lesson(empty_home, name, leave_trace(empty_home, name))
     return empty_home
@@ -186,19 +185,26 @@ def test_full_disk_is_named_with_the_notebook(lessons, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs.papermill, "execute_notebook", full)
-    with pytest.raises(OSError, match=r"cannot write \S+01_first\.partial\.ipynb: No space left"):
+    with pytest.raises(
+        BatchError, match=r"write \S+01_first\.partial\.ipynb: No space left"
+    ):
         run_quick(lessons, "01")
 
 
 # --- going on
 
 
-def test_failing_lesson_stops_the_run_and_resume_goes_on(lessons):
-    write_lesson(lessons, "02_second", "raise KeyError('out of cheese')")
-    with pytest.raises(BatchError, match="02_second failed") as failure:
+def test_failing_lesson_is_named_the_others_go_on_and_so_does_resume(lessons):
+    write_lesson(lessons, "00_zeroth", "raise KeyError('out of cheese')")
+    write_lesson(lessons, "02_second", "raise KeyError('out of ham')")
+    with pytest.raises(
+        BatchError, match=r"00_zeroth failed in cell 2[^$]*02_second failed"
+    ) as failure:
         run_quick(lessons)
-    assert "out of cheese" in str(failure.value)
+    assert (lessons / "01_first").read_text() == "quiet"
+    write_lesson(lessons, "00_zeroth", "print('mended')")
     partly = lessons / "out" / "notebooks" / "02_second.partial.ipynb"
+    assert "out of ham" in str(failure.value)
     assert str(partly) in str(failure.value)
     assert nbformat.read(partly, as_version=4).cells[1].execution_count == 1
     write_lesson(lessons, "02_second", "print('mended')")
@@ -272,8 +278,8 @@ def test_killed_run_goes_on_from_the_last_finished_lesson(lessons):
     write_lesson(lessons, "02_second", "import time\ntime.sleep(600)")
     code = (
         "import sys; from pathlib import Path; from advlab import files; from advlab.upkeep import "
-        "runs, train; files.home = lambda: Path(sys.argv[1]); runs._train = lambda *a: None; "
-        "options = train.Options('quick', 'shapes10', output_dir=sys.argv[1] + '/out'); "
+        "runs, tasks; files.home = lambda: Path(sys.argv[1]); "
+        "options = tasks.Options('quick', 'shapes10', output_dir=sys.argv[1] + '/out'); "
         "runs.run(options=options)"
     )
     process = subprocess.Popen(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -80,17 +81,21 @@ class Scheduler:
         return address
 
     def security(self) -> Security:
-        """Return the keys for a scheduler that is running already."""
+        """Return the keys for a scheduler that is running already.
+
+        Raises:
+            ClusterError: if there is no such file.
+        """
         given = {
             "tls_ca_file": self.tls_ca,
             "tls_client_cert": self.tls_cert,
             "tls_client_key": self.tls_key,
         }
         found = {name: path for name, path in given.items() if path}
-        try:
-            return Security(require_encryption=not self.insecure, **found)
-        except OSError as error:
-            raise ClusterError(f"a TLS file cannot be read: {error}") from error
+        for name, path in found.items():
+            if not Path(path).is_file():
+                raise ClusterError(f"there is no file {path} ({name})")
+        return Security(require_encryption=not self.insecure, **found)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,8 @@ class Trainings:
         promise.set_result(path)
 
     def stop(self) -> None:
-        """Let nobody wait any longer."""
+        """Call off what is not done, and let nobody wait for it."""
+        self._cluster.client.cancel([*self._sent.values()])
         for promise in self._promises.values():
             if not promise.done():
                 promise.set_exception(tasks.StoppedError("the run was stopped"))
@@ -174,12 +175,13 @@ def _put(folder: Path, future: Future) -> None:
 
 
 @contextmanager
-def stopping_at_once(trained: Trainings) -> Iterator[None]:
-    """When the block is interrupted, let nobody wait, and end the kernels that it has started."""
+def stopping_at_once(trained: Trainings | None) -> Iterator[None]:
+    """When the block is interrupted, end all that runs, so that no thread waits for it."""
     try:
         yield
     except BaseException:
-        trained.stop()
+        if trained:
+            trained.stop()
         kill_children()
         raise
 
@@ -209,9 +211,11 @@ def training(cluster: Cluster, jobs: Sequence[Job]) -> Iterator[Trainings]:
     images = sum(images_to_train(job.options.open().zoo, job) for job in jobs)
     with run_bar(f"{len(jobs)} models", images, " images") as bar:
         trained = Trainings(cluster, jobs, bar)
-        with stopping_at_once(trained):
+        try:
             yield trained
             trained.failed(jobs)
+        finally:
+            trained.stop()
 
 
 def file(cluster: Cluster, trained: Trainings | None, job: Job) -> File | Future:

@@ -36,7 +36,9 @@ def kill_children() -> None:
     """Kill all that this process has started, and what that has started."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            process.kill()
+            # Python's own, which ends by itself and would complain.
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                process.kill()
 
 
 class PeakMemory:

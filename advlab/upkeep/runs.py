@@ -34,7 +34,14 @@ from advlab.recipes import Model, profile_for
 from advlab.store import code_hash
 from advlab.upkeep import readme
 from advlab.upkeep.cluster import Scheduler, connect
-from advlab.upkeep.graph import Trainings, missing, processes_for, run_bar, training
+from advlab.upkeep.graph import (
+    Trainings,
+    missing,
+    processes_for,
+    run_bar,
+    stopping_at_once,
+    training,
+)
 from advlab.upkeep.kernels import OwnKernel, short_folder
 from advlab.upkeep.processes import KEEP_MEMORY, PeakMemory, environment
 from advlab.upkeep.tasks import Job, Options
@@ -330,6 +337,7 @@ class _Batch:
                 trained = stack.enter_context(training(cluster, jobs))
             bar = stack.enter_context(run_bar("lessons", cells, "cell"))
             pool = stack.enter_context(ThreadPoolExecutor(1 + len(todo)))
+            stack.enter_context(stopping_at_once(trained))
             models = pool.submit(self._wait_for_models, trained, jobs, start)
             if alone:
                 wait([models])

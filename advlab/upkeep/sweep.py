@@ -4,7 +4,7 @@ It goes on where an earlier one into the same folder was stopped: what is traine
 not made again.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -21,7 +21,9 @@ from advlab.attacks import check_eps
 from advlab.catalogue import ARCHITECTURES, attack_named
 from advlab.checkpoints import read_metadata
 from advlab.data import check_integer, check_name
+from advlab.machine import cores
 from advlab.recipes import PROFILES, Recipe, Training, model_name
+from advlab.store import Store
 from advlab.upkeep import tasks
 from advlab.upkeep.cluster import Scheduler, connect
 from advlab.upkeep.graph import (
@@ -246,23 +248,55 @@ def run(
     output = Path(base.output_dir) / "sweep.csv"
     if dry:
         return output
-    failed: dict[str, BaseException] = {}
+    unmeasured = [group for group in groups if not _is_measured(sweep, *group)]
+    if unmeasured:
+        _make(sweep, unmeasured, todo, scheduler)
+    table = pd.concat([_table(sweep, *group) for group in groups], ignore_index=True)
+    files.write_table(output, table)
+    draw(output)
+    console.print(f"Written: {output} and sweep.png", markup=False, soft_wrap=True)
+    return output
+
+
+Group = tuple[Options, str, list[Training]]
+
+
+def _make(
+    sweep: Sweep, groups: Sequence[Group], todo: Sequence[Job], scheduler: Scheduler | None
+) -> None:
+    """Train `todo` and measure `groups` on the cluster."""
     with ExitStack() as stack:
+        workers = processes_for(todo) if todo else cores()
         cluster = stack.enter_context(connect(scheduler, workers))
         trained = stack.enter_context(training(cluster, todo)) if todo else None
         asked: dict[str, Measurement] = {}
         for options, arch, trainings in groups:
             models = {one: file(cluster, trained, Job(options, arch, one)) for one in trainings}
             asked |= _measurements(sweep, cluster.place(options.open()), options, arch, models)
-        store = groups[0][0].open().store
-        measure(cluster, store, asked, "measurements")
+        measure(cluster, groups[0][0].open().store, asked, "measurements")
         failed = trained.failed(todo) if trained else {}
     raise_failed(failed, len(todo), "trainings")
-    table = pd.concat([_table(sweep, *group) for group in groups], ignore_index=True)
-    files.write_table(output, table)
-    draw(output)
-    console.print(f"Written: {output} and sweep.png", markup=False, soft_wrap=True)
-    return output
+
+
+@dataclass(frozen=True)
+class _Kept(Store):
+    """A store that computes nothing."""
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        def refuse() -> None:
+            raise LookupError(name)
+
+        return super().remember(name, refuse)
+
+
+def _is_measured(sweep: Sweep, options: Options, arch: str, trainings: list[Training]) -> bool:
+    if missing(Job(options, arch, one) for one in trainings):
+        return False
+    try:
+        _table(sweep, options, arch, trainings, _Kept(options.open().store.folder))
+    except LookupError:
+        return False
+    return True
 
 
 def _take_shipped(job: Job) -> None:
@@ -296,12 +330,16 @@ def _measurements(
 
 
 def _table(
-    sweep: Sweep, options: Options, arch: str, trainings: Sequence[Training]
+    sweep: Sweep,
+    options: Options,
+    arch: str,
+    trainings: Sequence[Training],
+    store: Store | None = None,
 ) -> pd.DataFrame:
-    """Return the rows of `_measurements`, which the store has by now."""
+    """Return the rows of `_measurements`, as far as they are known from a store."""
     opened = options.open()
     models = {how: opened.zoo.get(arch, how) for how in trainings}
-    table = partial(evaluation.accuracy_table, data=opened.data, store=opened.store)
+    table = partial(evaluation.accuracy_table, data=opened.data, store=store or opened.store)
     augmented = [model for how, model in models.items() if not isinstance(how, Recipe)]
     parts = []
     if augmented:
@@ -323,6 +361,7 @@ def draw(table: Path) -> Path:
     """
     try:
         rows = pd.read_csv(table)
+        plots.use_style()
         figure = plots.over_seeds(rows)
     except (KeyError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{table} is no table of a sweep: {error}") from error

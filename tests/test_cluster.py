@@ -1,0 +1,247 @@
+"""The cluster of this machine: what is trained and measured on it, and who may use which."""
+
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import draw_pictures
+from distributed import Client
+
+from advlab import lab
+from advlab.data import DataError
+from advlab.upkeep import cluster as clusters
+from advlab.upkeep import graph, sweep, tasks
+from advlab.upkeep.cluster import ClusterError, Scheduler
+from advlab.upkeep.graph import TaskError
+from advlab.upkeep.processes import environment
+from advlab.upkeep.sweep import Sweep
+from advlab.upkeep.tasks import File, Job, Options, Place
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Two workers, and their cache."""
+    with (
+        environment(ADVLAB_CACHE=str(tmp_path_factory.mktemp("cache"))),
+        clusters.connect(jobs=2) as started,
+    ):
+        yield started
+
+
+@pytest.fixture
+def options(cluster, tmp_path, monkeypatch):
+    """A run on a few pictures, whose cache the workers share."""
+    monkeypatch.setenv("ADVLAB_CACHE", cluster.client.submit(cache, pure=False).result())
+    for name in ("cat", "dog"):
+        draw_pictures(tmp_path / "pictures", name, 12)
+    where = f"folder:{tmp_path / 'pictures'}@16"
+    return Options("quick", where, output_dir=str(tmp_path / "out")).resolved()
+
+
+def cache() -> str:
+    """Return the cache of the process that is asked."""
+    return str(tasks.files.cache_dir())
+
+
+def train(cluster, jobs):
+    with graph.training(cluster, jobs) as trained:
+        return trained.failed(jobs)
+
+
+def test_what_is_missing_is_trained_and_lands_here(cluster, options, capfd):
+    jobs = [Job(options, *model) for model in (("cnn", 0.0), ("cnn", 0.2), ("cnn-lstm", 0.1))]
+    assert graph.missing(jobs) == jobs
+    assert train(cluster, jobs) == {}
+    assert graph.missing(jobs) == []
+    printed = capfd.readouterr().out
+    assert "3/4 models" in printed  # and the baseline of the CNN-LSTM, which nobody asked for
+    for job in (*jobs, Job(options, "cnn-lstm", 0.0)):
+        found = options.open().zoo.get(job.arch, job.training).metadata
+        assert f"  {job.name:<36} accuracy {found['test_accuracy']:.4f}, " in printed
+        assert found["threads"] == 1
+
+
+def test_a_training_that_fails_is_named_and_the_others_are_finished(cluster, options):
+    bad, good = Job(options, "cnn", 0.4), Job(options, "cnn", 0.3)
+    (options.open().zoo.folder / f"{bad.name}.lock").mkdir(parents=True)
+    failed = train(cluster, [bad, good])
+    assert list(failed) == ["cnn-eps0.4-seed0"]
+    assert graph.missing([bad, good]) == [bad]
+    told = r"1 of 2 trainings failed: cnn-eps0.4-seed0: IsADirectoryError: [^$]*--resume"
+    with pytest.raises(TaskError, match=told):
+        graph.raise_failed(failed, 2, "trainings")
+
+
+def test_another_machine_s_worker_keeps_files_of_its_own(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "mine"))
+    zoo = options.open().zoo
+    mine = zoo.get("cnn").path
+    monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "theirs"))
+    monkeypatch.setattr(tasks, "_tell", lambda name, row: None)
+    place, job = Place("abc", zoo.data.md5), Job(options, "cnn", 0.1)
+    baseline = File(mine, mine.read_bytes())
+    signs = tasks.craft(place, Job(options, "cnn", 0.0), baseline)
+    made = tasks.train_model(place, job, baseline, signs)
+    assert made.path.is_relative_to(tmp_path / "theirs" / "cluster" / "abc")
+    assert made.content == made.path.read_bytes()
+    assert made.put(tmp_path / "landed").read_bytes() == made.content
+    found = tasks.measure(place, options, [made, baseline], (0.0, 0.1), "fgsm", baseline)
+    assert len(found) == 4
+    with pytest.raises(DataError, match=r"differs here from what is asked for"):
+        tasks.open_data(Place("abc", "other"), options)
+    tasks.clear(place)
+    assert not made.path.exists()
+
+
+def test_sweep_trains_measures_draws_and_goes_on(cluster, options, tmp_path, monkeypatch, capsys):
+    @contextmanager
+    def here(scheduler, workers):
+        yield cluster
+
+    monkeypatch.setattr(sweep, "connect", here)
+    asked = Sweep(("quick", "robust"), (0, 1), (0.1,), ("cnn",), ("fgsm",))
+    path = sweep.run(asked, options)
+    first = path.read_bytes()
+    assert "6 models; 0" not in capsys.readouterr().out
+    table = pd.read_csv(path)
+    keys = ["model", "seed", "attack", "source", "test_eps"]
+    assert not table.duplicated(keys).any()
+    assert len(table) == 2 * (2 * len(sweep.paper.TEST_EPS) + 3 * 2)
+    assert table["weights"].nunique() == 6
+    assert set(table.loc[table["attack"] == sweep.TRANSFER, "source"]) == {"cnn baseline"}
+    assert path.with_suffix(".png").stat().st_size > 5_000
+    monkeypatch.setattr(tasks, "measure", None)  # all is there: nothing is measured again
+    assert sweep.run(asked, options).read_bytes() == first
+    assert "6 models; 0 models to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"seeds": "0-2,5"}, Sweep(seeds=(0, 1, 2, 5))),
+        ({"seeds": [0, "3-4"], "archs": ["cnn"]}, Sweep(seeds=(0, 3, 4), archs=("cnn",))),
+        ({"train_eps": "0.005, 0.2", "recipes": "fast"}, Sweep(("fast",), train_eps=(0.005, 0.2))),
+        ({"attacks": []}, Sweep(attacks=())),
+    ],
+)
+def test_sweeps_are_read_from_texts_and_lists(given, found):
+    assert sweep.parse(given.items()) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": "a"}, "seeds: 'a' is no whole number from 0 on, and no range like 0-4"),
+        ({"seeds": "4-0"}, "the sweep has no seeds"),
+        ({"train_eps": "8/255"}, "train_eps: '8/255' is no number"),
+        ({"train_eps": [2]}, "train_eps is 2.0; it must be a number from 0 to 1"),
+        ({"recipes": "best"}, "unknown recipe 'best'; choose one of paper, fast, quick, fgsm"),
+        ({"archs": "vit"}, "unknown architecture 'vit'"),
+        ({"attacks": "hammer"}, "unknown attack 'hammer'"),
+        ({"colour": "red"}, "unknown part of a sweep 'colour'"),
+    ],
+)
+def test_a_sweep_of_what_there_is_not_is_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        sweep.parse(given.items())
+
+
+@pytest.mark.parametrize("text", ["seeds: [0", "- 1", ""])
+def test_a_file_that_describes_no_sweep_is_named(tmp_path, text):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"sweep\.yaml (is no YAML|must hold lines)"):
+        sweep.read_file(tmp_path / "sweep.yaml")
+
+
+# --- which cluster
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("tcp://node:8786", r"speaks no TLS: whoever reaches it can run code as you.*--insecure"),
+        ("node:8786", r"scheduler 'node:8786' is no address; it is like tls://HOST:8786"),
+        ("tls://", "is no address"),
+        ("inproc://a", "is no address"),
+    ],
+)
+def test_a_scheduler_that_may_not_be_used_is_refused(address, message, monkeypatch):
+    with pytest.raises(ClusterError, match=message):
+        Scheduler(address).resolved()
+    monkeypatch.setenv("ADVLAB_SCHEDULER", address)
+    with pytest.raises(ClusterError, match=message):
+        Scheduler().resolved()
+
+
+def test_a_plain_scheduler_is_used_where_that_is_said():
+    assert Scheduler("tcp://node:8786", insecure=True).resolved() == "tcp://node:8786"
+    assert Scheduler().resolved() is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Scheduler("tls://127.0.0.1:1"), "speaks TLS, and there are no keys: give --tls-ca"),
+        (Scheduler("tls://127.0.0.1:1", "no.pem"), "there is no file no.pem"),
+        (Scheduler("tcp://127.0.0.1:1", insecure=True), "127.0.0.1:1 does not answer"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_reached_is_named(asked, message, monkeypatch):
+    monkeypatch.setattr(clusters, "SECONDS", 1)
+    with pytest.raises(ClusterError, match=message), clusters.connect(asked):
+        pass
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_workers_of_another_version_are_refused_by_name(cluster, monkeypatch, part):
+    own, name = tasks.about(), ("advlab", "torch")[part]
+    other = tuple("9.9" if k == part else value for k, value in enumerate(own))
+    monkeypatch.setattr(clusters.tasks, "about", lambda: other)
+    monkeypatch.setattr(type(cluster), "ask_all", lambda *_: {"tls://a:1": own})
+    with pytest.raises(ClusterError, match=rf"worker tls://a:1 has another version of {name} "):
+        clusters._check_versions(cluster)
+
+
+def test_the_own_cluster_listens_on_loopback_and_knows_its_user_alone(cluster):
+    me = psutil.Process()
+    listening = {
+        connection.laddr
+        for process in (me, *me.children(recursive=True))
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    address = cluster.client.scheduler.address
+    for scheme in ("tcp", "tls"):
+        with pytest.raises((OSError, TypeError)):
+            Client(address.replace("tls", scheme), timeout=2)
+
+
+def test_workers_import_neither_plotting_nor_papermill():
+    code = "import sys, advlab.upkeep.tasks; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"matplotlib", "papermill", "seaborn"} & set(loaded.stdout.split())
+
+
+def test_options_are_decided_once(empty_home, monkeypatch, fake_cifar10):
+    monkeypatch.delenv("ADVLAB_OUTPUT")
+    monkeypatch.setenv("ADVLAB_DEVICE", "cpu")
+    found = Options(data_dir=str(fake_cifar10)).resolved()
+    output = str(lab.default_output("lesson", "cifar10"))
+    assert found == Options("lesson", "cifar10", str(fake_cifar10), output, 0, "cpu")
+    assert found.resolved() == found
+    assert found.variables()["ADVLAB_DATA"] == str(fake_cifar10)
+    assert "ADVLAB_DATA" not in Options("quick", "shapes10").resolved().variables()
+
+
+def test_one_process_a_core_but_one_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(graph, "cores", lambda: 4)
+    jobs = [Job(Options(device="cpu"), "cnn", eps) for eps in (0.0, 0.1, 0.2)]
+    assert graph.processes_for(jobs) == 3
+    assert graph.processes_for(jobs * 2) == 4
+    assert graph.processes_for([Job(Options(device="cuda"), "cnn", 0.0)] * 3) == 1
