@@ -1,13 +1,15 @@
 """Where images come from: torchvision's data sets, a folder of pictures, or Shapes-10.
 
 `DATASETS` declares each once. A set of torchvision's is read only after every file agrees with the
-MD5 sum that torchvision knows: some of them are pickles.
+MD5 sum that torchvision knows: some of them are pickles. What was read is kept in one file in the
+cache, which all processes map: its pages fill their memory once.
 """
 
 import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -24,6 +26,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from advlab import files, paper, shapes
@@ -35,6 +39,7 @@ NETWORK_SECONDS = 5
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # what Pillow may open
 SIDE = 32  # pixels to which pictures are resized, unless told otherwise
 SIDES = (16, 512)  # what may be told: the paper's networks halve a picture three times
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # that reads what is kept
 FOLDER = re.compile(r"folder:(?P<path>.+?)(@(?P<size>\d+))?")
 
 
@@ -106,12 +111,21 @@ class TorchvisionSet:
         )
 
     def load(self, key: str, root: Path) -> ImageData:
-        """Check the files below `root`, then read them.
+        """Return the set below `root`: what is kept of it, or its files, checked and then read.
 
         Raises:
             DataError: as `check`, or if a package that reads the files is missing.
         """
-        self.check(root)
+        found = self._kept(key, root)
+        if found is None:
+            self.check(root)
+            found = self._decode(key, root)
+            with contextlib.suppress(OSError, SafetensorError):  # where there is no cache
+                self._keep(found, root)
+                found = self._kept(key, root) or found
+        return found
+
+    def _decode(self, key: str, root: Path) -> ImageData:
         splits: list[Split] = []
         classes: Sequence[str] = ()
         for train in (True, False):
@@ -121,9 +135,53 @@ class TorchvisionSet:
                 raise DataError(f"{self.name} cannot be read: {error}; pip install scipy") from None
             pixels = torch.as_tensor(images).contiguous()
             splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
-        channels, height, width = splits[0].images.shape[1:]
+        return self._as_data(key, classes, *splits)
+
+    def _as_data(self, key: str, classes: Sequence[str], train: Split, test: Split) -> ImageData:
+        channels, height, width = train.images.shape[1:]
         shape = channels, height, width
-        return ImageData(DataSpec(key, self.name, shape, tuple(classes), self.papers), *splits)
+        return ImageData(DataSpec(key, self.name, shape, tuple(classes), self.papers), train, test)
+
+    def _keep(self, data: ImageData, root: Path) -> None:
+        """Write what was read from the files below `root` into one file."""
+        tensors = {
+            f"{name} {kind}": tensor
+            for name, split in (("train", data.train), ("test", data.test))
+            for kind, tensor in vars(split).items()
+        }
+        told = {"classes": json.dumps(data.classes), "seal": self._seal(data, root)}
+        with files.atomic_write(_kept_file(data.spec.key)) as temporary:
+            save_file(tensors, temporary, told)
+
+    def _kept(self, key: str, root: Path) -> ImageData | None:
+        """Return what is kept of the files below `root`; None where nothing is, or it is damaged.
+
+        A write into its tensors stays in this process.
+        """
+        try:
+            with safe_open(_kept_file(key), framework="pt") as file:
+                told = file.metadata()
+                train, test = (
+                    Split(file.get_tensor(f"{name} images"), file.get_tensor(f"{name} labels"))
+                    for name in ("train", "test")
+                )
+            found = self._as_data(key, json.loads(told["classes"]), train, test)
+            return found if told["seal"] == self._seal(found, root) else None
+        except (DataError, SafetensorError, OSError, LookupError, TypeError, ValueError):
+            return None
+
+    def _seal(self, data: ImageData, root: Path) -> str:
+        """Return a hash of all that is kept, of the code that read it, and of the files it is from.
+
+        They are not read for it: their MD5 sums, sizes and times stand for them.
+
+        Raises:
+            OSError: if one of the files is missing.
+        """
+        states = [(root / path).stat() for path, _ in self.listed()]
+        sources = [self.listed(), [(state.st_size, state.st_mtime_ns) for state in states]]
+        sealed = repr([CODE, sources, data.spec, len(data.train), data.md5])
+        return hashlib.sha256(sealed.encode()).hexdigest()
 
     def download(self, root: Path, archive: Path | None = None) -> None:
         """Download the set into `root` with torchvision, showing progress.
@@ -162,6 +220,11 @@ class TorchvisionSet:
                 socket.setdefaulttimeout(timeout)
             for top in self.tops():
                 Path(folder, top).replace(root / top)
+
+
+def _kept_file(key: str) -> Path:
+    """Return where what was read of a set is kept; OSError where there is no cache."""
+    return files.cache_dir() / "images" / f"{key}.safetensors"
 
 
 class _Cifar(TorchvisionSet):
@@ -536,6 +599,8 @@ def load(
     else:
         assert root is not None  # only what is drawn has none
         whole = _read_set(key).load(key, root)
+    if train_n is None and test_n is None:
+        return whole  # with its MD5, if that is known
     train, test = (
         split.first(n if n is None else min(n, len(split)))
         for split, n in ((whole.train, train_n), (whole.test, test_n))
