@@ -290,5 +290,7 @@ class ImageData:
         return _md5(self.test)
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """Return the data set with its tensors on `device`."""
+        """Return the data set with its tensors on `device`; itself, if they are there."""
+        if torch.device(device) == self.train.images.device:
+            return self
         return ImageData(self.spec, self.train.to(device), self.test.to(device))

@@ -1,13 +1,15 @@
 """Where images come from: torchvision's data sets, a folder of pictures, or Shapes-10.
 
 `DATASETS` declares each once. A set of torchvision's is read only after every file agrees with the
-MD5 sum that torchvision knows: some of them are pickles.
+MD5 sum that torchvision knows: some of them are pickles. What was read is kept in one file in the
+cache, which all processes map: its pages fill their memory once.
 """
 
 import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,17 +27,19 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from advlab import files, paper, shapes
-from advlab._torchvision import check_integrity, datasets
 from advlab.data import DataError, DataSpec, ImageData, Split
 
-CIFAR10_FOLDER = datasets.CIFAR10.base_folder
+CIFAR10_FOLDER = "cifar-10-batches-py"
 NETWORK_SECONDS = 5
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # what Pillow may open
 SIDE = 32  # pixels to which pictures are resized, unless told otherwise
 SIDES = (16, 512)  # what may be told: the paper's networks halve a picture three times
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # that reads what is kept
 FOLDER = re.compile(r"folder:(?P<path>.+?)(@(?P<size>\d+))?")
 
 
@@ -44,13 +49,22 @@ class TorchvisionSet:
 
     Args:
         name: How figures and tables call it.
-        kind: torchvision's class.
+        torchvisions: The name of torchvision's class.
+        tops: The files and folders of the set right below the root.
         papers: As in `DataSpec`.
     """
 
     name: str
-    kind: Any
+    torchvisions: str
+    tops: tuple[str, ...]
     papers: bool = False
+
+    @property
+    def kind(self) -> Any:
+        """The class itself; its import takes longer than all else that opens a kept set."""
+        from advlab._torchvision import datasets
+
+        return getattr(datasets, self.torchvisions)
 
     def listed(self) -> list[tuple[str, str]]:
         """Return the files below the root, each with its MD5 sum."""
@@ -68,13 +82,9 @@ class TorchvisionSet:
         """Let torchvision download the set into `folder`."""
         self.kind(folder, download=True)
 
-    def tops(self) -> list[str]:
-        """Return the files and folders of the set right below the root."""
-        return list(dict.fromkeys(Path(path).parts[0] for path, _ in self.listed()))
-
     def is_in(self, root: Path) -> bool:
         """Tell whether the set, or a part of it, or a link that should lead there, is in `root`."""
-        return any(os.path.lexists(root / top) for top in self.tops())
+        return any(os.path.lexists(root / top) for top in self.tops)
 
     def archive_in(self, place: Path) -> Path | None:
         """Return the whole set as it is downloaded, if it is one file and lies in or at `place`.
@@ -90,9 +100,11 @@ class TorchvisionSet:
         Raises:
             DataError: if a file is missing, truncated or altered; names it and the mend.
         """
+        from advlab._torchvision import check_integrity
+
         for path, md5 in self.listed():
             if not check_integrity(root / path, md5):
-                raise self._damaged(root / path, *(root / top for top in self.tops()))
+                raise self._damaged(root / path, *(root / top for top in self.tops))
 
     def _damaged(self, path: Path, *remove: Path) -> DataError:
         state = "is missing"
@@ -106,12 +118,21 @@ class TorchvisionSet:
         )
 
     def load(self, key: str, root: Path) -> ImageData:
-        """Check the files below `root`, then read them.
+        """Return the set below `root`: what is kept of it, or its files, checked and then read.
 
         Raises:
             DataError: as `check`, or if a package that reads the files is missing.
         """
-        self.check(root)
+        found = self._kept(key, root)
+        if found is None:
+            self.check(root)
+            found = self._decode(key, root)
+            with contextlib.suppress(OSError, SafetensorError):  # where there is no cache
+                self._keep(found, root)
+                found = self._kept(key, root) or found
+        return found
+
+    def _decode(self, key: str, root: Path) -> ImageData:
         splits: list[Split] = []
         classes: Sequence[str] = ()
         for train in (True, False):
@@ -121,9 +142,43 @@ class TorchvisionSet:
                 raise DataError(f"{self.name} cannot be read: {error}; pip install scipy") from None
             pixels = torch.as_tensor(images).contiguous()
             splits.append(Split(pixels, torch.as_tensor(labels, dtype=torch.int64)))
-        channels, height, width = splits[0].images.shape[1:]
+        return self._as_data(key, classes, *splits)
+
+    def _as_data(self, key: str, classes: Sequence[str], train: Split, test: Split) -> ImageData:
+        channels, height, width = train.images.shape[1:]
         shape = channels, height, width
-        return ImageData(DataSpec(key, self.name, shape, tuple(classes), self.papers), *splits)
+        return ImageData(DataSpec(key, self.name, shape, tuple(classes), self.papers), train, test)
+
+    def _keep(self, data: ImageData, root: Path) -> None:
+        """Write what was read from the files below `root` into one file."""
+        tensors = {
+            f"{name} {kind}": tensor
+            for name, split in (("train", data.train), ("test", data.test))
+            for kind, tensor in vars(split).items()
+        }
+        states = _states(root, [path for path, _ in self.listed()])
+        told = {"classes": data.classes, "files": states, "seal": _seal(data, states)}
+        with files.atomic_write(_kept_file(data.spec.key)) as temporary:
+            save_file(tensors, temporary, {"advlab": json.dumps(told)})
+
+    def _kept(self, key: str, root: Path) -> ImageData | None:
+        """Return what is kept of the files below `root`; None where nothing is, or it is damaged.
+
+        A write into its tensors stays in this process.
+        """
+        try:
+            with safe_open(_kept_file(key), framework="pt") as file:
+                told = json.loads(file.metadata()["advlab"])
+                train, test = (
+                    Split(file.get_tensor(f"{name} images"), file.get_tensor(f"{name} labels"))
+                    for name in ("train", "test")
+                )
+            states = _states(root, [path for path, *_ in told["files"]])
+            found = self._as_data(key, told["classes"], train, test)
+            same = states == told["files"] and told["seal"] == _seal(found, states)
+            return found if same else None
+        except (DataError, SafetensorError, OSError, LookupError, TypeError, ValueError):
+            return None
 
     def download(self, root: Path, archive: Path | None = None) -> None:
         """Download the set into `root` with torchvision, showing progress.
@@ -160,8 +215,26 @@ class TorchvisionSet:
                 raise DataError(told) from error
             finally:
                 socket.setdefaulttimeout(timeout)
-            for top in self.tops():
+            for top in self.tops:
                 Path(folder, top).replace(root / top)
+
+
+def _kept_file(key: str) -> Path:
+    """Return where what was read of a set is kept; OSError where there is no cache."""
+    return files.cache_dir() / "images" / f"{key}.safetensors"
+
+
+def _states(root: Path, paths: Sequence[str]) -> list[list[Any]]:
+    """Return what tells, without reading them, whether files below `root` are as they were."""
+    found = [(path, (root / path).stat()) for path in paths]
+    return [[path, state.st_size, state.st_mtime_ns] for path, state in found]
+
+
+def _seal(data: ImageData, states: list[list[Any]]) -> str:
+    """Return a hash of all that is kept, of the files it is from and the code that read them."""
+    code = [CODE, version("torchvision")]
+    sealed = repr([code, states, data.spec, len(data.train), data.md5])
+    return hashlib.sha256(sealed.encode()).hexdigest()
 
 
 class _Cifar(TorchvisionSet):
@@ -171,6 +244,8 @@ class _Cifar(TorchvisionSet):
         return [(f"{kind.base_folder}/{name}", md5) for name, md5 in listed]
 
     def archive_in(self, place: Path) -> Path | None:
+        from advlab._torchvision import check_integrity
+
         paths = [path for path in (place, place / self.kind.filename) if path.is_file()]
         paths = [path for path in paths if path.name == self.kind.filename]
         if paths and not check_integrity(paths[0], self.kind.tgz_md5):
@@ -185,7 +260,7 @@ class _Cifar(TorchvisionSet):
 class _Mnist(TorchvisionSet):
     def listed(self) -> list[tuple[str, str]]:
         # The archives, which torchvision leaves beside what it unpacks: it knows no other sums.
-        return [(f"{self.kind.__name__}/raw/{name}", md5) for name, md5 in self.kind.resources]
+        return [(f"{self.torchvisions}/raw/{name}", md5) for name, md5 in self.kind.resources]
 
     def read(self, root: Path, train: bool) -> tuple[Any, Any, Sequence[str]]:
         paths = [root / path for path, _ in self.listed()]
@@ -221,12 +296,12 @@ class _Svhn(TorchvisionSet):
 
 
 DATASETS: dict[str, TorchvisionSet | None] = {
-    "cifar10": _Cifar(paper.DATA, datasets.CIFAR10, papers=True),
+    "cifar10": _Cifar(paper.DATA, "CIFAR10", (CIFAR10_FOLDER,), papers=True),
     "shapes10": None,  # drawn, not read
-    "fashion-mnist": _Mnist("Fashion-MNIST", datasets.FashionMNIST),
-    "mnist": _Mnist("MNIST", datasets.MNIST),
-    "svhn": _Svhn("SVHN", datasets.SVHN),
-    "cifar100": _Cifar("CIFAR-100", datasets.CIFAR100),
+    "fashion-mnist": _Mnist("Fashion-MNIST", "FashionMNIST", ("FashionMNIST",)),
+    "mnist": _Mnist("MNIST", "MNIST", ("MNIST",)),
+    "svhn": _Svhn("SVHN", "SVHN", ("train_32x32.mat", "test_32x32.mat")),
+    "cifar100": _Cifar("CIFAR-100", "CIFAR100", ("cifar-100-python",)),
 }
 
 
@@ -396,7 +471,7 @@ def find(key: str, data_dir: str | Path | None = None) -> Path | None:
         up
         for one in (place.absolute(), place.resolve())
         for up in one.parents[:2]
-        if any(one.is_relative_to(up / top) for top in source.tops())
+        if any(one.is_relative_to(up / top) for top in source.tops)
     ]
     for root in (place, *outer):
         if source.is_in(root):
@@ -406,8 +481,8 @@ def find(key: str, data_dir: str | Path | None = None) -> Path | None:
         return home
     if given:
         said = "" if given == str(data_dir) else "ADVLAB_DATA: "
-        tops = " and ".join(source.tops())
-        deeper = [path.parent for top in source.tops() for path in place.glob(f"*/{top}")]
+        tops = " and ".join(source.tops)
+        deeper = [path.parent for top in source.tops for path in place.glob(f"*/{top}")]
         mend = f"give {deeper[0]}" if deeper else "give the folder that holds it"
         if said:
             mend += f", or unset ADVLAB_DATA for {home}"
@@ -490,7 +565,7 @@ def resolve(
                 return "shapes10", None
             raise DataError(
                 f"{source.name} is not here, and {error}. Set ADVLAB_DATA to the folder that holds "
-                f"{' and '.join(source.tops())}, or choose the data set shapes10"
+                f"{' and '.join(source.tops)}, or choose the data set shapes10"
             ) from error
     return key, root
 
@@ -536,6 +611,8 @@ def load(
     else:
         assert root is not None  # only what is drawn has none
         whole = _read_set(key).load(key, root)
+    if train_n is None and test_n is None:
+        return whole  # with its MD5, if that is known
     train, test = (
         split.first(n if n is None else min(n, len(split)))
         for split, n in ((whole.train, train_n), (whole.test, test_n))

@@ -46,7 +46,7 @@ class Stripes(TorchvisionSet):
 
 
 def test_a_new_data_set_is_one_entry(tmp_path, monkeypatch):
-    monkeypatch.setitem(DATASETS, "stripes", Stripes("Stripes", None))
+    monkeypatch.setitem(DATASETS, "stripes", Stripes("Stripes", "", ("stripes.bin",)))
     (tmp_path / "stripes.bin").write_bytes(b"here")
     lesson = lab.start("quick", "stripes", data_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
     assert (lesson.data.shape, lesson.data.classes) == ((1, 16, 16), ("a", "b", "c"))

@@ -64,7 +64,7 @@ def test_first_takes_the_first_images_and_no_more_than_there_are(shapes):
 def test_split_goes_to_a_device_as_a_whole(shapes):
     moved = shapes.test.to("meta")
     assert (moved.images.device.type, moved.labels.device.type) == ("meta", "meta")
-    assert shapes.to("cpu").md5 == shapes.md5
+    assert shapes.to("cpu") is shapes  # with its MD5, which takes long to compute
 
 
 def test_md5_tells_data_apart(shapes):

@@ -4,6 +4,7 @@ import functools
 import gzip
 import http.server
 import io
+import os
 import sys
 import tarfile
 import threading
@@ -16,7 +17,7 @@ import torch
 from conftest import CIFAR10_CLASSES, draw_pictures, encoded, write_cifar
 from PIL import ExifTags, Image
 
-from advlab import datasets, models, training
+from advlab import datasets, files, models, training
 from advlab._torchvision import datasets as torchvision_sets
 from advlab.attacks import fgsm
 from advlab.data import DataError
@@ -145,6 +146,12 @@ def test_damaged_file_of_any_set_is_named(key, damage, written, monkeypatch):
 
 
 @every_set
+def test_declared_tops_are_where_torchvisions_files_lie(key):
+    source = datasets.DATASETS[key]
+    assert set(source.tops) == {Path(path).parts[0] for path, _ in source.listed()}
+
+
+@every_set
 def test_absent_set_says_what_to_do(key, empty_home, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "_reachable", lambda *address: asked.append(address))
@@ -170,6 +177,80 @@ def test_real_data_have_the_known_sizes(cifar10_root):
     assert (len(loaded.train), len(loaded.test)) == (50_000, 10_000)
     assert torch.bincount(loaded.test.labels).tolist() == [1_000] * 10
     assert loaded.classes == CIFAR10_CLASSES
+
+
+# --- what is kept of a set
+
+
+@pytest.fixture
+def kept(fake_cifar10):
+    """Return the made-up CIFAR-10, its folder, and the file in the cache that all processes map."""
+    return load("cifar10", fake_cifar10), fake_cifar10, datasets._kept_file("cifar10")
+
+
+def test_kept_set_is_mapped_and_neither_file_nor_torchvision_is_read(kept, monkeypatch):
+    first, root, path = kept
+    monkeypatch.delattr(datasets.TorchvisionSet, "kind")
+    monkeypatch.delattr(datasets.TorchvisionSet, "check")
+    found = load("cifar10", root)
+    assert found.spec == first.spec
+    assert vars(found)["md5"] == first.md5  # known, and not to be computed again
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    if sys.platform == "linux":
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = [line for line in lines if str(path) in line]
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        for tensor in (found.train.images, found.test.labels):
+            assert any(start <= tensor.data_ptr() < end for start, end in ranges)
+    found.train.images.zero_()  # stays in this process
+    again = load("cifar10", root)
+    assert again.md5 == first.md5
+    assert torch.equal(again.train.images, first.train.images)
+
+
+def rename_a_class(path):
+    path.write_bytes(path.read_bytes().replace(b"airplane", b"aireplan"))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def alter_a_pixel(path):
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+
+
+@pytest.mark.parametrize("damage", [truncate, alter, rename_a_class, empty, page, alter_a_pixel])
+def test_damaged_kept_set_is_made_anew(kept, damage):
+    first, root, path = kept
+    whole = path.read_bytes()
+    damage(path)
+    found = load("cifar10", root)
+    assert (found.md5, found.spec) == (first.md5, first.spec)
+    assert path.read_bytes() == whole
+
+
+def test_files_that_were_touched_are_checked_and_other_code_reads_again(kept, monkeypatch):
+    first, root, path = kept
+    before = path.read_bytes()
+    monkeypatch.setattr(datasets, "CODE", "other")
+    assert load("cifar10", root).md5 == first.md5
+    assert path.read_bytes() != before
+    raw = root / datasets.CIFAR10_FOLDER / "data_batch_2"
+    os.utime(raw, (1, 1))
+    assert load("cifar10", root).md5 == first.md5
+    for damage in (alter, Path.unlink):
+        damage(raw)
+        with pytest.raises(DataError, match=r"data_batch_2 is (trunc|miss).*; it will not be used"):
+            load("cifar10", root)
+
+
+def test_set_is_read_where_nothing_can_be_kept(fake_cifar10, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("a file where the cache should be")
+    monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "file"))
+    assert len(load("cifar10", fake_cifar10).train) == 100
+    monkeypatch.setattr(files, "cache_dir", lambda: (_ for _ in ()).throw(OSError("no home")))
+    assert len(load("cifar10", fake_cifar10).train) == 100
 
 
 # --- a folder that is set: the data, or an error that says what is there
@@ -217,7 +298,7 @@ def test_own_folder_of_a_set_is_accepted(key, written, monkeypatch):
     for path, _ in datasets.DATASETS[key].listed():
         for place in (root / path).relative_to(root).parents:
             assert datasets.find(key, root / place) == root
-    (root.parent / "link").symlink_to(root / datasets.DATASETS[key].tops()[0])
+    (root.parent / "link").symlink_to(root / datasets.DATASETS[key].tops[0])
     assert datasets.find(key, root.parent / "link") == root
 
 

@@ -95,7 +95,7 @@ def _data() -> tuple[bool, str]:
         told = ", or Shapes-10 stands in" if name == "auto" else ""
         return True, f"{source.name} is not here; it is downloaded{told}"
     source.check(root)
-    return True, f"{' and '.join(str(root / top) for top in source.tops())}, every MD5 right"
+    return True, f"{' and '.join(str(root / top) for top in source.tops)}, every MD5 right"
 
 
 def _checkpoints() -> tuple[bool, str]:
