@@ -1,7 +1,8 @@
 """AutoAttack, the field's standard measure of robustness, by its authors' code."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -30,6 +31,7 @@ VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 COMPARED = {"apgd-dlr": 3, "apgd-t": 4}  # so many logits, in the losses of these parts
+Each = Callable[[Callable[["Part"], list[bool]], Iterable["Part"]], Iterator[list[bool]]]
 FLAGS = "https://github.com/fra31/auto-attack/blob/master/flags_doc.md"
 
 
@@ -46,15 +48,16 @@ def auto_attack(
     queries: int = 5_000,
     store: Store | None = None,
     progress: str | None = None,
+    each: Each = map,
 ) -> Tensor:
     """Attack with AutoAttack (Croce and Hein 2020, 2003.01690); return which images hold.
 
     Four attacks without parameters to tune, each on the images that hold so far: APGD on cross
     entropy, targeted APGD, targeted FAB, and Square, which uses no gradient. The code is its
-    authors' (package pyautoattack). It takes minutes for 100 images of a robust model, so each 100
-    images that are done are kept in `store`, and an interrupted run goes on from there.
+    authors' (package pyautoattack). 100 images of a robust model take minutes, so each 100 that are
+    done are kept in `store`, and an interrupted run goes on from there.
 
-    Eleven parameters, a line each: those of the authors' class, and where parts are kept and shown.
+    Twelve parameters: those of the authors' class, and where parts are computed, kept and shown.
 
     Args:
         model: The attacked model. Nothing is kept of one whose code is neither PyTorch's nor ours:
@@ -68,6 +71,8 @@ def auto_attack(
         queries: How often Square may ask the model, per image; 5,000 is the standard.
         store: Where finished parts are kept; None keeps none.
         progress: Label of a tqdm bar; None shows none.
+        each: Yields the result of `attack_part` for each 100 images, in order. An executor's `map`
+            does so side by side, in processes: the authors' code seeds torch's one generator.
 
     Returns:
         (N,) bool: the images that hold.
@@ -78,34 +83,79 @@ def auto_attack(
             no such part for so few classes, or the standard is asked of answers at random.
     """
     check_batch(images, labels)
-    check_device(model, images)
-    _authors_code()
-    images = images.detach()
-    asked: dict[str, Any] = {"eps": check_eps(eps, "eps", norm, images.shape[1:]), "norm": norm}
-    asked |= {"seed": check_integer("seed", seed), "version": version}
-    asked["queries"] = check_integer("queries", queries, 1)
-    outputs = check_outputs(predict(model, images[:CHUNK]), labels).shape[1]
-    asked["attacks"] = _choose(version, attacks, outputs)
-    if set(asked["attacks"]) != {"square"}:
-        input_gradient(model, images[:1], labels[:1])  # refuses what has none
-    if version == "standard":
-        _refuse_chance(model, images)
-    kept = store if store and _is_known(model) else Store(None)
-    held: list[bool] = []
-    with progress_bar(progress, len(images), "image") as bar, gradient_mode(model, images.device):
-        for x, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
-            name = ""
-            if kept.folder and isinstance(model, nn.Module):
-                name = _key(model, x, y, asked)
-            held += kept.remember(name, partial(_attack, model, x, y, asked))
-            bar.update(len(y))
+    asked = {"eps": check_eps(eps, "eps", norm, images.shape[1:]), "norm": norm, "seed": seed}
+    asked |= {"version": version, "attacks": attacks, "queries": queries}
+    asked = _checked(model, images.detach(), labels, asked)
+    kept, held = store if store and _is_known(model) else Store(None), list[bool]()
+    with progress_bar(progress, len(images), "image") as bar:
+        for part in _results(_parts(model, images.detach(), labels, asked), kept, each):
+            held += part
+            bar.update(len(part))
             bar.set_postfix(held=f"{sum(held) / len(held):.3f}")
     return torch.tensor(held, device=images.device)
 
 
-def _key(model: nn.Module, images: Tensor, labels: Tensor, asked: dict[str, Any]) -> str:
-    on = [repr(model), weights_hash(model), images, labels, images.device.type]
-    return key("autoattack", asked, metadata.version("pyautoattack"), *on)
+def _checked(
+    model: Classifier, images: Tensor, labels: Tensor, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what `auto_attack` was asked for, if it can be done; with the attacks chosen."""
+    check_device(model, images)
+    _authors_code()
+    seed = check_integer("seed", asked["seed"])
+    queries = check_integer("queries", asked["queries"], 1)
+    outputs = check_outputs(predict(model, images[:CHUNK]), labels).shape[1]
+    attacks = _choose(asked["version"], asked["attacks"], outputs)
+    if set(attacks) != {"square"}:
+        input_gradient(model, images[:1], labels[:1])  # refuses what has none
+    if asked["version"] == "standard":
+        _refuse_chance(model, images)
+    return asked | {"seed": seed, "queries": queries, "attacks": attacks}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that are attacked together, and all that decides which of them hold.
+
+    The random starts are drawn for all of them at once, so other parts have other starts. It can be
+    sent to another process where the model can.
+
+    Args:
+        model: The attacked model.
+        images: (N, C, H, W) float32, N at most `CHUNK`, of the part's own memory.
+        labels: (N,) int64.
+        asked: What `auto_attack` was asked for, checked.
+    """
+
+    model: Classifier
+    images: Tensor
+    labels: Tensor
+    asked: dict[str, Any]
+
+    def key(self) -> str:
+        """Return the name under which a store keeps which images hold."""
+        assert isinstance(self.model, nn.Module)  # `_is_known`
+        on = [repr(self.model), weights_hash(self.model), self.images, self.labels]
+        package = metadata.version("pyautoattack")
+        return key("autoattack", self.asked, package, *on, self.images.device.type)
+
+
+def _parts(model: Classifier, images: Tensor, labels: Tensor, asked: dict[str, Any]) -> list[Part]:
+    # Copies: a slice is sent with all that it is cut from. And what was made in inference mode has
+    # no gradient outside it.
+    with torch.inference_mode(False):
+        batches = zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
+        as_rows = partial(torch.clone, memory_format=torch.contiguous_format)
+        return [Part(model, as_rows(x.float()), y.clone(), asked) for x, y in batches]
+
+
+def _results(parts: list[Part], store: Store, each: Each) -> Iterator[list[bool]]:
+    """Yield for each part which images hold, computing what is not kept."""
+    names = [part.key() if store.folder else "" for part in parts]
+    kept = [store.find(name) for name in names]
+    missing = [part for part, one in zip(parts, kept, strict=True) if one is None]
+    computed = each(attack_part, missing)
+    for name, one in zip(names, kept, strict=True):
+        yield store.keep(name, next(computed)) if one is None else one
 
 
 def _refuse_chance(model: Classifier, images: Tensor) -> None:
@@ -168,18 +218,17 @@ def _is_known(model: Classifier) -> bool:
     return all(kind.startswith(("torch.nn.", "advlab.")) for kind in kinds)
 
 
-def _attack(model: Classifier, images: Tensor, labels: Tensor, asked: dict[str, Any]) -> list[bool]:
-    """Return which images hold by the authors' code, asked as `auto_attack` is."""
+def attack_part(part: Part) -> list[bool]:
+    """Return which images of a part hold, by the authors' code."""
+    model, images, asked = part.model, part.images, part.asked
 
     def logits(x: Tensor) -> Tensor:
         return ask(model, x).clone()  # Square writes into what it is given
 
-    # Clones, as what was made in inference mode has no gradient outside it either.
-    images, labels = images.float().clone(memory_format=torch.contiguous_format), labels.clone()
     options = {name: asked[name] for name in ("eps", "seed", "version")}
     options |= {"norm": {"linf": "Linf", "l2": "L2"}[asked["norm"]], "device": str(images.device)}
     gpus = [images.device] if images.device.type == "cuda" else []  # their code seeds those, too
-    with torch.random.fork_rng(gpus, device_type="cuda"):
+    with gradient_mode(model, images.device), torch.random.fork_rng(gpus, device_type="cuda"):
         # What a model draws before they do so; `torch.manual_seed` would seed every GPU.
         torch.default_generator.manual_seed(asked["seed"])
         torch.cuda.manual_seed(asked["seed"])
@@ -190,6 +239,50 @@ def _attack(model: Classifier, images: Tensor, labels: Tensor, asked: dict[str, 
         if outputs < 10:  # the standard aims at nine other classes
             attacker.apgd_targeted.n_target_classes = outputs - 1
             attacker.fab.n_target_classes = outputs - 1
+        if asked["version"] == "standard":
+            for attack in (attacker.apgd, attacker.apgd_targeted):
+                attack.attack_single_run = partial(_walk, attack, attack.attack_single_run)
         # What was broken once is broken: asked again, a model could be right by chance.
-        _, found = attacker.run_standard_evaluation(images, labels, batch_size=CHUNK)
-    return (found == labels).tolist()
+        _, found = attacker.run_standard_evaluation(images, part.labels, batch_size=CHUNK)
+    return (found == part.labels).tolist()
+
+
+class _AllBroken(Exception):  # noqa: N818 - no error
+    """Raised in the middle of a walk that has nothing left to do."""
+
+
+def _walk(attack: Any, walk: Callable[..., Any], images: Tensor, labels: Tensor) -> tuple[Any, ...]:
+    """Take the 100 steps of APGD, or so many as it takes to break every image.
+
+    The authors' `walk` would take the others for nothing: of what it returns they use which images
+    it broke, and a point that broke each. They ask the model about that point once more, so what is
+    returned here is judged by their code as if by itself.
+
+    Args:
+        attack: Their APGD; `walk` is its method, which asks ``attack.model``.
+        walk: The method that takes all steps.
+        images: (N, C, H, W) float32, those that hold so far.
+        labels: (N,) int64.
+
+    Returns:
+        Four values as theirs; the first and third are nowhere used.
+    """
+    broken, holds = images.clone(), torch.ones_like(labels, dtype=torch.bool)
+    model = attack.model
+
+    def watched(points: Tensor) -> Tensor:
+        logits = model(points)
+        wrong = logits.detach().max(1)[1] != labels
+        broken[wrong] = points.detach()[wrong]
+        holds[wrong] = False
+        if not holds.any():
+            raise _AllBroken
+        return logits
+
+    attack.model = watched
+    try:
+        return walk(images, labels)
+    except _AllBroken:
+        return broken, holds, None, broken
+    finally:
+        attack.model = model

@@ -98,25 +98,29 @@ class Store:
 
     folder: Path | None
 
-    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the result called `name` (see `key`), computing it if no intact file holds it."""
-        if self.folder is None:
-            return compute()
-        path = self.folder / name[:2] / f"{name}.json"
-        if path.is_file():
+    def find(self, name: str) -> Any:
+        """Return the result called `name` (see `key`); None if no intact file holds it."""
+        path = self._path(name)
+        if path and path.is_file():
             checksum, _, content = path.read_bytes().partition(b"\n")
             if checksum == _checksum(content):
                 return json.loads(content)
-        result = compute()
-        self.keep(name, result)
+        return None
+
+    def keep(self, name: str, result: Any) -> Any:
+        """Keep a result, which is not None, under `name`; return it."""
+        if path := self._path(name):
+            content = json.dumps(result).encode()
+            files.write_bytes(path, _checksum(content) + b"\n" + content)
         return result
 
-    def keep(self, name: str, result: Any) -> None:
-        """Keep a result that is called `name`; without a folder nothing is kept."""
-        if self.folder is not None:
-            content = json.dumps(result).encode()
-            path = self.folder / name[:2] / f"{name}.json"
-            files.write_bytes(path, _checksum(content) + b"\n" + content)
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the result called `name`, computing and keeping it if there is none."""
+        found = self.find(name)
+        return self.keep(name, compute()) if found is None else found
+
+    def _path(self, name: str) -> Path | None:
+        return self.folder / name[:2] / f"{name}.json" if self.folder else None
 
 
 def _checksum(content: bytes) -> bytes:
