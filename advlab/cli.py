@@ -339,7 +339,7 @@ def audit(
     places: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "device": str(device)}
     names = targets or []
     if not any(map(is_target, names)):
-        shipped = partial(trial.run, names, publish=publish, console=console)
+        shipped = partial(trial.run, names, publish=publish, scheduler=scheduler, console=console)
         shipped(**places, auto_n=auto_n, test_n=test_n)
         return
     if len(names) > 1:
@@ -347,7 +347,7 @@ def audit(
     settings = report.Settings(parse_eps(eps), n, seed, autoattack)
     kind = None if arch is None else str(arch)
     own = partial(report.run, weights=weights, arch=kind, source=source, output_dir=output_dir)
-    own(names[0], settings, **places, console=console)
+    own(names[0], settings, **places, scheduler=scheduler, console=console)
 
 
 @challenge.callback()

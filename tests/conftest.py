@@ -26,6 +26,7 @@ from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import ImageData, Split
 from advlab.recipes import Recipe
 from advlab.store import Zoo
+from advlab.upkeep import tasks
 from advlab.widgets import AttackExplorer
 
 mpl.use("Agg")
@@ -203,6 +204,7 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("ADVLAB_OUTPUT", str(tmp_path / "output"))
     for name in ("ADVLAB_DATA", "ADVLAB_PROFILE", "ADVLAB_DATASET", "ADVLAB_DEVICE"):
         monkeypatch.delenv(name, raising=False)
+    tasks._opened.cache_clear()  # what a process keeps open has folders of another test
     yield
     plt.close("all")
 

@@ -185,9 +185,7 @@ def test_full_disk_is_named_with_the_notebook(lessons, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs.papermill, "execute_notebook", full)
-    with pytest.raises(
-        BatchError, match=r"write \S+01_first\.partial\.ipynb: No space left"
-    ):
+    with pytest.raises(BatchError, match=r"write \S+01_first\.partial\.ipynb: No space left"):
         run_quick(lessons, "01")
 
 

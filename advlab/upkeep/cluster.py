@@ -6,28 +6,35 @@ speak TLS, too, unless its user says that it need not.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import forkserver, get_all_start_methods
 from pathlib import Path
 from typing import Any
 
 import dask
 from distributed import Client, LocalCluster, Security
 from distributed.comm import CommClosedError
+from distributed.utils import get_mp_context
 
 from advlab import files
 from advlab.machine import cores
 from advlab.upkeep import tasks
-from advlab.upkeep.processes import KEEP_MEMORY, kill_children
+from advlab.upkeep.processes import KEEP_MEMORY, environment, kill_children
 
 SECONDS = 30  # for a scheduler to answer, and for a first worker to be there
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+ENVIRONMENT = dict.fromkeys(THREADS, "1") | KEEP_MEMORY
+# Where the system can, workers are forked from a process that has imported all that they need: they
+# start at once, and share that memory.
+FORK = "forkserver" in get_all_start_methods()
 DASHBOARD = find_spec("bokeh") is not None
 MEMORY = ("target", "spill", "pause", "terminate")
 LOCAL: dict[str, Any] = {
-    "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREADS, "1") | KEEP_MEMORY,
+    "distributed.nanny.pre-spawn-environ": ENVIRONMENT,
+    "distributed.worker.multiprocessing-method": "forkserver" if FORK else "spawn",
     # A training takes the memory that it takes: there is nothing to spill, and no use in pausing.
     **{
         f"distributed.worker.memory.{at}": False for at in ("target", "spill", "pause", "terminate")
@@ -124,7 +131,12 @@ class Cluster:
         """Return a file of this machine as a task can have it."""
         return tasks.File(path, None if self.shared else path.read_bytes())
 
-    def ask_all(self, function: Any, *arguments: Any) -> dict[str, Any]:
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Yield what `function` makes of each item, in their order."""
+        sent = [self.client.submit(function, item, pure=False) for item in items]
+        return (future.result() for future in sent)
+
+    def ask_all(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """Return what `function` returns, or raises, on each worker, by address."""
         sent = {
             where: self.client.submit(
@@ -164,7 +176,11 @@ def connect(asked: Scheduler | None = None, jobs: int | None = None) -> Iterator
 
 @contextmanager
 def _own(workers: int) -> Iterator[Client]:
-    with dask.config.set(LOCAL):
+    with dask.config.set(LOCAL), environment(**ENVIRONMENT):
+        if FORK:
+            get_mp_context()  # sets what Dask would import there
+            forkserver.set_forkserver_preload(["distributed", "torch._dynamo", tasks.__name__])
+            forkserver.ensure_running()
         started = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

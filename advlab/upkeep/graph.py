@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Promise
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,18 @@ def file(cluster: Cluster, trained: Trainings | None, job: Job) -> File | Future
     if trained and job in trained:
         return trained[job]
     return cluster.file(job.options.open().zoo.get(job.arch, job.training).path)
+
+
+@dataclass(frozen=True)
+class Kept(Store):
+    """A store that computes nothing: what it has not is a LookupError."""
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the result called `name`."""
+        found = self.find(name)
+        if found is None:
+            raise LookupError(f"{name} is not measured yet")
+        return found
 
 
 Measurement = tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]

@@ -2,6 +2,7 @@
 
 import platform
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -17,10 +18,11 @@ import advlab
 from advlab import files
 from advlab.attacks import input_gradient
 from advlab.audit import Trial
-from advlab.autoattack import COMPARED, VERSIONS, auto_attack, parts_of
+from advlab.autoattack import COMPARED, VERSIONS, Each, auto_attack, parts_of
 from advlab.checkpoints import weights_hash
 from advlab.data import ImageData
 from advlab.evaluation import wilson
+from advlab.upkeep.cluster import Scheduler, connect
 from advlab.upkeep.pages import Report, interval, size
 from advlab.upkeep.targets import check_fit, first_names, open_data, open_target
 
@@ -50,6 +52,7 @@ def audit_model(
     settings: Settings | None = None,
     source: nn.Module | None = None,
     progress: str | None = None,
+    each: Each = map,
 ) -> Report:
     """Put a model on trial, and write report.md, report.html and report.png.
 
@@ -60,6 +63,7 @@ def audit_model(
         output: Folder of the report.
         source: Another model, from which attacks are transferred; None leaves that line out.
         progress: Label of AutoAttack's bar; None shows none.
+        each: As in `autoattack.auto_attack`.
 
     Raises:
         ValueError: if the model does not fit the data, no gradient passes through it, or a setting
@@ -83,7 +87,7 @@ def audit_model(
     trial = Trial(model, images, labels, source, *how)
     held = None
     if settings.autoattack:
-        attack = partial(auto_attack, seed=settings.seed, progress=progress)
+        attack = partial(auto_attack, seed=settings.seed, progress=progress, each=each)
         kind = "rand" if trial.random else "standard"
         held = attack(model, images, labels, settings.eps, version=kind)
     checklist, accuracies = trial.checklist(), trial.accuracies()
@@ -153,17 +157,19 @@ def run(
     data_dir: str = "auto",
     device: str = "auto",
     output_dir: str = "auto",
+    scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> Report:
     """Audit a classifier: print the checklist, write the report.
 
-    Ten parameters: the options of the command.
+    Eleven parameters: the options of the command.
 
     Args:
         target, weights, arch: As in `targets.open_target`: a function is imported and run.
         source: Another target, from which attacks are transferred.
         dataset, data_dir, device: As in `lab.start`.
         output_dir: Folder of the report; "auto": outputs/audit/FOLDER-TARGET-DATASET.
+        scheduler: Which cluster runs AutoAttack; see `cluster.connect`.
 
     Raises:
         ValueError, OSError, ImportError, DataError: as `targets.open_target`, `audit_model` and
@@ -180,7 +186,11 @@ def run(
     chosen = files.setting(output_dir) or files.home() / "outputs" / "audit" / place
     output = files.results_folder(chosen)
     trial = partial(audit_model, settings=settings, source=maker, progress="AutoAttack")
-    report = trial(opened.model, data, name=name, output=output)
+    with ExitStack() as stack:
+        each: Each = map
+        if settings.autoattack:
+            each = stack.enter_context(connect(scheduler)).map
+        report = trial(opened.model, data, name=name, output=output, each=each)
     show(report, output, console)
     return report
 

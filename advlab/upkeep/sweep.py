@@ -4,7 +4,7 @@ It goes on where an earlier one into the same folder was stopped: what is traine
 not made again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -27,6 +27,7 @@ from advlab.store import Store
 from advlab.upkeep import tasks
 from advlab.upkeep.cluster import Scheduler, connect
 from advlab.upkeep.graph import (
+    Kept,
     Measurement,
     file,
     images_to_train,
@@ -278,22 +279,11 @@ def _make(
     raise_failed(failed, len(todo), "trainings")
 
 
-@dataclass(frozen=True)
-class _Kept(Store):
-    """A store that computes nothing."""
-
-    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        def refuse() -> None:
-            raise LookupError(name)
-
-        return super().remember(name, refuse)
-
-
 def _is_measured(sweep: Sweep, options: Options, arch: str, trainings: list[Training]) -> bool:
     if missing(Job(options, arch, one) for one in trainings):
         return False
     try:
-        _table(sweep, options, arch, trainings, _Kept(options.open().store.folder))
+        _table(sweep, options, arch, trainings, Kept(options.open().store.folder))
     except LookupError:
         return False
     return True

@@ -4,13 +4,14 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cloudpickle
 from torch import nn
 
 from advlab import datasets
@@ -70,6 +71,7 @@ def load_function(target: str) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {name}")
     sys.path.insert(0, str(path.parent))
+    before = set(sys.modules)
     try:
         with _own_errors(f"importing {name}", path):
             module = _import(path)
@@ -83,7 +85,16 @@ def load_function(target: str) -> nn.Module:
             f"{function}() in {name} returned {type(model).__name__}; it must return the model, an "
             "nn.Module"
         )
+    _send_along(set(sys.modules) - before, path.parent)
     return model.eval()
+
+
+def _send_along(names: Iterable[str], folder: Path) -> None:
+    """Let a cluster's workers be sent the code of those modules that lie in a folder."""
+    for name in names:
+        file = Path(getattr(sys.modules[name], "__file__", None) or "/")
+        if file.is_relative_to(folder) and "site-packages" not in file.parts:
+            cloudpickle.register_pickle_by_value(sys.modules[name])
 
 
 @contextmanager

@@ -5,19 +5,23 @@ the cache, so a run that was interrupted goes on from there, and a second one is
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
-from advlab import autoattack, evaluation, files, lab
+from advlab import autoattack, evaluation, files
 from advlab.checkpoints import Checkpoint, load
 from advlab.lab import Lab
-from advlab.upkeep import readme
+from advlab.store import Store
+from advlab.upkeep import readme, tasks
+from advlab.upkeep.cluster import Cluster, Scheduler, connect
+from advlab.upkeep.graph import Kept, measure
 from advlab.upkeep.runs import machine, print_table
+from advlab.upkeep.tasks import Options
 
 EPS = 8 / 255
 # The paper's best CNN is attacked at smaller sizes too: lesson 06 draws the curve.
@@ -35,6 +39,7 @@ def run(
     auto_n: int = 1_000,
     test_n: int | None = None,
     publish: bool = False,
+    scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> pd.DataFrame:
     """Measure the shipped models under white-box attacks at eps = 8/255; print and write a table.
@@ -48,23 +53,28 @@ def run(
             as many for the model `BEST`); 0 leaves both out.
         test_n: Images for FGSM and PGD-20; None for all.
         publish: Write figures/audit.csv of the repository, not outputs/audit/audit.csv.
+        scheduler: Which cluster measures; see `cluster.connect`.
 
     Raises:
+        TaskError, ClusterError: as `graph.measure` and `cluster.connect`.
         ValueError: if no checkpoint is called so, or other data than CIFAR-10 or a part of the
             models were to be published.
         ImportError: without the extra "audit", unless `auto_n` is 0.
     """
     console = console or Console()
-    opened = lab.start("lesson", dataset, data_dir=data_dir, device=device, progress=False)
+    asked = Options("lesson", dataset, data_dir, device=device).resolved()
+    opened = asked.open()
     if publish and (not opened.data.papers or names or test_n or not auto_n):
         raise ValueError(
             "--publish writes what the lessons show: all models, all images, on CIFAR-10"
         )
-    chosen, parts = choose_models(names), []
-    for number, path in enumerate(chosen, 1):
-        label = f"[{number}/{len(chosen)}] "
-        parts.append(measure(load(path), opened, auto_n, test_n, label))
-    table = pd.concat(parts, ignore_index=True)
+    chosen = choose_models(names)
+    trials = [_Trial(load(path), opened, auto_n, test_n) for path in chosen]
+    known = Kept(opened.store.folder)
+    if not all(trial.is_measured(known) for trial in trials):
+        with connect(scheduler) as cluster:
+            _measure(cluster, asked, trials)
+    table = pd.concat([trial.rows(known) for trial in trials], ignore_index=True)
     folder = files.home() / ("figures" if publish else "outputs/audit")
     files.write_table(folder / "audit.csv", table)
     title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
@@ -89,31 +99,88 @@ def choose_models(names: Sequence[str]) -> list[Path]:
     return chosen
 
 
-def measure(
-    checkpoint: Checkpoint, opened: Lab, auto_n: int, test_n: int | None, label: str
-) -> pd.DataFrame:
-    """Return one model's rows: clean, FGSM, PGD and, unless `auto_n` is 0, AutoAttack."""
-    name, data, parts = checkpoint.name, opened.data, []
-    checkpoint.model.to(opened.device)
-    n = min(2 * auto_n if name == BEST else auto_n, len(data.test))
-    # PGD with restarts is to be compared with AutoAttack: on the same images.
-    attacks = {"fgsm": test_n, "pgd-20": test_n} | ({"pgd-50x3": n} if auto_n else {})
-    for attack, count in attacks.items():
-        some = replace(data, test=data.test.first(count))
-        sizes = (0.0, EPS) if attack == "fgsm" else (EPS,)
-        table = partial(evaluation.accuracy_table, attack=attack, store=opened.store)
-        parts.append(table([checkpoint], some, sizes, progress=f"{label}{name}, {attack}"))
-    if auto_n:
-        batch = data.test.first(n).batch(slice(None))
-        strongest = partial(
-            autoattack.auto_attack, store=opened.store, progress=f"{label}{name}, AutoAttack"
-        )
-        for eps in (*SWEEP, EPS) if name == SWEPT else (EPS,):
-            found = int(strongest(checkpoint.model, *batch, eps).sum()), math.nan
+@dataclass(frozen=True)
+class _Trial:
+    """A model on trial: `n` images for AutoAttack if `auto_n` is not 0, `test_n` for the others."""
+
+    checkpoint: Checkpoint
+    opened: Lab
+    auto_n: int
+    test_n: int | None
+
+    @property
+    def n(self) -> int:
+        """Images for AutoAttack."""
+        n = 2 * self.auto_n if self.checkpoint.name == BEST else self.auto_n
+        return min(n, len(self.opened.data.test))
+
+    def attacks(self) -> dict[str, int | None]:
+        """Return how many images each attack of the catalogue gets."""
+        # PGD with restarts is to be compared with AutoAttack: on the same images.
+        restarts = {"pgd-50x3": self.n} if self.auto_n else {}
+        return {"fgsm": self.test_n, "pgd-20": self.test_n, **restarts}
+
+    def rows(self, store: Store, each: autoattack.Each = map) -> pd.DataFrame:
+        """Return the rows: clean, FGSM, PGD and, unless `auto_n` is 0, AutoAttack.
+
+        Args:
+            store: Where they are kept.
+            each: As in `autoattack.auto_attack`.
+        """
+        checkpoint, data, parts = self.checkpoint, self.opened.data, []
+        model = checkpoint.model.to(self.opened.device)
+        for attack, count in self.attacks().items():
+            some = replace(data, test=data.test.first(count))
+            parts.append(
+                evaluation.accuracy_table(
+                    [checkpoint], some, sizes(attack), attack=attack, store=store
+                )
+            )
+        swept = (*SWEEP, EPS) if checkpoint.name == SWEPT else (EPS,)
+        for eps in swept if self.auto_n else ():
+            batch = data.test.first(self.n).batch(slice(None))
+            label = f"{checkpoint.name}, AutoAttack"
+            held = autoattack.auto_attack(
+                model, *batch, eps, store=store, progress=label, each=each
+            )
+            found = int(held.sum()), math.nan
             row = evaluation.result_row(
-                checkpoint, data.name, eps, "autoattack", evaluation.WHITE_BOX, found, n
+                checkpoint, data.name, eps, "autoattack", evaluation.WHITE_BOX, found, self.n
             )
             parts.append(pd.DataFrame([row]))
-    measured = pd.concat(parts, ignore_index=True)
-    measured.loc[measured["test_eps"] == 0, "attack"] = "clean"
-    return measured
+        measured = pd.concat(parts, ignore_index=True)
+        measured.loc[measured["test_eps"] == 0, "attack"] = "clean"
+        return measured
+
+    def is_measured(self, known: Store) -> bool:
+        """Tell whether a store that computes nothing has all of it."""
+        try:
+            self.rows(known, _refuse)
+        except LookupError:
+            return False
+        return True
+
+
+def sizes(attack: str) -> tuple[float, ...]:
+    """Return at which eps an attack of the catalogue is measured; clean images count once."""
+    return (0.0, EPS) if attack == "fgsm" else (EPS,)
+
+
+def _refuse(function: Any, parts: Iterable[Any]) -> Iterator[list[bool]]:
+    for _ in parts:
+        raise LookupError("not measured yet")
+    return iter(())
+
+
+def _measure(cluster: Cluster, options: Options, trials: Sequence[_Trial]) -> None:
+    """Let the cluster measure what the store lacks."""
+    opened, asked = trials[0].opened, {}
+    place = cluster.place(opened)
+    for trial in trials:
+        file = cluster.file(trial.checkpoint.path)
+        for attack, n in trial.attacks().items():
+            given = place, options, [file], sizes(attack), attack, None, n
+            asked[f"{trial.checkpoint.name}, {attack}"] = tasks.measure, given
+    measure(cluster, opened.store, asked, "FGSM and PGD")
+    for trial in trials:
+        trial.rows(opened.store, cluster.map)
