@@ -8,6 +8,7 @@ test process, however that ends: nothing has a name, and the kernel kills what i
 import ctypes
 import datetime
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,11 +22,12 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from distributed.security import Security
 
 TESTS = Path(__file__).parent
 # Whoever unpickles a function of a test imports the test.
 IMPORTED = f"{TESTS.parent}{os.pathsep}{TESTS}"
-MORTAL = ("setpriv", "--pdeathsig", "KILL")  # ends with the process that started it
+MORTAL = ("setpriv", "--pdeathsig", "KILL")  # ends with the thread that started it
 # The folder that holds those of all machines becomes an empty one with this machine's alone.
 BECOME_A_MACHINE = """
 set -e
@@ -83,7 +85,7 @@ class Machine:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder / name
-        for part in ("home", "tmp", "data"):
+        for part in ("home", "tmp", "data", "python"):
             (self.folder / part).mkdir(parents=True)
         self.credentials: dict[str, str] = {}  # PEM files: "ca-file", "cert" and "key"
         self._started: list[psutil.Popen] = []
@@ -104,7 +106,9 @@ class Machine:
         own = {"HOME": "home", "TMPDIR": "tmp", "ADVLAB_CACHE": "cache", "ADVLAB_DATA": "data"}
         own |= {"ADVLAB_OUTPUT": "output"}
         kept |= {variable: str(self.folder / part) for variable, part in own.items()}
-        return kept | {"PYTHONPATH": IMPORTED, "OMP_NUM_THREADS": "1", **more}
+        # What lies in the folder "python" is imported first.
+        imported = f"{self.folder / 'python'}{os.pathsep}{IMPORTED}"
+        return kept | {"PYTHONPATH": imported, "OMP_NUM_THREADS": "1", **more}
 
     def start(self, *arguments: str, log: str, **variables: str) -> psutil.Popen:
         """Start Python with `arguments` here; what it prints goes to the file `log`."""
@@ -158,6 +162,12 @@ class Machine:
         self._holder.communicate()
 
 
+def look_around(folder: Path) -> tuple[str, list[str], str]:
+    """Return the name of this machine, what is in `folder`, and this machine's address."""
+    there = sorted(path.name for path in folder.iterdir())
+    return socket.gethostname(), there, psutil.net_if_addrs()["eth0"][0].address
+
+
 # --- credentials
 
 
@@ -199,6 +209,12 @@ class Authority:
         return {part: str(folder / f"{part}.pem") for part in contents}
 
 
+def security(paths: Mapping[str, str]) -> Security:
+    """Return a client's credentials, from what `Authority.write` returns."""
+    names = {"ca-file": "tls_ca_file", "cert": "tls_client_cert", "key": "tls_client_key"}
+    return Security(require_encryption=True, **{names[part]: paths[part] for part in names})
+
+
 # --- a cluster
 
 
@@ -209,7 +225,8 @@ class Cluster:
         folder: For the folders of the machines.
     """
 
-    NAMES = ("scheduler", "anna", "bert", "client")
+    WORKERS = ("anna", "bert")
+    NAMES = ("scheduler", *WORKERS, "client")
     ADDRESS = "tls://10.9.0.1:8786"
 
     def __init__(self, folder: Path) -> None:
@@ -235,39 +252,37 @@ class Cluster:
                 hub.shell(f"ip link set {name} master br0 up")
                 machine.shell(f"{address} eth0; ip link set eth0 up")
 
-    def start_scheduler(self) -> psutil.Popen:
-        """Start the scheduler, and return when it can be asked."""
-        options = ("--host", self.ADDRESS, "--no-dashboard")
-        return self._start("scheduler", "dask_scheduler", "Scheduler at:", *options)
+    def mend(self, workers: int) -> None:
+        """Let the scheduler and so many of the two workers run."""
+        if not self.machines["scheduler"].running():
+            self._start("scheduler", "dask_scheduler", f"--host={self.ADDRESS}", "--no-dashboard")
+            self._wait("scheduler", "dask_scheduler", "Scheduler at:")
+        stopped = [name for name in self.WORKERS if not self.machines[name].running()]
+        self.start_workers(*stopped[: max(workers - len(self.WORKERS) + len(stopped), 0)])
 
-    def start_worker(self, name: str, **variables: str) -> psutil.Popen:
-        """Start a worker of one thread on a machine, and return when the scheduler knows it."""
-        options = (self.ADDRESS, "--nthreads", "1", "--no-nanny", "--name", name)
-        return self._start(name, "dask_worker", "Registered to:", *options, **variables)
+    def start_workers(self, *names: str, **variables: str) -> None:
+        """Start a worker of one thread on machines, and return when the scheduler knows them."""
+        options = (self.ADDRESS, "--nthreads=1", "--no-nanny")
+        for name in names:
+            self._start(name, "dask_worker", *options, **variables)
+        for name in names:
+            self._wait(name, "dask_worker", "Registered to:")
 
-    def _start(
-        self, name: str, module: str, sign: str, *options: str, **variables: str
-    ) -> psutil.Popen:
-        machine, log = self.machines[name], f"{module}.log"
+    def _start(self, name: str, module: str, *options: str, **variables: str) -> None:
+        machine = self.machines[name]
         tls = [f"--tls-{part}={path}" for part, path in machine.credentials.items()]
         command = ["-m", f"distributed.cli.{module}", *options, *tls]
-        process = machine.start(*command, log=log, **variables)
+        machine.start(*command, log=f"{module}.log", **variables)
+
+    def _wait(self, name: str, module: str, sign: str) -> None:
+        machine = self.machines[name]
 
         def said() -> bool:
-            text = machine.path(log).read_text()
-            assert process.is_running(), text
+            text = machine.path(f"{module}.log").read_text()
+            assert machine.running(), text
             return sign in text
 
         wait_for(said, f"{module} on {name}")
-        return process
-
-    def mend(self) -> None:
-        """Start what does not run of the scheduler and the two workers."""
-        if not self.machines["scheduler"].running():
-            self.start_scheduler()
-        for name in ("anna", "bert"):
-            if not self.machines[name].running():
-                self.start_worker(name)
 
     def close(self) -> None:
         """Stop everything."""
