@@ -6,16 +6,17 @@ speak TLS, too, unless its user says that it need not.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import forkserver, get_all_start_methods
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Security
+from distributed import Client, Future, LocalCluster, Security
+from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.utils import get_mp_context
 
@@ -116,16 +117,22 @@ class Cluster:
 
     client: Client
     shared: bool
+    _checked: set[str] = field(default_factory=set)
 
-    @property
-    def workers(self) -> list[str]:
-        """The addresses of the workers that are there now."""
-        return list(self.client.scheduler_info(n_workers=-1)["workers"])
+    def place(self, options: tasks.Options) -> tasks.Place:
+        """Return where tasks of a run keep their files, when each worker has opened its data.
 
-    def place(self, opened: Any) -> tasks.Place:
-        """Return where tasks for the models of `opened`, a `lab.Lab`, keep their files."""
+        Raises:
+            ClusterError: names the workers that cannot.
+        """
+        opened = options.open()
         token = "" if self.shared else tasks.token_of(opened.zoo.folder)
-        return tasks.Place(token, opened.data.md5)
+        place = tasks.Place(token, opened.data.md5)
+        if not self.shared and token not in self._checked:
+            found = self.ask_all(tasks.open_data, place, options)
+            _refuse({w: f"cannot open {opened.data.name}: {e}" for w, e in found.items() if e})
+            self._checked.add(token)
+        return place
 
     def file(self, path: Any) -> tasks.File:
         """Return a file of this machine as a task can have it."""
@@ -134,17 +141,24 @@ class Cluster:
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Yield what `function` makes of each item, in their order."""
         sent = [self.client.submit(function, item, pure=False) for item in items]
-        return (future.result() for future in sent)
+        return map(self.result, sent)
 
     def ask_all(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """Return what `function` returns, or raises, on each worker, by address."""
-        sent = {
-            where: self.client.submit(
-                function, *arguments, workers=[where], pure=False, allow_other_workers=False
-            )
-            for where in self.workers
-        }
-        return {where: one.exception() or one.result() for where, one in sent.items()}
+        """Return what `function` returns, or raises, on each worker, by address; at once."""
+        return self.client.run(function, *arguments, on_error="return")
+
+    def result(self, future: Future) -> Any:
+        """Return what a task returns, or raise what it raised.
+
+        Raises:
+            ClusterError: if the scheduler is gone.
+        """
+        try:
+            return future.result()
+        except FutureCancelledError as error:
+            if error.reason != "scheduler-connection-lost":
+                raise
+            raise ClusterError(f"the scheduler {self.client.scheduler.address} is gone") from error
 
 
 @contextmanager
@@ -163,14 +177,12 @@ def connect(asked: Scheduler | None = None, jobs: int | None = None) -> Iterator
     """
     asked = asked or Scheduler()
     address = asked.resolved()
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in ("distributed", "distributed.client"):  # which has a level of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     opened = _own(jobs or cores()) if address is None else _running(address, asked)
     with opened as client:
         cluster = Cluster(client, shared=address is None)
         _check_versions(cluster)
-        for where, error in cluster.ask_all(tasks.start_worker).items():
-            if error:
-                raise ClusterError(f"worker {where}: {error!r}")
         yield cluster
 
 
@@ -226,13 +238,16 @@ def _running(address: str, asked: Scheduler) -> Iterator[Client]:
 
 
 def _check_versions(cluster: Cluster) -> None:
-    own, names = tasks.about(), ("advlab", "torch")
+    own, said = tasks.about(), {}
     for where, found in cluster.ask_all(tasks.about).items():
-        if isinstance(found, BaseException):
-            raise ClusterError(f"worker {where} cannot run advlab: {found!r}. Install it there")
-        for name, theirs, ours in zip(names, found, own, strict=True):
-            if theirs != ours:
-                raise ClusterError(
-                    f"worker {where} has another version of {name} ({theirs}, here {ours}); "
-                    "install the same on all machines"
-                )
+        if isinstance(found, Exception):
+            said[where] = f"cannot run advlab: {found!r}. Install it there"
+        elif differs := tasks.difference(found, own):
+            said[where] = f"has {differs}; install the same on all machines"
+    _refuse(said)
+
+
+def _refuse(said: Mapping[str, str]) -> None:
+    """Raise a ClusterError that names workers, if there is anything said of them."""
+    if said:
+        raise ClusterError("; ".join(f"worker {where} {what}" for where, what in said.items()))

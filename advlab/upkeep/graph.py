@@ -31,6 +31,14 @@ class TaskError(RuntimeError):
     """Tasks that failed, each by its name; what the others made is kept."""
 
 
+def told(failed: Mapping[str, BaseException]) -> str:
+    """Return what failed, by name, and why; what all have in common is said once."""
+    names: dict[str, list[str]] = {}
+    for name, error in failed.items():
+        names.setdefault(f"{type(error).__name__}: {error}", []).append(name)
+    return "; ".join(f"{', '.join(those)}: {why}" for why, those in names.items())
+
+
 def raise_failed(failed: Mapping[str, BaseException], of: int, what: str) -> None:
     """Raise a TaskError that names those that `failed`, if any did.
 
@@ -40,9 +48,8 @@ def raise_failed(failed: Mapping[str, BaseException], of: int, what: str) -> Non
         what: They are called so.
     """
     if failed:
-        told = "; ".join(f"{name}: {type(e).__name__}: {e}" for name, e in failed.items())
         raise TaskError(
-            f"{len(failed)} of {of} {what} failed: {told}\nWhat is finished is kept: after "
+            f"{len(failed)} of {of} {what} failed: {told(failed)}\nWhat is finished is kept: after "
             "mending it, go on with --resume"
         )
 
@@ -96,7 +103,7 @@ class Trainings:
         opened = job.options.open()
         if job.training and not isinstance(job.training, Recipe):
             needs = self._baseline_and_directions(Job(job.options, job.arch, 0.0))
-        place = self._cluster.place(opened)
+        place = self._cluster.place(job.options)
         future = self._submit(job.name, tasks.train_model, place, job, *needs)
         self._promises[job] = Promise()
         future.add_done_callback(partial(self._land, job, opened.zoo.folder))
@@ -105,7 +112,7 @@ class Trainings:
     def _baseline_and_directions(self, baseline: Job) -> list[File | Future]:
         """Return the files of both: those that are here, or what will become of the tasks."""
         opened = baseline.options.open()
-        place, zoo = self._cluster.place(opened), opened.zoo
+        place, zoo = self._cluster.place(baseline.options), opened.zoo
         made: File | Future
         name = f"directions-{baseline.name}"
         if path := zoo.find(baseline.arch):
@@ -134,7 +141,7 @@ class Trainings:
         """Put a model that is done where it belongs, and tell whoever waits for it."""
         promise = self._promises[job]
         try:
-            path = future.result().put(folder)
+            path = self._cluster.result(future).put(folder)
             log = read_metadata(path)
         except BaseException as error:
             promise.set_exception(error)
@@ -264,7 +271,7 @@ def measure(
     with progress_bar(label, len(sent), "measurement") as bar:
         for future in as_completed(sent):
             try:
-                for name, result in future.result().items():
+                for name, result in cluster.result(future).items():
                     store.keep(name, result)
             except Exception as error:
                 failed[sent[future]] = error

@@ -40,6 +40,7 @@ from advlab.upkeep.graph import (
     processes_for,
     run_bar,
     stopping_at_once,
+    told,
     training,
 )
 from advlab.upkeep.kernels import OwnKernel, short_folder
@@ -346,7 +347,7 @@ class _Batch:
             wait(begun)
             failed = models.result()
         self._note(wall_seconds=round(before + time.perf_counter() - start, 1))
-        errors = [f"{name}: {error!r}" for name, error in failed.items()]
+        errors = [told(failed)] if failed else []
         errors += [str(error) for one in begun if (error := one.exception())]
         if errors:
             raise BatchError("\n".join([*errors, "What is done is kept; go on with --resume"]))

@@ -273,7 +273,7 @@ def _make(
         asked: dict[str, Measurement] = {}
         for options, arch, trainings in groups:
             models = {one: file(cluster, trained, Job(options, arch, one)) for one in trainings}
-            asked |= _measurements(sweep, cluster.place(options.open()), options, arch, models)
+            asked |= _measurements(sweep, cluster.place(options), options, arch, models)
         measure(cluster, groups[0][0].open().store, asked, "measurements")
         failed = trained.failed(todo) if trained else {}
     raise_failed(failed, len(todo), "trainings")

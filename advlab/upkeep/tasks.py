@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from distributed import get_worker
+from distributed.core import Status
 
 from advlab import checkpoints, datasets, evaluation, files, lab
 from advlab.checkpoints import Checkpoint
@@ -105,9 +106,22 @@ class File:
         if self.content is None:
             return self.path
         path = folder / self.path.name
-        if not path.is_file():
+        if not path.is_file() or path.read_bytes() != self.content:
             files.write_bytes(path, self.content)
         return path
+
+
+def about() -> tuple[str, str]:
+    """Return what must be the same on every machine: the code of this package, and torch."""
+    return code_hash(), torch.__version__
+
+
+def difference(theirs: tuple[str, str], ours: tuple[str, str]) -> str:
+    """Return in what another machine differs, each as `about` returns it; "" for nothing."""
+    named = zip(("advlab", "torch"), theirs, ours, strict=True)
+    differ = [(name, one, own) for name, one, own in named if one != own]
+    told = [f"another version of {name} ({one}, here {own})" for name, one, own in differ]
+    return " and ".join(told)
 
 
 @dataclass(frozen=True)
@@ -119,10 +133,12 @@ class Place:
             folder: a later one finds there how far a training was. "" for a worker that shares
             the disk of whoever asks.
         md5: That of the data that are meant.
+        asker: What `about` says on the machine that asks.
     """
 
     token: str
     md5: str
+    asker: tuple[str, str] = field(default_factory=about)
 
     @property
     def folder(self) -> Path:
@@ -130,11 +146,15 @@ class Place:
         return files.cache_dir() / "cluster" / self.token
 
     def open(self, options: Options) -> Lab:
-        """Open what a task works with.
+        """Open what a task works with, and let it compute with one thread: a worker is a core.
 
         Raises:
+            VersionError: if this worker, which may have come later, runs other code.
             DataError: if this machine has no such data, or others of that name.
         """
+        if differs := difference(self.asker, about()):
+            raise VersionError(f"whoever asks has {differs}; install the same on all machines")
+        torch.set_num_threads(1)
         if not self.token:
             return options.open()
         opened = replace(options, data_dir="auto", output_dir=str(self.folder)).open()
@@ -161,16 +181,6 @@ def token_of(folder: Path) -> str:
 # --- what workers are asked for
 
 
-def about() -> tuple[str, str]:
-    """Return what must be the same on every machine: the code of this package, and torch."""
-    return code_hash(), torch.__version__
-
-
-def start_worker() -> None:
-    """Compute with one thread: there is a worker a core."""
-    torch.set_num_threads(1)
-
-
 def open_data(place: Place, options: Options) -> None:
     """Read the data into this process; see `Place.open`."""
     place.open(options)
@@ -182,6 +192,10 @@ def clear(place: Place) -> None:
         shutil.rmtree(place.folder, ignore_errors=True)
 
 
+class VersionError(RuntimeError):
+    """A worker that does not run the code of whoever asks."""
+
+
 class StoppedError(RuntimeError):
     """Nobody waits for this task any longer."""
 
@@ -190,7 +204,8 @@ def _tell(name: str, row: dict[str, float]) -> None:
     """Tell whoever asked that an epoch is done, and stop if nobody asks any longer."""
     worker = get_worker()
     task = worker.state.tasks.get(worker.get_current_task())
-    if task is None or task.state == "cancelled":
+    gone = worker.status in (Status.closing, Status.closed, Status.failed)  # as its scheduler is
+    if gone or task is None or task.state == "cancelled":
         raise StoppedError(f"the training of {name} was called off")
     images = row["epoch"] * row["seconds"] * row["images_per_second"]
     worker.log_event(EPOCHS, {"model": name, "images": images})

@@ -175,7 +175,7 @@ def _refuse(function: Any, parts: Iterable[Any]) -> Iterator[list[bool]]:
 def _measure(cluster: Cluster, options: Options, trials: Sequence[_Trial]) -> None:
     """Let the cluster measure what the store lacks."""
     opened, asked = trials[0].opened, {}
-    place = cluster.place(opened)
+    place = cluster.place(options)
     for trial in trials:
         file = cluster.file(trial.checkpoint.path)
         for attack, n in trial.attacks().items():

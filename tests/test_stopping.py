@@ -1,0 +1,129 @@
+"""The cluster of this machine's own: who may use it, and what is left when a run is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import psutil
+import pytest
+from conftest import draw_pictures, write_lesson
+from distributed import Client
+from nodes import Authority, alive, security, wait_for
+
+from advlab.upkeep.cluster import connect
+
+
+def listening() -> set[tuple[str, int]]:
+    """Return the addresses at which this process and its children listen."""
+    me = psutil.Process()
+    sockets = [s for p in (me, *me.children(recursive=True)) for s in p.net_connections()]
+    return {tuple(s.laddr) for s in sockets if s.status == psutil.CONN_LISTEN}
+
+
+def test_own_cluster_is_open_to_nobody_else(tmp_path):
+    stranger, before = security(Authority().write(tmp_path)), listening()
+    with connect(jobs=1) as cluster:
+        assert cluster.client.submit(sum, [1, 2]).result() == 3
+        opened = listening() - before
+        assert {host for host, _ in opened} == {"127.0.0.1"}
+        pages = {port for _, port in opened if speaks_http(port)}
+        assert len(pages) < len(opened)
+        for port in {port for _, port in opened} - pages:
+            for address, keys in (("tcp", None), ("tls", stranger)):
+                with pytest.raises(OSError, match=r"closed|not match"):
+                    Client(f"{address}://127.0.0.1:{port}", security=keys, timeout=2)
+
+
+def speaks_http(port: int) -> bool:
+    """Tell whether Dask's pages would be at this port; assert that they are not."""
+    answers = set()
+    for page in ("info/main/workers.html", "json/counts.json", "metrics", "health"):
+        with pytest.raises(OSError, match=r"404|reset|closed") as refused:
+            urlopen(f"http://127.0.0.1:{port}/{page}", timeout=2)
+        answers.add(isinstance(refused.value, HTTPError))
+    assert len(answers) == 1
+    return answers.pop()
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone with a lesson that needs two models and one that needs none, and never ends."""
+    clone = tmp_path / "clone"
+    for name in ("pyproject.toml", "advlab/files.py"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+    write_lesson(clone, "01_baseline", "print('done')")
+    write_lesson(clone, "99_endless", "import time\ntime.sleep(600)")
+    for name in ("cat", "dog"):
+        draw_pictures(tmp_path / "pictures", name, 200)
+    return clone
+
+
+@pytest.fixture
+def run(clone):
+    """Start `advlab run` in the clone, on one core; what it prints goes to the file log."""
+    started = []
+
+    def start() -> psutil.Popen:
+        data = f"folder:{clone.parent / 'pictures'}"
+        options = ["--profile", "paper", "--dataset", data, "--output-dir", "out", "--resume"]
+        with (clone / "log").open("w") as log:
+            process = psutil.Popen(
+                ["taskset", "1", sys.executable, "-m", "advlab", "run", *options],
+                cwd=clone,
+                env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def kept(clone: Path) -> dict[str, int]:
+    """Return the files of models, done or half done, and when they were written."""
+    found = (clone / "out" / "checkpoints").glob("*.s*")
+    return {path.name: path.stat().st_mtime_ns for path in found}
+
+
+def stop_after_an_epoch(clone: Path, run: Callable[[], psutil.Popen], number: int) -> str:
+    """Send a signal to a run that trains; return what it has printed."""
+    before, process = kept(clone), run()
+    wait_for(lambda: kept(clone) != before, "an epoch", 90)
+    started = process.children(recursive=True)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: all that was started gets it
+    else:
+        process.send_signal(number)
+    assert process.wait(10) != 0
+    wait_for(lambda: not alive(started), "no process is left", 5)
+    left = kept(clone)
+    time.sleep(1)
+    assert kept(clone) == left
+    return (clone / "log").read_text()
+
+
+def test_run_that_is_stopped_stops_at_once_and_goes_on(clone, run):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        printed = stop_after_an_epoch(clone, run, number)
+        assert "Traceback" not in printed
+        assert "--resume" in printed or number == signal.SIGKILL
+    write_lesson(clone, "99_endless", "print('in the end')")
+    assert run().wait(120) == 0, (clone / "log").read_text()
+    assert json.loads((clone / "out" / "run.json").read_text())["notebooks"].keys() == {
+        "01_baseline",
+        "99_endless",
+    }
