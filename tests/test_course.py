@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace as altered
@@ -22,13 +21,15 @@ import psutil
 import pytest
 import torch
 from distributed import Client, as_completed
+from nodes import Cluster as Machines
+from nodes import alive, needs_machines, wait_for
 from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import attacks, files, forward, training
 from advlab.classroom import course, grading, sandbox, submissions
 from advlab.cli import app
-from advlab.upkeep.cluster import Cluster, connect
+from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.tasks import StoppedError
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
@@ -720,26 +721,35 @@ def sleep(work, hidden):
         RUNS.append(str(error))
 
 
+def sleeps():
+    return "sleep" in [child.name() for child in psutil.Process().children(recursive=True)]
+
+
 class Interrupted(as_completed):
     """Waits for a task to have begun, and is interrupted."""
 
     def __next__(self):
-        wait_for(lambda: "sleep" in names_of(psutil.Process()))
+        wait_for(sleeps, "it began")
         raise KeyboardInterrupt
 
 
-def names_of(process):
-    return [child.name() for child in process.children(recursive=True)]
+class Lost(as_completed):
+    """Waits for a task to have begun, and loses all of them, as with the scheduler."""
+
+    def __next__(self):
+        wait_for(sleeps, "it began")
+        for future in self.futures:
+            future.cancel()
+        return super().__next__()
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def test_what_nobody_waits_for_any_longer_is_killed(threads, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("waits", "error", "told"),
+    [(Interrupted, KeyboardInterrupt, None), (Lost, ClusterError, "what was graded is kept")],
+)
+def test_what_nobody_waits_for_any_longer_is_killed(
+    waits, error, told, threads, tmp_path, monkeypatch
+):
     put(tmp_path / "in", "one", "a1", source("a1"))
 
     @contextmanager
@@ -749,18 +759,12 @@ def test_what_nobody_waits_for_any_longer_is_killed(threads, tmp_path, monkeypat
 
     monkeypatch.setattr(course, "connect", connect_anew)
     monkeypatch.setattr(grading, "run", sleep)
-    monkeypatch.setattr(course, "as_completed", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(course, "as_completed", waits)
+    RUNS.clear()
+    with pytest.raises(error, match=told):
         grades(tmp_path, sandbox=False)
-    wait_for(lambda: RUNS[-1:] == ["grading was called off"], 10)
-    assert "sleep" not in names_of(psutil.Process())
-
-
-def lone(process):
-    """Tell whether a process is one of a submission that never ends."""
-    with suppress(psutil.Error):
-        return SLEEPS in process.cmdline()
-    return False
+    wait_for(lambda: RUNS == ["grading was called off"], "the worker noticed it")
+    assert not sleeps()
 
 
 SLEEPS = "86399.5"
@@ -775,14 +779,17 @@ def test_no_process_of_a_submission_is_left(how, tmp_path):
     put(tmp_path / "in", "one", "a1", notebook)
     command = [sys.executable, "-m", "advlab", "course", "grade", str(tmp_path / "in")]
     command += ["--output", str(tmp_path / "out"), STOPPED[how] if SANDBOX else "--no-sandbox"]
-    with open(os.devnull, "w") as null:
-        main = psutil.Popen(command, stdout=null, stderr=null, start_new_session=True)
-    wait_for(lambda: any(map(lone, main.children(recursive=True))))
-    started = main.children(recursive=True)
+    main = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def begun():
+        started = main.children(recursive=True)
+        with suppress(psutil.Error):  # some end soon
+            return started if ["sleep", SLEEPS] in [one.cmdline() for one in started] else None
+
+    started = wait_for(begun, "the submission runs", 120)
     main.send_signal(signal.Signals[how])
     assert main.wait(20) != 0
-    _, alive = psutil.wait_procs(started, 20)
-    assert alive == []
+    wait_for(lambda: not alive(started), "all that it started has ended")
     assert not (tmp_path / "out" / "grades.csv").exists()
 
 
@@ -790,7 +797,7 @@ def killed_by(work, hidden):
     """Be `grading.run` on a worker that one submission kills each time, and another once."""
     told = work.submission.decode()
     found = re.search("kills (always|once) (.*)!", told)
-    if found and (found[1] == "always" or not os.path.exists(found[2])):
+    if found and (found[1] == "always" or not Path(found[2]).exists()):
         Path(found[2]).touch()
         os._exit(1)
     return points_for_all(work, hidden)
@@ -818,15 +825,62 @@ def test_reasons_are_fit_for_a_table(text):
     assert not cleaned.startswith("=")
 
 
+# --- two machines without a common disk
+
+
+@pytest.fixture
+def machines(tmp_path_factory):
+    cluster = Machines(tmp_path_factory.mktemp("machines"))
+    cluster.mend()
+    yield cluster
+    cluster.close()
+
+
+LOOKS = """import pathlib, socket
+print(socket.gethostname())
+for secret in {secrets}:
+    assert not pathlib.Path(secret).exists(), secret"""
+
+
+@needs_machines
+@needs_sandbox
+def test_two_machines_grade(machines, monkeypatch):
+    monkeypatch.setattr(course, "connect", connect)
+    here = machines.machines["client"]
+    shutil.copy(course.sources()["a1"], here.path("a1.ipynb"))
+    secrets = [str(course.sources()["a1"])]
+    for name in ("anna", "bert"):
+        secrets.append(str(machines.machines[name].path("home/secret")))
+        Path(secrets[-1]).touch()
+    monkeypatch.setattr(course, "sources", lambda: {"a1": here.path("a1.ipynb")})
+    notebook = source("a1")
+    notebook.cells.append(nbformat.v4.new_code_cell(LOOKS.format(secrets=secrets)))
+    for student in ("one", "other"):
+        put(here.path("in"), student, "a1", notebook)
+    asked = Scheduler(machines.ADDRESS, *here.credentials.values())
+    folders = here.path("in"), here.path("out")
+    with here.network():
+        table = course.grade(*folders, scheduler=asked, console=QUIET)
+    assert table.groupby("student")["score"].sum().to_list() == [20] * 2
+    ran = [nbformat.read(path, 4).cells[-1].outputs for path in here.path("out").rglob("*.ipynb")]
+    assert [len(outputs) for outputs in ran] == [1] * 2, "no secret was found"
+    assert {outputs[0].text for outputs in ran} == {"anna\n", "bert\n"}
+    monkeypatch.setattr(course, "connect", lambda *_: pytest.fail("asked for a cluster"))
+    assert course.grade(*folders, console=QUIET).equals(table)
+
+
 # --- what cannot be graded
 
 
-def test_a_sandbox_that_does_not_work_stops_the_run(tmp_path, monkeypatch):
+def test_a_sandbox_that_does_not_work_stops_the_run(threads, tmp_path, monkeypatch):
+    elsewhere = altered(threads, shared=False)
+    monkeypatch.setattr(course, "connect", lambda *_: nullcontext(elsewhere))
     put(tmp_path / "in", "one", "a1", source("a1"))
     refuse = ["sh", "-c", "echo no namespaces here >&2; exit 1", "sh"]
     monkeypatch.setattr(grading, "sandboxed", lambda work, hidden: refuse)
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    with pytest.raises(course.CourseError, match="no namespaces here"):
+    told = rf"worker {threads.workers[0]}: the sandbox does not work .*: no namespaces here"
+    with pytest.raises(course.CourseError, match=told):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
 
 

@@ -72,7 +72,8 @@ class Hidden:
         folders = [*clones, *user, Path(get_worker().local_directory)]
         # The sandbox has a /tmp of its own.
         own = [path.absolute() for path in folders if path != Path("/tmp")]
-        return Hidden((*self.folders, *own), (*self.secrets, *answers))
+        both = ((*self.folders, *own), (*self.secrets, *answers))
+        return Hidden(*(tuple(dict.fromkeys(paths)) for paths in both))
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,8 @@ def _run_limited(command: Sequence[str], given: bytes, seconds: int) -> tuple[st
     """
     end, more = time.monotonic() + seconds, given or None
     with tempfile.TemporaryFile() as log:  # without a name: no other submission sees it
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-        process = subprocess.Popen(command, **pipes, process_group=0)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, process_group=0)
         made, reason = b"", f"took longer than {seconds} s"
         try:
             while time.monotonic() < end:
