@@ -41,6 +41,7 @@ LOCAL: dict[str, Any] = {
         f"distributed.worker.memory.{at}": False for at in ("target", "spill", "pause", "terminate")
     },
     "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",  # the usual 20 ms cost a process 2 % of a core
     "distributed.scheduler.allowed-failures": 2,  # so often a task may lose its worker
     # Pages about the cluster, for whoever asks: without the dashboard there are none.
     **{f"distributed.{kind}.http.routes": [] for kind in ("worker", "nanny")},
