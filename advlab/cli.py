@@ -392,7 +392,7 @@ def grade(
     folder: Annotated[Path, typer.Argument(help="STUDENT/a2/a2.ipynb, or STUDENT_a2.ipynb.")],
     output: Annotated[Path | None, typer.Option(help="Folder; else outputs/grades.")] = None,
     sandbox: Annotated[bool, typer.Option(help="Run the notebooks under bubblewrap.")] = True,
-    jobs: Annotated[int | None, typer.Option(min=1, help="At a time; else one a core.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Own workers; else one a core.")] = None,
     marks: Annotated[
         Path | None, typer.Option(help="CSV: student, assignment, cell, score given by hand.")
     ] = None,
@@ -404,7 +404,7 @@ def grade(
 
     kept = files.results_folder(output or files.home() / "outputs" / "grades")
     mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks)
-    table = mark(folder, kept, console=console)
+    table = mark(folder, kept, scheduler=scheduler, console=console)
     totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()
     console.print(totals.to_string(), markup=False, highlight=False)
 

@@ -5,24 +5,32 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
-import time
+import sys
 import zipfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace as altered
 from pathlib import Path
 from unittest.mock import patch
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch
+from distributed import Client, as_completed
+from nodes import Cluster as Machines
+from nodes import alive, needs_machines, wait_for
 from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import attacks, files, forward, training
 from advlab.classroom import course, grading, sandbox, submissions
 from advlab.cli import app
+from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
+from advlab.upkeep.tasks import StoppedError
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
 from advlab.classroom import merging, run_submission
@@ -41,6 +49,19 @@ def released(tmp_path_factory):
     output = tmp_path_factory.mktemp("course")
     course.build(output)
     return output
+
+
+@pytest.fixture(scope="module")
+def threads():
+    """A cluster whose workers are threads of this process, and see what tests replace."""
+    with Client(processes=False, threads_per_worker=2, dashboard_address=None) as client:
+        yield Cluster(client, shared=True)
+
+
+@pytest.fixture(autouse=True)
+def on_threads(threads, monkeypatch):
+    """Grade on that cluster."""
+    monkeypatch.setattr(course, "connect", lambda *_: nullcontext(threads))
 
 
 def validate(path, **how):
@@ -80,9 +101,9 @@ def put(folder, student, name, notebook, old="", new=""):
     nbformat.write(notebook, folder / f"{student}_{name}.ipynb")
 
 
-def grades(folder):
+def grades(folder, *, sandbox=SANDBOX):
     """Grade what is in FOLDER/in to FOLDER/out; return each notebook's sum, and the table."""
-    table = course.grade(folder / "in", folder / "out", sandbox=SANDBOX, console=QUIET)
+    table = course.grade(folder / "in", folder / "out", sandbox=sandbox, console=QUIET)
     return table.groupby(["student", "assignment"])["score"].sum().to_dict(), table
 
 
@@ -352,7 +373,8 @@ def hand_in_a_class(folder, released):
     assert len(list(folder.iterdir())) == 30
 
 
-def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path):
+def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "connect", connect)  # as everybody does
     hand_in_a_class(tmp_path / "in", released)
     output, table = grade_by_command(tmp_path)
     full = table["score"] == table["points"]
@@ -553,24 +575,22 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_notebook_that_jupyter_opens_is_graded(what, tmp_path):
+def test_a_notebook_that_jupyter_opens_is_graded(what):
     document = json.loads(course.sources()["a2"].read_text())
     SPOILT[what](document, next(c for c in document["cells"] if c["cell_type"] == "code"))
     encoding = "utf-8-sig" if what == "a byte order mark" else "utf-8"
-    (tmp_path / "it.ipynb").write_text(json.dumps(document), encoding)
-    merged = merging.merge(source("a2"), merging.read(tmp_path / "it.ipynb"))
+    merged = merging.merge(source("a2"), merging.read(json.dumps(document).encode(encoding)))
     nbformat.validate(merged)
     assert [c.source for c in solutions(merged)] == [c.source for c in solutions(source("a2"))]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"cells": 5}', '{"cells": [5], "nbformat": 4}'])
-def test_what_is_no_notebook_is_refused(text, tmp_path):
-    (tmp_path / "it.ipynb").write_text(text)
+def test_what_is_no_notebook_is_refused(text):
     with pytest.raises(merging.RefusedError, match=r"not a notebook: .+: ."):
-        merging.read(tmp_path / "it.ipynb")
+        merging.read(text.encode())
 
 
-def test_another_assignments_notebook_is_told(tmp_path):
+def test_another_assignments_notebook_is_told():
     with pytest.raises(merging.RefusedError, match="is it another's notebook"):
         merging.merge(source("a1"), nbformat.v4.new_notebook())
 
@@ -630,10 +650,21 @@ def test_marks_without_a_place_are_refused(rows, message, tmp_path):
 def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
     before, _ = grades(tmp_path)
-    monkeypatch.setattr(grading, "_run_limited", lambda *args: pytest.fail("ran again"))
+    monkeypatch.setattr(course, "connect", lambda *_: pytest.fail("asked for a cluster"))
     after, _ = grades(tmp_path)
     assert after == before
     assert len(pd.read_csv(tmp_path / "out" / "grades.csv")) == 5
+
+
+RUNS = []  # what workers that are threads have run
+
+
+def points_for_all(work, hidden):
+    """Be `grading.run`, with a point for each cell."""
+    RUNS.append(work)
+    cells = merging.no_points(nbformat.reads(work.assignment.decode(), as_version=4), "")
+    cells = {name: cell | {"score": 1} for name, cell in cells.items()}
+    return grading.Ran({"reason": "", "cells": cells, "seconds": 0.1}, "", b"", b"")
 
 
 def unreadable(*args, **kwargs):
@@ -643,62 +674,147 @@ def unreadable(*args, **kwargs):
 def full_disk(path, content):
     if path.name == "scores.json":
         raise OSError(28, "No space left on device")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("module", "name", "fails", "reason"),
     [
-        (grading, "_identity", unreadable, "No such file"),
-        (grading, "_run", lambda *args: "could not be run", "could not be run"),
+        (grading, "pack", unreadable, "No such file"),
+        (grading, "run", unreadable, "No such file"),
+        (grading, "run", lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
+        (
+            grading,
+            "run",
+            lambda *_: grading.Ran(None, "could not be run", b"", b"why"),
+            "could not be run",
+        ),
         (files, "write_bytes", full_disk, "No space left"),
     ],
 )
 def test_what_could_not_be_graded_is_tried_again(
     module, name, fails, reason, tmp_path, monkeypatch
 ):
-    runs = []
-
-    def run(one, source, kept, hide):
-        cells = merging.no_points(nbformat.read(source, as_version=4), "")
-        scores = {"reason": "", "cells": {key: cell | {"score": 1} for key, cell in cells.items()}}
-        (kept / "scores.json").write_text(json.dumps(scores))
-        runs.append(one.student)
-        return ""
-
-    monkeypatch.setattr(grading, "_run", run)
+    monkeypatch.setattr(grading, "run", points_for_all)
     put(tmp_path / "in", "one", "a1", source("a1"))
-    assert grades(tmp_path)[0] == {("one", "a1"): 5}
+    assert grades(tmp_path, sandbox=False)[0] == {("one", "a1"): 5}
     put(tmp_path / "in", "one", "a1", source("a1"), "return", "return 0 *")
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fails)
-        totals, table = grades(tmp_path)
+        totals, table = grades(tmp_path, sandbox=False)
     assert totals == {("one", "a1"): 0}
     assert table["reason"].str.contains(reason).all()
-    before = len(runs)
-    assert [grades(tmp_path)[0] for _ in range(2)] == [{("one", "a1"): 5}] * 2
-    assert len(runs) == before + 1
+    before = len(RUNS)
+    assert [grades(tmp_path, sandbox=False)[0] for _ in range(2)] == [{("one", "a1"): 5}] * 2
+    assert len(RUNS) == before + 1
 
 
-def test_an_interrupted_run_does_not_wait(tmp_path, monkeypatch):
-    put(tmp_path / "in", "one", "a1", source("a1"))
-    ended = []
+# --- stopping
 
-    def sleep(one, source, kept, hide):
-        ended.append(grading._run_limited(["sleep", "30"], kept / "log.txt", 60))
-        return ended[0]
 
-    def interrupt(tasks):
-        end = time.monotonic() + 60
-        while not grading._running and time.monotonic() < end:
-            time.sleep(0.05)
+def sleep(work, hidden):
+    """Be `grading.run`, and never done."""
+    try:
+        grading._run_limited(["sleep", "300"], b"", 300)
+    except StoppedError as error:
+        RUNS.append(str(error))
+
+
+def sleeps():
+    return "sleep" in [child.name() for child in psutil.Process().children(recursive=True)]
+
+
+class Interrupted(as_completed):
+    """Waits for a task to have begun, and is interrupted."""
+
+    def __next__(self):
+        wait_for(sleeps, "it began")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grading, "_run", sleep)
-    monkeypatch.setattr(course, "as_completed", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        grades(tmp_path)
-    assert ended == ["could not be run (see log.txt)"], "it was killed, and did not end by itself"
+
+class Lost(as_completed):
+    """Waits for a task to have begun, and loses all of them, as with the scheduler."""
+
+    def __next__(self):
+        wait_for(sleeps, "it began")
+        for future in self.futures:
+            future.cancel()
+        return super().__next__()
+
+
+@pytest.mark.parametrize(
+    ("waits", "error", "told"),
+    [(Interrupted, KeyboardInterrupt, None), (Lost, ClusterError, "what was graded is kept")],
+)
+def test_what_nobody_waits_for_any_longer_is_killed(
+    waits, error, told, threads, tmp_path, monkeypatch
+):
+    put(tmp_path / "in", "one", "a1", source("a1"))
+
+    @contextmanager
+    def connect_anew(*_):
+        with Client(threads.client.cluster) as client:
+            yield Cluster(client, shared=True)
+
+    monkeypatch.setattr(course, "connect", connect_anew)
+    monkeypatch.setattr(grading, "run", sleep)
+    monkeypatch.setattr(course, "as_completed", waits)
+    RUNS.clear()
+    with pytest.raises(error, match=told):
+        grades(tmp_path, sandbox=False)
+    wait_for(lambda: RUNS == ["grading was called off"], "the worker noticed it")
+    assert not sleeps()
+
+
+SLEEPS = "86399.5"
+# Without a sandbox nothing but the grader ends what a submission started.
+STOPPED = {"SIGINT": "--sandbox", "SIGTERM": "--no-sandbox", "SIGKILL": "--no-sandbox"}
+
+
+@pytest.mark.parametrize("how", STOPPED)
+def test_no_process_of_a_submission_is_left(how, tmp_path):
+    notebook = source("a1")
+    solutions(notebook)[0].source = f"import subprocess\nsubprocess.run(['sleep', '{SLEEPS}'])"
+    put(tmp_path / "in", "one", "a1", notebook)
+    command = [sys.executable, "-m", "advlab", "course", "grade", str(tmp_path / "in")]
+    command += ["--output", str(tmp_path / "out"), STOPPED[how] if SANDBOX else "--no-sandbox"]
+    main = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def begun():
+        started = main.children(recursive=True)
+        with suppress(psutil.Error):  # some end soon
+            return started if ["sleep", SLEEPS] in [one.cmdline() for one in started] else None
+
+    started = wait_for(begun, "the submission runs", 120)
+    main.send_signal(signal.Signals[how])
+    assert main.wait(20) != 0
+    wait_for(lambda: not alive(started), "all that it started has ended")
+    assert not (tmp_path / "out" / "grades.csv").exists()
+
+
+def killed_by(work, hidden):
+    """Be `grading.run` on a worker that one submission kills each time, and another once."""
+    told = work.submission.decode()
+    found = re.search("kills (always|once) (.*)!", told)
+    if found and (found[1] == "always" or not Path(found[2]).exists()):
+        Path(found[2]).touch()
+        os._exit(1)
+    return points_for_all(work, hidden)
+
+
+def test_a_worker_that_dies_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "connect", connect)
+    monkeypatch.setattr(grading, "run", killed_by)
+    for student in ("good", "once", "always"):
+        notebook, told = source("a1"), f"kills {student} {tmp_path / student}!"
+        notebook.cells.append(nbformat.v4.new_markdown_cell(told))
+        put(tmp_path / "in", student, "a1", notebook)
+    totals, table = grades(tmp_path, sandbox=False)
+    assert totals == {("always", "a1"): 0, ("good", "a1"): 5, ("once", "a1"): 5}
+    reason = table["reason"][table["student"] == "always"]
+    assert reason.str.contains("KilledWorker: .* 3 different workers.* died").all()
+    assert not (tmp_path / "out" / "graded" / "always").exists()
 
 
 @pytest.mark.parametrize("text", ["=1+1", "a\r\nb\x00", "\ud800"])
@@ -709,15 +825,62 @@ def test_reasons_are_fit_for_a_table(text):
     assert not cleaned.startswith("=")
 
 
+# --- two machines without a common disk
+
+
+@pytest.fixture
+def machines(tmp_path_factory):
+    cluster = Machines(tmp_path_factory.mktemp("machines"))
+    cluster.mend()
+    yield cluster
+    cluster.close()
+
+
+LOOKS = """import pathlib, socket
+print(socket.gethostname())
+for secret in {secrets}:
+    assert not pathlib.Path(secret).exists(), secret"""
+
+
+@needs_machines
+@needs_sandbox
+def test_two_machines_grade(machines, monkeypatch):
+    monkeypatch.setattr(course, "connect", connect)
+    here = machines.machines["client"]
+    shutil.copy(course.sources()["a1"], here.path("a1.ipynb"))
+    secrets = [str(course.sources()["a1"])]
+    for name in ("anna", "bert"):
+        secrets.append(str(machines.machines[name].path("home/secret")))
+        Path(secrets[-1]).touch()
+    monkeypatch.setattr(course, "sources", lambda: {"a1": here.path("a1.ipynb")})
+    notebook = source("a1")
+    notebook.cells.append(nbformat.v4.new_code_cell(LOOKS.format(secrets=secrets)))
+    for student in ("one", "other"):
+        put(here.path("in"), student, "a1", notebook)
+    asked = Scheduler(machines.ADDRESS, *here.credentials.values())
+    folders = here.path("in"), here.path("out")
+    with here.network():
+        table = course.grade(*folders, scheduler=asked, console=QUIET)
+    assert table.groupby("student")["score"].sum().to_list() == [20] * 2
+    ran = [nbformat.read(path, 4).cells[-1].outputs for path in here.path("out").rglob("*.ipynb")]
+    assert [len(outputs) for outputs in ran] == [1] * 2, "no secret was found"
+    assert {outputs[0].text for outputs in ran} == {"anna\n", "bert\n"}
+    monkeypatch.setattr(course, "connect", lambda *_: pytest.fail("asked for a cluster"))
+    assert course.grade(*folders, console=QUIET).equals(table)
+
+
 # --- what cannot be graded
 
 
-def test_a_sandbox_that_does_not_work_stops_the_run(tmp_path, monkeypatch):
+def test_a_sandbox_that_does_not_work_stops_the_run(threads, tmp_path, monkeypatch):
+    elsewhere = altered(threads, shared=False)
+    monkeypatch.setattr(course, "connect", lambda *_: nullcontext(elsewhere))
     put(tmp_path / "in", "one", "a1", source("a1"))
     refuse = ["sh", "-c", "echo no namespaces here >&2; exit 1", "sh"]
     monkeypatch.setattr(grading, "sandboxed", lambda work, hidden: refuse)
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    with pytest.raises(course.CourseError, match="no namespaces here"):
+    told = rf"worker {threads.workers[0]}: the sandbox does not work .*: no namespaces here"
+    with pytest.raises(course.CourseError, match=told):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
 
 

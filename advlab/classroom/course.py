@@ -1,30 +1,31 @@
 """The classroom: student versions of the assignments, and the grading of a folder of submissions.
 
 The assignments are nbgrader notebooks (`notebooks/assignments`), so its own commands work on them.
-`grade` is for a class whose notebooks nobody has read: each runs in a process of its own, its code
-in a sandbox, with limits of time, memory and output, and no submission stops the others.
+`grade` is for a class whose notebooks nobody has read: workers run each in a process of its own,
+its code in a sandbox, with limits of time, memory and output; no submission stops the others.
 """
 
 import os
 import re
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
+from distributed import Future, as_completed
 from rich.console import Console
 from rich.progress import track
 
 from advlab import files
 from advlab.classroom import feedback, grading
+from advlab.classroom.grading import Hidden
 from advlab.classroom.submissions import CourseError, Submission, collect, give_marks, read_marks
 from advlab.machine import cores
+from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.processes import environment
 
 
@@ -44,11 +45,6 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def _need_nbgrader() -> None:
-    if find_spec("nbgrader") is None:
-        raise CourseError('assignments need nbgrader; install it with: pip install -e ".[course]"')
-
-
 def build(output: Path) -> list[Path]:
     """Write the student version of each assignment, and a zip of each.
 
@@ -62,7 +58,7 @@ def build(output: Path) -> list[Path]:
         CourseError: without nbgrader; if it refuses an assignment; or for a cell that `grade` does
             not know.
     """
-    _need_nbgrader()
+    grading.need_nbgrader()
     from nbgrader.apps import NbGraderAPI
     from nbgrader.utils import is_task
     from traitlets.config import Config
@@ -101,6 +97,7 @@ def grade(
     sandbox: bool = True,
     jobs: int | None = None,
     marks: Path | None = None,
+    scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> pd.DataFrame:
     """Grade every submission in `folder`; what was graded before and did not change is kept.
@@ -109,33 +106,38 @@ def grade(
         folder: See `collect`.
         output: Gets grades.csv, and feedback/STUDENT.html with a page per student.
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
-        jobs: Submissions at a time; None for one a core.
+        jobs: Submissions at a time, on this machine's own cluster; None for one a core.
         marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
+        scheduler: See `cluster.connect`.
 
     Returns:
         A row per graded cell: student, assignment, cell, points, score (empty where a person
         must read the answer), reason.
 
     Raises:
-        CourseError: without nbgrader; without a bubblewrap that works, unless `sandbox` is False;
-            if the folder is not as in `collect`; or a mark has no place.
+        CourseError: without nbgrader; if a worker cannot grade (see `grading.check_worker`); if
+            the folder is not as in `collect`; or a mark has no place.
+        ClusterError: see `cluster.connect`.
     """
-    _need_nbgrader()
+    grading.need_nbgrader()
     console = console or Console()
     found, others = collect(folder, sources())
     given = None if marks is None else read_marks(marks)
-    hide = None
-    if sandbox:  # the clone holds the answers, in its history too
-        folders = filter(None, (files.home(), files.user_home(), folder, output))
-        hide = [path.absolute() for path in folders]
-        secrets = [*sources().values(), *(one.path for one in found)]
-        grading.check_sandbox(hide, [path.absolute() for path in secrets])
+    hidden = _hidden(folder, output, found) if sandbox else None
     for path in others:
         name = str(path.relative_to(folder))
         name = name if name.isprintable() else ascii(name)
         console.print(f"not a submission, left out: {name}", style="yellow", markup=False)
-    files.make_folder(output)
-    graded = _grade_all(found, output, hide, jobs or cores(), console)
+    graded = {
+        one: grading.earlier(one, sources()[one.assignment], output, sandbox=sandbox) or {}
+        for one in found
+    }
+    if missing := [one for one, scores in graded.items() if not scores]:
+        with connect(scheduler, min(jobs or cores(), len(missing))) as cluster:
+            _check_workers(cluster, hidden)
+            files.make_folder(output)
+            results = _results(cluster, missing, output, hidden)
+            graded |= track(results, "grading", len(missing), console=console)
     if given is not None:
         give_marks(graded, given)
     table = _table(graded)
@@ -148,27 +150,53 @@ def grade(
     return table
 
 
-def _grade_all(
-    found: Sequence[Submission],
-    output: Path,
-    hide: Sequence[Path] | None,
-    jobs: int,
-    console: Console,
-) -> dict[Submission, dict[str, Any]]:
-    """Return the scores of all submissions (see `grading.grade_one`), in the order of `found`."""
-    names = sources()
-    graded: dict[Submission, dict[str, Any]] = {one: {} for one in found}
-    with ThreadPoolExecutor(jobs) as pool, ExitStack() as stack:
-        tasks = {
-            pool.submit(grading.grade_one, one, names[one.assignment], output, hide): one
-            for one in found
-        }
-        # When it is interrupted: begin no more, and do not wait for those that run.
-        stack.callback(grading.kill_running)
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        for task in track(as_completed(tasks), "grading", len(tasks), console=console):
-            graded[tasks[task]] = task.result()
-    return graded
+def _hidden(folder: Path, output: Path, found: Sequence[Submission]) -> Hidden:
+    """Return what no submission may see: the class, its grades, and all that is the user's."""
+    # The clone holds the answers, in its history too.
+    folders = filter(None, (files.home(), files.user_home(), folder, output))
+    secrets = (*sources().values(), *(one.path for one in found))
+    absolute = [tuple(path.absolute() for path in paths) for paths in (folders, secrets)]
+    return Hidden(*absolute)
+
+
+def _check_workers(cluster: Cluster, hidden: Hidden | None) -> None:
+    for where, error in cluster.ask_all(grading.check_worker, hidden).items():
+        if error:
+            raise CourseError(f"{error}" if cluster.shared else f"worker {where}: {error}")
+
+
+def _results(
+    cluster: Cluster, missing: Sequence[Submission], output: Path, hidden: Hidden | None
+) -> Iterator[tuple[Submission, dict[str, Any]]]:
+    """Yield each submission with its scores (see `grading.land`), as they come back."""
+    client, names, waiting = cluster.client, sources(), iter(missing)
+    sent: dict[Future, tuple[Submission, str]] = {}
+    running = as_completed(loop=client.loop)
+    # A whole class may be more than memory holds: no more is sent than keeps the workers busy.
+    busy = 2 * sum(client.nthreads().values())
+    while True:
+        while len(sent) < busy and (one := next(waiting, None)):
+            try:
+                work = grading.pack(one, names[one.assignment])
+            except OSError as error:
+                yield one, grading.not_graded(names[one.assignment], error)
+                continue
+            future = client.submit(grading.run, work, hidden, pure=False)
+            sent[future] = one, work.identity(sandbox=hidden is not None)
+            running.add(future)
+        if not sent:
+            return
+        future = next(running)
+        one, identity = sent.pop(future)
+        try:
+            scores = grading.land(one, output, identity, future)
+        except CancelledError as error:
+            raise ClusterError(
+                "the scheduler is gone; what was graded is kept: run this again"
+            ) from error
+        except Exception as error:  # no reason to stop the others
+            scores = grading.not_graded(names[one.assignment], error)
+        yield one, scores
 
 
 def _table(graded: Mapping[Submission, dict[str, Any]]) -> pd.DataFrame:

@@ -1,4 +1,9 @@
-"""Grade one submission: started in a process of its own, killed in time, kept for the next run."""
+"""Grade submissions on the workers of a cluster, which need not share this machine's disk.
+
+A submission and its assignment travel to a worker as bytes, and what comes of them travels back. On
+the worker a submission runs in a process of its own, which is killed in time. The assignment, with
+its answers, is on no disk there: it goes to that process through a pipe.
+"""
 
 import json
 import os
@@ -11,33 +16,184 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from hashlib import file_digest, sha256
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 import nbformat
+from distributed import Future, get_worker
 
+import advlab
 from advlab import files
 from advlab.classroom.probe import PID_NAMESPACE
 from advlab.classroom.sandbox import sandboxed
 from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
+from advlab.upkeep import tasks
 from advlab.upkeep.kernels import short_folder
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
+LARGEST_FILE = 20_000_000  # bytes
 # The modules whose code decides a score.
 GRADER = [f"classroom/{name}" for name in ("grading", "merging", "run_submission", "sandbox")]
 GRADER += ["upkeep/kernels", "upkeep/processes"]
-_running: set[int] = set()  # process groups of submissions
 
 
-def check_sandbox(hide: Sequence[Path], secrets: Sequence[Path]) -> None:
-    """Start Python under bubblewrap once, and try from inside what a submission must not do.
+def need_nbgrader() -> None:
+    """Raise a CourseError where nbgrader is not installed."""
+    if find_spec("nbgrader") is None:
+        raise CourseError('assignments need nbgrader; install it with: pip install -e ".[course]"')
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What no submission may see, on the machine that asks; each worker adds what is its own.
 
     Args:
-        hide: The folders that the sandbox covers.
+        folders: Absolute paths.
         secrets: Files in them.
+    """
+
+    folders: tuple[Path, ...]
+    secrets: tuple[Path, ...]
+
+    def here(self) -> "Hidden":
+        """Return the same with a worker's clone, its user's home, and where it keeps tasks."""
+        package = Path(advlab.__file__).resolve().parent.parent
+        clones = [files.home(), *filter(files.is_clone, [package])]
+        answers = [
+            path for clone in clones for path in clone.glob("notebooks/assignments/*/*.ipynb")
+        ]
+        user = filter(None, [files.user_home()])
+        folders = [*clones, *user, Path(get_worker().local_directory)]
+        # The sandbox has a /tmp of its own.
+        own = [path.absolute() for path in folders if path != Path("/tmp")]
+        both = ((*self.folders, *own), (*self.secrets, *answers))
+        return Hidden(*(tuple(dict.fromkeys(paths)) for paths in both))
+
+
+@dataclass(frozen=True)
+class Work:
+    """A submission as it travels: notebooks, that of the assignment and the student's."""
+
+    assignment: bytes
+    submission: bytes
+
+    def identity(self, *, sandbox: bool) -> str:
+        """Return a hash of what a score depends on: both, and the code that grades."""
+        digest = sha256(f"{sandbox} {code_hash(*GRADER)}".encode())
+        for notebook in (self.assignment, self.submission):
+            digest.update(sha256(notebook).digest())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a submission.
+
+    Args:
+        scores: See `land`; None if it could not be run.
+        reason: Why not.
+        executed: The notebook as it ran.
+        log: What was printed beside.
+    """
+
+    scores: dict[str, Any] | None
+    reason: str
+    executed: bytes
+    log: bytes
+
+
+# --- on the machine that asks
+
+
+def pack(one: Submission, source: Path) -> Work:
+    """Return what a worker needs for a submission.
+
+    Args:
+        one: The submission.
+        source: The instructor's notebook of its assignment.
+
+    Raises:
+        OSError: if one cannot be read, or the submission is too large to be one of ours.
+    """
+    size = one.path.stat().st_size
+    if size > LARGEST_FILE:
+        raise OSError(f"the file has {size / 1e6:.0f} MB")
+    return Work(source.read_bytes(), one.path.read_bytes())
+
+
+def earlier(one: Submission, source: Path, output: Path, *, sandbox: bool) -> dict[str, Any] | None:
+    """Return the scores of an earlier run into the folder `output`; None if anything changed."""
+    written = one.kept(output) / "scores.json"
+    with suppress(OSError, ValueError):
+        scores = json.loads(written.read_text())
+        if scores.get("identity") == pack(one, source).identity(sandbox=sandbox):
+            return scores
+    return None
+
+
+def land(one: Submission, output: Path, identity: str, sent: Future) -> dict[str, Any]:
+    """Write what came of a submission to where it is kept; return its scores.
+
+    Args:
+        one: The submission.
+        output: Where `course.grade` writes.
+        identity: That of its `Work`.
+        sent: Has a `Ran`.
+
+    Returns:
+        reason (why the notebook could not be run to its end, or ""), seconds, and cells: for each
+        graded cell its points, score (None where a person must read the answer) and reason.
+
+    Raises:
+        OSError: if it could not be run, or cannot be written; or what `sent` raises.
+    """
+    kept, ran = one.kept(output), sent.result()
+    shutil.rmtree(kept, ignore_errors=True)
+    files.write_bytes(kept / "log.txt", ran.log)
+    if ran.scores is None:
+        raise OSError(ran.reason)
+    files.write_bytes(kept / "executed.ipynb", ran.executed)
+    scores = ran.scores | {"identity": identity}
+    files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
+    return scores
+
+
+def not_graded(source: Path, error: Exception) -> dict[str, Any]:
+    """Return scores, as `land` does, where no submission is to blame: no run finds them again."""
+    from advlab.classroom.merging import clean, no_points  # needs nbgrader, maybe not installed
+
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    reason = clean(f"{kind}{error}")
+    cells = no_points(nbformat.read(source, as_version=4), reason)
+    return {"reason": reason, "cells": cells, "seconds": 0.0}
+
+
+# --- on a worker
+
+
+@cache
+def check_worker(hidden: Hidden | None) -> None:
+    """See once whether this worker can grade.
+
+    Args:
+        hidden: As in `check_sandbox`; None for no sandbox.
+
+    Raises:
+        CourseError: without nbgrader; or see `check_sandbox`.
+    """
+    need_nbgrader()
+    if hidden:
+        check_sandbox(hidden.here())
+
+
+def check_sandbox(hidden: Hidden) -> None:
+    """Start Python under bubblewrap once, and try from inside what a submission must not do.
 
     Raises:
         CourseError: if bubblewrap is not there, or fails, with what it printed; or if the sandbox
@@ -52,14 +208,14 @@ def check_sandbox(hide: Sequence[Path], secrets: Sequence[Path]) -> None:
     token = token_hex()
     with _work_folder() as work, socket.create_server(("127.0.0.1", 0)) as server:
         job = {
-            "hidden": [str(path) for path in hide],
-            "secrets": [str(path) for path in secrets],
+            "hidden": [str(path) for path in hidden.folders],
+            "secrets": [str(path) for path in hidden.secrets],
             "token": token,
             "port": server.getsockname()[1],
             "pid_namespace": str(PID_NAMESPACE.readlink()),
         }
         done = subprocess.run(
-            [*sandboxed(work, hide), sys.executable, "-m", "advlab.classroom.probe"],
+            [*sandboxed(work, hidden.folders), sys.executable, "-m", "advlab.classroom.probe"],
             input=json.dumps(job),
             env={**os.environ, "ADVLAB_PROBE": token},
             capture_output=True,
@@ -79,8 +235,12 @@ def check_sandbox(hide: Sequence[Path], secrets: Sequence[Path]) -> None:
 
 @contextmanager
 def _work_folder() -> Iterator[Path]:
-    """Yield a folder that goes at the end, whatever was made of it meanwhile."""
-    work = Path(tempfile.mkdtemp(prefix="g", dir=short_folder()))
+    """Yield a folder that goes at the end, whatever was made of it meanwhile.
+
+    It is the worker's own: where that is killed, the next one to start removes it.
+    """
+    beside = short_folder(get_worker().local_directory)
+    work = Path(tempfile.mkdtemp(prefix="g", dir=beside))
     try:
         yield work
     finally:  # neither goes where a link leads, or minds how deep folders are nested
@@ -88,93 +248,59 @@ def _work_folder() -> Iterator[Path]:
         subprocess.run(["rm", "-rf", work], check=False, capture_output=True)
 
 
-def grade_one(
-    one: Submission, source: Path, output: Path, hide: Sequence[Path] | None
-) -> dict[str, Any]:
-    """Return the scores of a submission: those of an earlier run, if nothing changed since.
+def run(work: Work, hidden: Hidden | None) -> Ran:
+    """Run a submission, in a sandbox unless `hidden` is None.
 
-    Args:
-        one: The submission.
-        source: The instructor's notebook of its assignment.
-        output: Where `grade` writes.
-        hide: The folders that the sandbox covers; None for no sandbox.
+    Raises:
+        CourseError: see `check_worker`.
+        StoppedError: if nobody waits for it any longer.
+        OSError: for a full disk, say.
+    """
+    check_worker(hidden)
+    start = time.perf_counter()
+    with _work_folder() as folder:
+        job = {
+            "assignment": work.assignment.decode(),
+            "work": str(folder),
+            "hidden": [str(path) for path in hidden.here().folders] if hidden else None,
+            "limits": {"cell_seconds": CELL_SECONDS, "seconds": SECONDS, "megabytes": MEGABYTES},
+            "parent": os.getpid(),
+        }
+        given = json.dumps(job).encode() + b"\n" + work.submission
+        command = [sys.executable, "-m", "advlab.classroom.run_submission"]
+        # It ends by itself in time, unless something is badly wrong.
+        reason, made, log = _run_limited(command, given, SECONDS + 120)
+    if reason:
+        return Ran(None, reason, b"", log)
+    found = json.loads(made)
+    scores = found["scores"] | {"seconds": round(time.perf_counter() - start, 1)}
+    return Ran(scores, "", found["executed"].encode(errors="replace"), log)
+
+
+def _run_limited(command: Sequence[str], given: bytes, seconds: int) -> tuple[str, bytes, bytes]:
+    """Run `command`, and kill it and its children after `seconds`, or when nobody waits for it.
 
     Returns:
-        reason (why the notebook could not be run to its end, or ""), seconds, and cells: for each
-        graded cell its points, score (None where a person must read the answer) and reason.
+        Why it failed or "", and what it wrote to its standard output and error.
     """
-    kept = one.kept(output)
-    written = kept / "scores.json"
-    try:
-        identity = _identity(one, source, sandbox=hide is not None)
-        if written.is_file():
-            scores = json.loads(written.read_text())
-            if scores.get("identity") == identity:
-                return scores
-        shutil.rmtree(kept, ignore_errors=True)
-        files.make_folder(kept)
-        start = time.perf_counter()
-        reason = _run(one, source, kept, hide)
-        seconds = round(time.perf_counter() - start, 1)
-        if written.is_file():
-            scores = json.loads(written.read_text())
-            scores |= {"seconds": seconds, "identity": identity}
-            files.write_bytes(written, json.dumps(scores, indent=2).encode())
-            return scores
-    except OSError as error:  # cannot be read, or the disk is full: no reason to stop the others
-        reason = str(error)
-    from advlab.classroom.merging import no_points  # needs nbgrader, which may not be installed
-
-    # Not this submission's doing, maybe: without an identity in its scores it is tried again.
-    cells = no_points(nbformat.read(source, as_version=4), reason)
-    return {"reason": reason, "cells": cells, "seconds": 0.0}
-
-
-def _identity(one: Submission, source: Path, *, sandbox: bool) -> str:
-    """Return a hash of what a score depends on: the notebook, its source, the code that grades."""
-    digest = sha256(f"{sandbox} {code_hash(*GRADER)}".encode())
-    for path in (one.path, source):
-        with path.open("rb") as opened:
-            digest.update(file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _run(one: Submission, source: Path, kept: Path, hide: Sequence[Path] | None) -> str:
-    """Run a submission; it writes its scores to the folder `kept`. Return why it could not."""
-    limits = {"cell_seconds": CELL_SECONDS, "seconds": SECONDS, "megabytes": MEGABYTES}
-    with _work_folder() as work:
-        paths = [str(path.absolute()) for path in (source, one.path, work, kept)]
-        hidden = None if hide is None else [str(path) for path in hide]
-        job = json.dumps({"paths": paths, "hidden": hidden, "limits": limits})
-        command = [sys.executable, "-m", "advlab.classroom.run_submission", job]
-        # It ends by itself in time, unless something is badly wrong.
-        return _run_limited(command, kept / "log.txt", SECONDS + 120)
-
-
-def _run_limited(command: Sequence[str], log: Path, seconds: int) -> str:
-    """Run `command`, kill it and its children after `seconds`; return why it failed."""
-    with log.open("wb") as written:
-        process = subprocess.Popen(
-            command, stdout=written, stderr=written, stdin=subprocess.DEVNULL, process_group=0
-        )
-        _running.add(process.pid)
+    end, more = time.monotonic() + seconds, given or None
+    with tempfile.TemporaryFile() as log:  # without a name: no other submission sees it
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, process_group=0)
+        made, reason = b"", f"took longer than {seconds} s"
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return f"took longer than {seconds} s"
+            while time.monotonic() < end:
+                tasks.check_wanted("grading")
+                try:
+                    made, _ = process.communicate(more, timeout=1)
+                except subprocess.TimeoutExpired:
+                    more = None  # is being sent already
+                    continue
+                reason = "could not be run (see log.txt)" if process.returncode else ""
+                break
         finally:
-            _running.discard(process.pid)
-            _kill(process.pid)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return "" if process.returncode == 0 else "could not be run (see log.txt)"
-
-
-def _kill(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def kill_running() -> None:
-    """Kill all submissions that run now, with all that they started."""
-    for group in tuple(_running):
-        _kill(group)
+        log.seek(0)
+        return reason, made, log.read()

@@ -1,31 +1,26 @@
 """The notebook that is run for a submission: the assignment, with the student's answers in it."""
 
-from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_solution
 
-LARGEST_FILE = 20_000_000  # bytes
-
 
 class RefusedError(ValueError):
     """The submission cannot be run at all."""
 
 
-def read(path: Path) -> NotebookNode:
-    """Return the notebook at `path`.
+def read(content: bytes) -> NotebookNode:
+    """Return the notebook that a file holds.
 
     What is not needed, and editors get wrong (outputs, counts, ids), is left out.
 
     Raises:
-        RefusedError: if it is no notebook, or too large to be one of ours.
+        RefusedError: if it is no notebook.
     """
-    if path.stat().st_size > LARGEST_FILE:
-        raise RefusedError(f"the file has {path.stat().st_size / 1e6:.0f} MB")
     try:
-        found = nbformat.reads(path.read_bytes().decode("utf-8-sig"), as_version=4)
+        found = nbformat.reads(content.decode("utf-8-sig"), as_version=4)
         notebook = nbformat.v4.new_notebook(cells=[_only_text(cell) for cell in found.cells])
         nbformat.validate(notebook)
     except Exception as error:  # nbformat raises many kinds for what is not a notebook

@@ -1,7 +1,7 @@
-"""Run one submission and score it; started by `grading.grade_one` in a process of its own.
+"""Run one submission and score it; started by `grading.run` in a process of its own.
 
 The notebook's code runs in a kernel, and the kernel in a sandbox. This process, which reads the
-kernel's answers and writes the scores, is outside: nothing that a submission does to its own files
+kernel's answers and tells the scores, is outside: nothing that a submission does to its own files
 changes what is recorded.
 """
 
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,11 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_locked
 
-from advlab import files
 from advlab.classroom import merging
 from advlab.classroom.merging import RefusedError, clean, grade_id
 from advlab.classroom.sandbox import sandboxed
 from advlab.upkeep.kernels import OwnKernel
-from advlab.upkeep.processes import share_of_memory
+from advlab.upkeep.processes import kill_children, share_of_memory
 
 LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
 PROCESSES = 200  # that it may start
@@ -127,15 +126,19 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
             result.update(score=0 if reason else result["points"], reason=reason)
 
 
-def _watch(megabytes: int) -> None:
-    """Kill the kernel and all that it started when they are too many, or hold too much memory."""
+def _watch(megabytes: int, parent: int) -> None:
+    """Kill the kernel and all that it started when they are too many, or hold too much memory.
+
+    End with the process `parent`, too, which may have been killed.
+    """
     while True:
+        alone = os.getppid() != parent
         children = psutil.Process().children(recursive=True)
         many = len(children) > PROCESSES
-        if many or sum(map(share_of_memory, children)) > megabytes << 20:
-            for child in children:
-                with suppress(psutil.Error):  # it has just ended
-                    child.kill()
+        if alone or many or sum(map(share_of_memory, children)) > megabytes << 20:
+            kill_children()
+        if alone:
+            os._exit(1)
         time.sleep(0.2)
 
 
@@ -146,7 +149,7 @@ def time_left(end: float, seconds: int) -> float:
 
 def score(
     source: NotebookNode,
-    submission: Path,
+    submission: bytes,
     work: Path,
     hidden: Sequence[Path] | None,
     *,
@@ -158,7 +161,7 @@ def score(
 
     Args:
         source: The assignment.
-        submission: The student's notebook.
+        submission: The student's file.
         work: A folder through which the kernel is spoken to.
         hidden: What the kernel's sandbox covers; None for no sandbox.
         cell_seconds, seconds: That a cell and the notebook may take.
@@ -190,19 +193,22 @@ def score(
     return notebook, {"reason": reason, "cells": results}
 
 
-def main(job: dict[str, Any]) -> None:
-    """Do a `job` as `grading._run` describes it; write executed.ipynb and scores.json."""
+def main(job: dict[str, Any], submission: bytes) -> dict[str, Any]:
+    """Do a `job` as `grading.run` describes it; return the scores, and the notebook as it ran."""
     # A soft limit, of this process alone: the kernel gets its own.
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.environ["OMP_NUM_THREADS"] = "1"
-    threading.Thread(target=_watch, args=[job["limits"]["megabytes"]], daemon=True).start()
-    source, submission, work, kept = map(Path, job["paths"])
+    watched = (job["limits"]["megabytes"], job["parent"])
+    threading.Thread(target=_watch, args=watched, daemon=True).start()
     hidden = None if job["hidden"] is None else [Path(path) for path in job["hidden"]]
-    assignment = nbformat.read(source, as_version=4)
+    assignment = nbformat.reads(job["assignment"], as_version=4)
+    work = Path(job["work"])
     notebook, scores = score(assignment, submission, work, hidden, **job["limits"])
-    files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
-    files.write_bytes(kept / "executed.ipynb", nbformat.writes(notebook).encode(errors="replace"))
+    return {"scores": scores, "executed": nbformat.writes(notebook)}
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    with redirect_stdout(sys.stderr):
+        asked = json.loads(sys.stdin.buffer.readline())
+        found = main(asked, sys.stdin.buffer.read())
+    print(json.dumps(found))

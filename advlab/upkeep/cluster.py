@@ -41,6 +41,8 @@ LOCAL: dict[str, Any] = {
         f"distributed.worker.memory.{at}": False for at in ("target", "spill", "pause", "terminate")
     },
     "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",  # the usual 20 ms cost a process 2 % of a core
+    "distributed.scheduler.allowed-failures": 2,  # so often a task may lose its worker
     # Pages about the cluster, for whoever asks: without the dashboard there are none.
     **{f"distributed.{kind}.http.routes": [] for kind in ("worker", "nanny")},
     **({} if DASHBOARD else {"distributed.scheduler.http.routes": []}),
@@ -180,7 +182,8 @@ def connect(asked: Scheduler | None = None, jobs: int | None = None) -> Iterator
     for name in ("distributed", "distributed.client"):  # which has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     opened = _own(jobs or cores()) if address is None else _running(address, asked)
-    with opened as client:
+    files_travel = {"distributed.admin.large-graph-warning-threshold": "1GB"}
+    with dask.config.set(files_travel), opened as client:
         cluster = Cluster(client, shared=address is None)
         _check_versions(cluster)
         yield cluster

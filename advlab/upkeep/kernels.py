@@ -42,7 +42,11 @@ class OwnKernel(AsyncKernelManager):
         )
 
 
-def short_folder() -> str:
-    """Return the folder for temporary files, or /tmp where its path is too long for sockets."""
-    usual = tempfile.gettempdir()
+def short_folder(usual: str | None = None) -> str:
+    """Return a folder for temporary files, or /tmp where its path is too long for sockets.
+
+    Args:
+        usual: The folder; None for the system's.
+    """
+    usual = usual or tempfile.gettempdir()
     return "/tmp" if os.name == "posix" and len(os.fsencode(usual)) > LONGEST else usual

@@ -200,15 +200,20 @@ class StoppedError(RuntimeError):
     """Nobody waits for this task any longer."""
 
 
-def _tell(name: str, row: dict[str, float]) -> None:
-    """Tell whoever asked that an epoch is done, and stop if nobody asks any longer."""
+def check_wanted(what: str) -> None:
+    """Raise a StoppedError that names `what` if nobody waits any longer for this task."""
     worker = get_worker()
     task = worker.state.tasks.get(worker.get_current_task())
     gone = worker.status in (Status.closing, Status.closed, Status.failed)  # as its scheduler is
     if gone or task is None or task.state == "cancelled":
-        raise StoppedError(f"the training of {name} was called off")
+        raise StoppedError(f"{what} was called off")
+
+
+def _tell(name: str, row: dict[str, float]) -> None:
+    """Tell whoever asked that an epoch is done, and stop if nobody asks any longer."""
+    check_wanted(f"the training of {name}")
     images = row["epoch"] * row["seconds"] * row["images_per_second"]
-    worker.log_event(EPOCHS, {"model": name, "images": images})
+    get_worker().log_event(EPOCHS, {"model": name, "images": images})
 
 
 def train_model(place: Place, job: Job, *needs: File) -> File:
