@@ -18,6 +18,12 @@ SETTINGS = [
 SOURCES = ("advlab", "data", "figures", "notebooks", "tests")  # folders of a clone
 
 
+SETTINGS = tuple(
+    f"ADVLAB_{name}"
+    for name in ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE", "SCHEDULER", "THREADS")
+)
+
+
 def setting(value: str | None, variable: str = "", default: str = "") -> str:
     """Return the first of `value` and the environment's `variable` that says more than "auto"."""
     said = (value, os.environ.get(variable))

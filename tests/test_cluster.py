@@ -220,6 +220,14 @@ def test_the_own_cluster_listens_on_loopback_and_knows_its_user_alone(cluster):
             Client(address.replace("tls", scheme), timeout=2)
 
 
+def test_workers_see_the_settings_of_now(cluster):
+    for value in ("one", "two"):
+        with environment(ADVLAB_CACHE=value), clusters.connect(jobs=1) as other:
+            assert other.client.submit(cache).result() == value
+    with environment(ADVLAB_CACHE=None), clusters.connect(jobs=1) as other:
+        assert other.client.submit(cache).result() not in ("one", "two")
+
+
 def test_workers_import_neither_plotting_nor_papermill():
     code = "import sys, advlab.upkeep.tasks; print(*sys.modules)"
     loaded = subprocess.run(

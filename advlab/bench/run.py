@@ -20,6 +20,7 @@ from rich.table import Table
 from advlab import datasets, files, paper, plots
 from advlab.bench import footprint, parts, picture, rivals
 from advlab.bench.measure import Row, cells
+from advlab.bench.scale import scale_part
 from advlab.bench.strongest import strongest_part
 from advlab.bench.whole_paper import whole_part
 from advlab.upkeep import readme, runs
@@ -57,6 +58,7 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
         "memory": partial(footprint.memory_part, dataset, root),
         "start": partial(footprint.start_part, rounds),
         "explorer": partial(footprint.explorer_part, plain, images),
+        "workers": scale_part,
     }
     if images.papers:
         ten = product(paper.TABLES, paper.TABLE_TRAIN_EPS)

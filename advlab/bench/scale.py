@@ -29,7 +29,7 @@ from advlab.upkeep.tasks import Job, Options
 SEEDS = 5
 FASTER = 200  # how many times the simulated tasks are shorter than those that they stand for
 CRAFTING, MEASURING = 30.0, 60.0  # seconds of 50,000 directions, and of a table of five models
-WORKERS = (2, 16, 256)
+WORKERS = (16, 256)
 
 
 def scale_part(rounds: int = 1) -> list[Row]:

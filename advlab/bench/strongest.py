@@ -2,9 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from advlab.autoattack import Each, auto_attack
 from advlab.bench.measure import Row, once
 from advlab.data import ImageData
 from advlab.forward import CHUNK, eval_mode
-from advlab.machine import cores
+from advlab.upkeep.cluster import connect
 
 EPS = 8 / 255
 PACKAGE = "pyautoattack"
@@ -30,7 +28,7 @@ def strongest_part(
 
     Args:
         images: Data; the first test images are attacked.
-        robust: Its parts are computed side by side, a process for each core, whose start counts.
+        robust: Its parts are computed on this machine's cluster, a worker a core.
         papers: The paper's ten models, by name; one after the other, in this process.
         n, few: Images of the robust model, and of each of the others.
 
@@ -44,11 +42,8 @@ def strongest_part(
         import pyautoattack  # noqa: F401
     except ImportError:
         return []
-    processes = ProcessPoolExecutor(
-        cores(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    with processes as pool:
-        rows = _both("robust CNN", {"robust CNN": robust}, images, n, 1.3, pool.map)
+    with connect() as cluster:
+        rows = _both("robust CNN", {"robust CNN": robust}, images, n, 1.3, cluster.map)
     return rows + _both(f"the paper's {len(papers)} models", papers, images, few, 5.0, map)
 
 

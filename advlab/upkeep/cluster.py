@@ -6,6 +6,7 @@ speak TLS, too, unless its user says that it need not.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -204,6 +205,8 @@ def _own(workers: int) -> Iterator[Client]:
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             memory_limit=None,
+            # As it is now: what workers are forked from may have been started under another.
+            env=dict.fromkeys(files.SETTINGS, "") | dict(os.environ),
             silence_logs=logging.CRITICAL,
         )
         client = Client(started)
