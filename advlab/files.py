@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 SETTINGS = [
-    f"ADVLAB_{name}" for name in ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE")
+    f"ADVLAB_{name}"
+    for name in ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE", "THREADS")
 ]
 SOURCES = ("advlab", "data", "figures", "notebooks", "tests")  # folders of a clone
 

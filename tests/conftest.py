@@ -201,8 +201,8 @@ def own_folders(tmp_path, monkeypatch):
     """Let everything be written below tmp_path, and forget the caller's settings."""
     monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ADVLAB_OUTPUT", str(tmp_path / "output"))
-    for name in ("ADVLAB_DATA", "ADVLAB_PROFILE", "ADVLAB_DATASET", "ADVLAB_DEVICE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("DATA", "PROFILE", "DATASET", "DEVICE", "THREADS"):
+        monkeypatch.delenv(f"ADVLAB_{name}", raising=False)
     yield
     plt.close("all")
 

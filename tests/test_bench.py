@@ -133,7 +133,7 @@ def test_crafting_counts_images_and_scales_to_the_whole_data_set(shapes, source,
     rows = parts.crafting_part(shapes, source, rounds=1, n=100)
     one = by_way(rows, "one direction, cnn")
     assert one[PAPERS].value == 48 / 4
-    for way in ("batched, per-image statistics", "running statistics, 100 at a time"):
+    for way in ("batched, per-image statistics", "batched, running statistics"):
         assert (one[way].value, one[way].of_ceiling) == (100, pytest.approx(0.1))
         assert one[way].ratio == pytest.approx(100 / 12)
     for k, seconds in ((1, 1.0), (4, 1.25), (8, 1.5)):
