@@ -7,7 +7,7 @@ model is left as it was found, and so are the images.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -67,7 +67,8 @@ def _is_pure(module: nn.Module) -> bool:
         type(module).__module__.startswith(PURE)
         and not isinstance(module, DRAWING)
         and "forward" not in own
-        and not any(own[name] for name in HOOKS)
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
         and module._compiled_call_impl is None
     )
 
@@ -159,7 +160,9 @@ def float32_mode(device: torch.device) -> Iterator[None]:
     try:
         for layer in layers:
             layer.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
+        # Entered where it changes something alone, as the modes below: a single image notices.
+        autocast = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             yield
     finally:
         for layer, precision in zip(layers, before, strict=True):
@@ -191,9 +194,10 @@ def recurrent_gradients(model: Classifier, device: torch.device) -> Iterator[Non
 @contextmanager
 def gradient_mode(model: Classifier, device: torch.device) -> Iterator[None]:
     """Let gradients be taken in float32 and eval mode, whatever the caller has switched off."""
+    inference = torch.is_inference_mode_enabled()
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False) if inference else nullcontext(),
+        nullcontext() if torch.is_grad_enabled() else torch.enable_grad(),
         float32_mode(device),
         recurrent_gradients(model, device),
         eval_mode(model),

@@ -129,6 +129,9 @@ def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
         BaseException: of the first part that fails. No further part is begun then, nor after
             Ctrl-C, and no thread is left when the error comes.
     """
+    if len(parts) == 1:
+        with torch_threads(1):
+            return [work(*parts[0])]
     wanted = min(len(parts), torch.get_num_threads()) - 1
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     left = deque(enumerate(parts))

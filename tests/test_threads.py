@@ -1,6 +1,7 @@
 """Several threads: the same bits as one, whose model may be shared, how many there are, errors."""
 
 import importlib
+import signal
 import threading
 import time
 import warnings
@@ -250,6 +251,7 @@ def test_the_first_part_that_fails_ends_the_call(use):
 
 def test_ctrl_c_leaves_no_thread_behind(use):
     use(2)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     begun, alive = [], threading.active_count()
 
     def work(number):
@@ -259,8 +261,11 @@ def test_ctrl_c_leaves_no_thread_behind(use):
             interrupt_main()
         time.sleep(0.1)
 
-    with pytest.raises(KeyboardInterrupt):
-        in_threads(work, [(k,) for k in range(100)])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            in_threads(work, [(k,) for k in range(100)])
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert len(begun) < 6
     assert threading.active_count() == alive
     assert torch.get_num_threads() == 2

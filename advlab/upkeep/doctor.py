@@ -126,7 +126,7 @@ def _cores() -> tuple[bool, str]:
         found += f", quota {machine.quota():.3g}"
     return True, (
         f"{found}; others keep {machine.busy_cores():.1f} busy. Attacks and tables use "
-        f"{machine.threads()} thread(s), a training that started now {machine.free_threads()}; "
+        f"{machine.threads()} thread(s), a training that starts now {machine.free_threads()}; "
         "ADVLAB_THREADS sets both"
     )
 
