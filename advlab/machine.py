@@ -69,15 +69,16 @@ def _granted(group: Path) -> float:
 def threads() -> int:
     """Return how many threads to compute with: ADVLAB_THREADS, or as many as `cores`.
 
+    Never more than torch has in this process now: who gave it one thread meant it.
+
     Raises:
         ValueError: if ADVLAB_THREADS is no whole number from 1 on.
     """
     said = files.setting(None, "ADVLAB_THREADS")
-    if not said:
-        return cores()
-    if not (said.isascii() and said.isdecimal() and int(said)):
+    if said and not (said.isascii() and said.isdecimal() and int(said)):
         raise ValueError(f"ADVLAB_THREADS is {said!r}; give a whole number from 1 on, or auto")
-    return int(said)
+    torchs = torch.get_num_threads()
+    return min(torchs, int(said) if said else cores()) if torchs > 1 else 1
 
 
 def busy_cores(seconds: float = 0.2) -> float:
@@ -91,13 +92,12 @@ def busy_cores(seconds: float = 0.2) -> float:
 def free_threads() -> int:
     """Return how many threads a training that starts now should have, at least 1.
 
-    Those of `threads`, less the cores that others keep busy (unless ADVLAB_THREADS is set), and
-    never more than torch has in this process: who gave it one thread meant it.
+    Those of `threads`, less the cores that others keep busy (unless ADVLAB_THREADS is set).
 
     Raises:
         ValueError: as `threads`.
     """
-    allowed = min(torch.get_num_threads(), threads())
+    allowed = threads()
     if allowed == 1 or files.setting(None, "ADVLAB_THREADS"):
         return allowed
     free = len(own_cores()) - busy_cores()
@@ -121,9 +121,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
     """Return ``[work(*part) for part in parts]``, computed by several Python threads.
 
-    Each has one torch thread. There are as many as torch has now and `threads` allows, less those
-    that help other calls; the caller's is one, and the others take over its modes (gradients,
-    inference).
+    Each has one torch thread. There are as many as `threads` says, less those that help other
+    calls; the caller's is one, and the others take over its modes (gradients, inference).
 
     Raises:
         BaseException: of the first part that fails. No further part is begun then, nor after
@@ -132,7 +131,7 @@ def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
     if len(parts) == 1:
         with torch_threads(1):
             return [work(*parts[0])]
-    wanted = min(len(parts), torch.get_num_threads()) - 1
+    limit = threads()
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     left = deque(enumerate(parts))
     found: dict[int, T] = {}
@@ -154,7 +153,7 @@ def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
             take()
 
     helpers: list[threading.Thread] = []
-    with torch_threads(1), _helpers(wanted) as count:
+    with torch_threads(1), _helpers(len(parts), limit) as count:
         try:
             with suppress(RuntimeError):  # the system has no more: those there are do it all
                 for _ in range(count):
@@ -172,11 +171,11 @@ def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
 
 
 @contextmanager
-def _helpers(wanted: int) -> Iterator[int]:
-    """Yield how many of `wanted` threads may be started: calls at once share the cores."""
+def _helpers(parts: int, limit: int) -> Iterator[int]:
+    """Yield how many threads may help a caller, so that calls at once share `limit` of them."""
     global _helping
     with _lock:
-        count = max(0, min(wanted, threads() - 1 - _helping)) if wanted > 0 else 0
+        count = max(0, min(parts, limit - _helping) - 1)
         _helping += count
     try:
         yield count

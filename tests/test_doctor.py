@@ -115,7 +115,8 @@ def test_cores_are_told_with_quota_load_and_the_threads_that_follow(monkeypatch)
     monkeypatch.setattr(machine, "quota", lambda: 1.5)
     monkeypatch.setattr(machine, "own_cores", lambda: {0, 1, 2})
     monkeypatch.setattr(machine, "busy_cores", lambda: 0.7)
-    found = line("cores").detail
+    with machine.torch_threads(4):
+        found = line("cores").detail
     assert found.startswith("2 of ")
     assert "quota 1.5; others keep 0.7 busy. Attacks and tables use 2 thread(s)" in found
     assert found.endswith("ADVLAB_THREADS sets both")

@@ -20,7 +20,7 @@ from advlab import attacks, forward, machine, models, training
 from advlab.attacks import fgsm, pgd
 from advlab.catalogue import ATTACKS
 from advlab.forward import predict
-from advlab.machine import in_threads
+from advlab.machine import in_threads, torch_threads
 from advlab.recipes import Recipe
 
 MAIN = threading.get_ident()
@@ -360,7 +360,12 @@ def test_quota_of_control_groups_bounds_the_cores(own, limits, granted, tmp_path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     assert machine.quota() == granted
-    assert machine.threads() == machine.cores() == {0.5: 1, 1.5: 2, 2: 2, 2.5: 3}.get(granted, 8)
+    with torch_threads(9):
+        assert (
+            machine.threads() == machine.cores() == {0.5: 1, 1.5: 2, 2: 2, 2.5: 3}.get(granted, 8)
+        )
+    with torch_threads(1):
+        assert machine.threads() == 1
 
 
 @pytest.mark.parametrize(
