@@ -9,7 +9,7 @@ left as it was found: each module's own mode, its buffers and its parameters' ``
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from advlab.data import check_batch, check_integer, check_labels, check_name
 from advlab.forward import (
-    CHUNK,
     Classifier,
     ask,
     check_device,
@@ -30,6 +29,7 @@ from advlab.forward import (
     gradient_mode,
     gradient_of,
     per_image_statistics_mode,
+    sharing,
 )
 
 NORMS = ("linf", "l2")
@@ -82,26 +82,34 @@ def check_targets(targeted: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     return targeted
 
 
-def _gradients(
-    model: Classifier, images: Tensor, labels: Tensor, per_image_statistics: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `CHUNK` images at a time with their input gradients (see `input_gradient`)."""
+def _craft(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    per_image_statistics: bool,
+    make: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Return what `make` makes of each part of the images and its gradient (`input_gradient`)."""
     check_batch(images, labels)
     check_device(model, images)
     # Reordering costs a single image more than it gains, and group_norm is slow in the other.
     usual = len(images) == 1 or per_image_statistics
     layout = torch.contiguous_format if usual else None
+
+    def work(part: Tensor, targets: Tensor) -> Tensor:
+        # Clones, outside inference mode: autograd refuses the tensors of that mode.
+        x, targets = part.float().clone().requires_grad_(), targets.clone()
+        logits = check_outputs(ask(model, x, layout), targets)
+        # The sum, not the mean: each image's gradient is then its own, whatever the batch.
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return make(part, gradient_of(loss, x).contiguous())
+
+    share = sharing(model, images)
     with gradient_mode(model, images.device), ExitStack() as stack:
         if per_image_statistics:
             stack.enter_context(per_image_statistics_mode(model))
-        parts = zip(images.detach().split(CHUNK), labels.split(CHUNK), strict=True)
-        for part, targets in parts:
-            # Clones, outside inference mode: autograd refuses the tensors of that mode.
-            x, targets = part.float().clone().requires_grad_(), targets.clone()
-            logits = check_outputs(ask(model, x, layout), targets)
-            # The sum, not the mean: each image's gradient is then its own, whatever the batch.
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            yield part, gradient_of(loss, x).contiguous()
+        made = share(work, images.detach(), labels)
+    return torch.cat(made)
 
 
 def input_gradient(
@@ -123,8 +131,7 @@ def input_gradient(
         ValueError: if images, labels or logits are not as above.
         TypeError: if images or labels have the wrong dtype.
     """
-    chunks = _gradients(model, images, labels, per_image_statistics)
-    return torch.cat([gradient for _, gradient in chunks])
+    return _craft(model, images, labels, per_image_statistics, lambda _, gradient: gradient)
 
 
 def fgsm_direction(
@@ -137,9 +144,11 @@ def fgsm_direction(
     Returns:
         (N, C, H, W) int8 with values -1, 0 and 1; the same for every `eps`.
     """
-    # Signs at once, chunk by chunk: the gradients of 50,000 images would fill 600 MB.
-    chunks = _gradients(model, images, labels, per_image_statistics)
-    return torch.cat([gradient.sign().to(torch.int8) for _, gradient in chunks])
+
+    def signs(_: Tensor, gradient: Tensor) -> Tensor:  # the gradients of 50,000 fill 600 MB
+        return gradient.sign().to(torch.int8)
+
+    return _craft(model, images, labels, per_image_statistics, signs)
 
 
 def perturb(images: Tensor, direction: Tensor, eps: float) -> Tensor:
@@ -207,9 +216,12 @@ def fgsm(
     if targeted is not None:
         check_batch(images, labels)
         away, labels = -1, check_targets(targeted, images, labels)
-    # Not by way of `fgsm_direction`: for a single image its detour through int8 can be measured.
-    chunks = _gradients(model, images, labels, per_image_statistics)
-    return torch.cat([perturb(x, g.sign().mul_(away).to(x.dtype), eps) for x, g in chunks])
+
+    def moved(x: Tensor, gradient: Tensor) -> Tensor:
+        # Not by way of `fgsm_direction`: for a single image a detour through int8 can be measured.
+        return perturb(x, gradient.sign().mul_(away).to(x.dtype), eps)
+
+    return _craft(model, images, labels, per_image_statistics, moved)
 
 
 def attack_loss(
@@ -391,24 +403,26 @@ def _walk(
     worst = ball.originals.clone()
     highest = worst.new_full((len(worst),), -math.inf)
     active = torch.arange(len(worst), device=worst.device)
+    share = sharing(model, worst)
+
+    def go_on(x: Tensor, last: bool, part: Tensor) -> Tensor:
+        """Judge the images numbered by `part`, let them take a step; return those that hold."""
+        now = x[part].requires_grad_(not last)
+        logits = check_outputs(ask(model, now), goal.labels[part])
+        losses, broken = goal.judge(logits, part)
+        worse = broken | (losses.detach() > highest[part])
+        worst[part[worse]] = now.detach()[worse]
+        highest[part[worse]] = losses.detach()[worse]
+        if not last:
+            x[part] = ball.step(now.detach(), gradient_of(losses.sum(), now), part)
+        return part[~broken]
+
     for _ in range(restarts):
         # For all images, so that an image's noise does not depend on which others hold.
         x = ball.start(generator) if generator else ball.originals.clone()
         for step in range(steps + 1):
-            holding = []
-            # All take a step before any takes the next: the chunks stay full to the end.
-            for part in active.split(CHUNK):
-                now = x[part].requires_grad_(step < steps)
-                logits = check_outputs(ask(model, now), goal.labels[part])
-                losses, broken = goal.judge(logits, part)
-                worse = broken | (losses.detach() > highest[part])
-                worst[part[worse]] = now.detach()[worse]
-                highest[part[worse]] = losses.detach()[worse]
-                holding.append(part[~broken])
-                if step < steps:
-                    gradient = gradient_of(losses.sum(), now)
-                    x[part] = ball.step(now.detach(), gradient, part)
-            active = torch.cat(holding)
+            # All take a step before any takes the next: the parts stay full to the end.
+            active = torch.cat(share(partial(go_on, x, step == steps), active))
             if len(active) == 0:
                 return worst
     return worst

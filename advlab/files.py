@@ -12,12 +12,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-SETTINGS = [
-    f"ADVLAB_{name}" for name in ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE")
-]
-SOURCES = ("advlab", "data", "figures", "notebooks", "tests")  # folders of a clone
-
-
 SETTINGS = tuple(
     f"ADVLAB_{name}"
     for name in ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE", "SCHEDULER", "THREADS")

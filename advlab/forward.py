@@ -1,28 +1,122 @@
 """The one place where a model is called: its mode, its answers, and what is counted of them.
 
-Everything is computed in eval mode, `CHUNK` images at a time, and in the dtype of the model's
-weights, which is float32 here. The model is left as it was found, and so are the images.
+Everything is computed in eval mode, in parts of at most `CHUNK` images, and in the dtype of the
+model's weights, which is float32 here. On a CPU several threads take the parts (see `sharing`). The
+model is left as it was found, and so are the images.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from advlab.data import check_batch, check_images
+from advlab.machine import in_threads
 from advlab.models import fastest_layout
 
 Classifier = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 # Images per call. Small chunks stay in the processor's cache: on two cores, 100 at a time is about
 # 1.7 times as fast as 1,000 at a time.
 CHUNK = 100
+# Where threads share them, a chunk is halved if it has so many: from 20 images on, the size of a
+# batch changes neither the rate nor a bit of the logits and gradients of our models.
+HALVED = 60
+PIXELS = 32 * 32  # of an image, for these numbers; larger ones count for several
+
+# Modules whose `forward` only reads what it is given, once they are in eval mode: several threads
+# may call them at once. Nobody knows that of others: they may keep something between two lines.
+PURE = (
+    "torch.nn.modules.",
+    "torch.nn.utils.parametri",  # parametrize and parametrizations
+    "torchvision.models.",
+    "advlab.models",
+)
+DRAWING = (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)  # random numbers, in eval mode, too
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def modules_of(model: Classifier) -> list[nn.Module]:
+    """Return each module of `model` once; none of a function.
+
+    `model.modules()` makes up their names as well, which a single image notices.
+    """
+    found: dict[nn.Module, None] = {}
+    left = [model] if isinstance(model, nn.Module) else []
+    while left:
+        module = left.pop()
+        if module not in found:
+            found[module] = None
+            left += [child for child in module._modules.values() if child is not None]
+    return list(found)
+
+
+def _is_pure(module: nn.Module) -> bool:
+    own = vars(module)
+    return (
+        type(module).__module__.startswith(PURE)
+        and not isinstance(module, DRAWING)
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and module._compiled_call_impl is None
+    )
+
+
+def _is_watched() -> bool:
+    """Tell whether torch reports each operator of this thread to somebody, or each module."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or any(getattr(hooks, f"_global{name}") for name in HOOKS)
+    )
+
+
+def sharing(model: Classifier, images: Tensor) -> Callable[..., list[Any]]:
+    """Return the function by which everything that is asked of `model` is cut into parts.
+
+    ``share(work, *tensors)`` calls ``work`` with each part of the tensors, which are equally long,
+    and returns what it gave in order. Threads share the parts where the model is of modules that
+    are known to allow it (`PURE`), on a CPU, without hooks and watchers. Everybody else's model is
+    called part after part: it may draw random numbers, count its calls or keep what it saw.
+
+    Parts depend on the number of images alone, and each is computed by one torch thread, so the
+    results are the same to the last bit for any number of threads.
+
+    Args:
+        model: In any mode; before hooks of ours are set.
+        images: (N, C, H, W), on its device.
+    """
+    modules = modules_of(model) if images.device.type == "cpu" else ()
+    if modules and all(map(_is_pure, modules)) and not _is_watched():
+        return partial(_share, images.shape[2] * images.shape[3] / PIXELS)
+    return _one_by_one
+
+
+def _one_by_one(work: Callable[..., T], *tensors: Tensor) -> list[T]:
+    return [work(*part) for part in zip(*(t.split(CHUNK) for t in tensors), strict=True)]
+
+
+def _share(size: float, work: Callable[..., T], *tensors: Tensor) -> list[T]:
+    """Share parts of images that have `size` times 32 x 32 pixels (see `sharing`)."""
+    if len(tensors[0]) == 1 < size:  # a single large image: torch's own threads are all that helps
+        return [work(*tensors)]
+    parts: list[tuple[Tensor, ...]] = []
+    for chunk in zip(*(t.split(max(1, int(CHUNK / max(1, size)))) for t in tensors), strict=True):
+        pieces = 2 if len(chunk[0]) * size >= HALVED else 1
+        parts += zip(*(t.tensor_split(pieces) for t in chunk), strict=True)
+    return in_threads(work, parts)
 
 
 @contextmanager
@@ -33,8 +127,7 @@ def eval_mode(model: Classifier) -> Iterator[None]:
     batch norm, say) would be switched as well. What a function calls, no `nn.Module`, cannot be
     found: `ask` refuses one that calls a model in training mode.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
+    training = [module for module in modules_of(model) if module.training]
     try:
         for module in training:
             module.training = False
@@ -67,7 +160,9 @@ def float32_mode(device: torch.device) -> Iterator[None]:
     try:
         for layer in layers:
             layer.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
+        # Entered where it changes something alone, as the modes below: a single image notices.
+        autocast = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             yield
     finally:
         for layer, precision in zip(layers, before, strict=True):
@@ -81,12 +176,15 @@ def recurrent_gradients(model: Classifier, device: torch.device) -> Iterator[Non
     cuDNN's refuse them, PyTorch's own allow them; other models keep cuDNN, which is faster.
     """
     # Not `cudnn.flags`: it also sets, and may refuse to read, what the caller chose for TF32.
+    if device.type != "cuda":
+        yield
+        return
     before = torch.backends.cudnn.enabled
     may_recur = not isinstance(model, nn.Module) or any(  # a function could hide such layers
-        isinstance(module, nn.RNNBase) for module in model.modules()
+        isinstance(module, nn.RNNBase) for module in modules_of(model)
     )
     try:
-        if device.type == "cuda" and may_recur:
+        if may_recur:
             torch.backends.cudnn.enabled = False
         yield
     finally:
@@ -96,9 +194,10 @@ def recurrent_gradients(model: Classifier, device: torch.device) -> Iterator[Non
 @contextmanager
 def gradient_mode(model: Classifier, device: torch.device) -> Iterator[None]:
     """Let gradients be taken in float32 and eval mode, whatever the caller has switched off."""
+    inference = torch.is_inference_mode_enabled()
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.inference_mode(False) if inference else nullcontext(),
+        nullcontext() if torch.is_grad_enabled() else torch.enable_grad(),
         float32_mode(device),
         recurrent_gradients(model, device),
         eval_mode(model),
@@ -128,8 +227,7 @@ def per_image_statistics_mode(model: Classifier) -> Iterator[None]:
     Raises:
         ValueError: if `model` has no `nn.BatchNorm2d` layer.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    layers = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+    layers = [module for module in modules_of(model) if isinstance(module, nn.BatchNorm2d)]
     if not layers:
         raise ValueError(
             f"per_image_statistics=True needs a model with BatchNorm2d layers; "
@@ -179,14 +277,18 @@ def ask(model: Classifier, images: Tensor, layout: torch.memory_format | None = 
             f"({n}, classes){mend}"
         )
     logits = logits.float()
-    finite = logits.detach().isfinite()
-    if not finite.all():
-        broken = int((~finite.all(1)).sum())
+    if not _is_finite(logits):
+        broken = int((~logits.isfinite().all(1)).sum())
         raise ValueError(
             f"the model returned NaN or infinity for {broken} of {n} images; nothing can be "
             "measured of it. Look for weights, running variances or a division that make them"
         )
     return logits
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    # One pass: a sum is NaN or infinite if a number is. It may overflow, too; then each is asked.
+    return math.isfinite(numbers.detach().sum()) or bool(numbers.isfinite().all())
 
 
 def gradient_of(loss: Tensor, images: Tensor) -> Tensor:
@@ -204,9 +306,8 @@ def gradient_of(loss: Tensor, images: Tensor) -> Tensor:
             "returns no differentiable numbers); a white-box attack needs one. Without it there "
             'are "noise", transfer from another model, and AutoAttack\'s "square"'
         )
-    finite = gradient.isfinite()
-    if not finite.all():
-        broken = int((~finite.flatten(1).all(1)).sum())
+    if not _is_finite(gradient):
+        broken = int((~gradient.isfinite().flatten(1).all(1)).sum())
         raise ValueError(
             f"the model's gradient is NaN or infinite for {broken} of {len(images)} images; an "
             "attack cannot follow it. Look for a square root, logarithm or division at 0"
@@ -263,8 +364,9 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
 @torch.no_grad()
 def _predict(model: Classifier, images: Tensor) -> Tensor:
     check_device(model, images)
+    share = sharing(model, images)
     with eval_mode(model), float32_mode(images.device):
-        return torch.cat([ask(model, part) for part in images.split(CHUNK)])
+        return torch.cat(share(partial(ask, model), images))
 
 
 def evaluate(model: Classifier, images: Tensor, labels: Tensor) -> tuple[int, float]:

@@ -1,21 +1,187 @@
-"""What this machine has to compute with, and how a long computation shows where it is."""
+"""What this machine has to compute with, and how a long computation shows where it is.
 
+Torch's own threads wait for each other at every operator: where another program wants a core, two
+of them can be ten times slower than one. So what can be cut is shared among Python threads with one
+torch thread each (`in_threads`), and what cannot, a training, takes the cores that are free.
+"""
+
+import math
 import os
 import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
+import psutil
 import torch
 from tqdm import tqdm
 
 from advlab import files
 
+T = TypeVar("T")
+LITTLE = 0.5  # of a core: what others use of it that does not cost a thread
 DEVICES = ("auto", "cpu", "cuda", "mps")
+OWN_GROUPS, LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux
+GRANTS = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")  # control groups 2 and 1
+
+_lock = threading.Lock()
+_helping = 0  # threads that `in_threads` has started in this process and that are still at work
+
+
+def own_cores() -> set[int]:
+    """Return the numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use: those it may run on, within its `quota`."""
+    return math.ceil(min(len(own_cores()), quota()))
+
+
+def quota() -> float:
+    """Return how many cores' time Linux's control groups grant; infinity without a limit."""
+    granted = [math.inf]
+    with suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if not kinds or "cpu" in kinds.split(","):  # version 2 names no kinds
+                group = LIMITS / kinds / path.lstrip("/")
+                # A limit holds for all groups below; in a container the upper ones are not shown.
+                granted += map(_granted, [group, *group.parents])
+    return min(granted)
+
+
+def _granted(group: Path) -> float:
+    for names in GRANTS:
+        with suppress(OSError, ValueError):  # "max" is no number, and no limit
+            quota, period = map(float, " ".join((group / n).read_text() for n in names).split())
+            if quota > 0:  # -1 is no limit, either
+                return quota / period
+    return math.inf
+
+
+def threads() -> int:
+    """Return how many threads to compute with: ADVLAB_THREADS, or as many as `cores`.
+
+    Never more than torch has in this process now: who gave it one thread meant it.
+
+    Raises:
+        ValueError: if ADVLAB_THREADS is no whole number from 1 on.
+    """
+    said = files.setting(None, "ADVLAB_THREADS")
+    if said and not (said.isascii() and said.isdecimal() and int(said)):
+        raise ValueError(f"ADVLAB_THREADS is {said!r}; give a whole number from 1 on, or auto")
+    torchs = torch.get_num_threads()
+    return min(torchs, int(said) if said else cores()) if torchs > 1 else 1
+
+
+def busy_cores(seconds: float = 0.2) -> float:
+    """Return how many of its cores other processes keep from this one, by a look of `seconds`."""
+    mine, start = time.process_time(), time.perf_counter()
+    busy: Any = psutil.cpu_percent(seconds, percpu=True)
+    mine = (time.process_time() - mine) / (time.perf_counter() - start)
+    return max(0.0, sum(busy[core] for core in own_cores() if core < len(busy)) / 100 - mine)
+
+
+def free_threads() -> int:
+    """Return how many threads a training that starts now should have, at least 1.
+
+    Those of `threads`, less the cores that others keep busy (unless ADVLAB_THREADS is set).
+
+    Raises:
+        ValueError: as `threads`.
+    """
+    allowed = threads()
+    if allowed == 1 or files.setting(None, "ADVLAB_THREADS"):
+        return allowed
+    free = len(own_cores()) - busy_cores()
+    return max(1, min(allowed, int(free + LITTLE)))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch have `count` threads of its own in this Python thread, then as many as before."""
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
+    """Return ``[work(*part) for part in parts]``, computed by several Python threads.
+
+    Each has one torch thread. There are as many as `threads` says, less those that help other
+    calls; the caller's is one, and the others take over its modes (gradients, inference).
+
+    Raises:
+        BaseException: of the first part that fails. No further part is begun then, nor after
+            Ctrl-C, and no thread is left when the error comes.
+    """
+    if len(parts) == 1:
+        with torch_threads(1):
+            return [work(*parts[0])]
+    limit = threads()
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    left = deque(enumerate(parts))
+    found: dict[int, T] = {}
+    failed: dict[int, BaseException] = {}
+
+    def take() -> None:
+        while left:
+            with suppress(IndexError):  # another thread took the last one
+                number, part = left.popleft()
+                try:
+                    found[number] = work(*part)
+                except BaseException as error:
+                    failed[number] = error
+                    left.clear()
+
+    def help_out() -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            take()
+
+    helpers: list[threading.Thread] = []
+    with torch_threads(1), _helpers(len(parts), limit) as count:
+        try:
+            with suppress(RuntimeError):  # the system has no more: those there are do it all
+                for _ in range(count):
+                    helper = threading.Thread(target=help_out)
+                    helper.start()
+                    helpers.append(helper)
+            take()
+        finally:
+            left.clear()
+            for helper in helpers:
+                helper.join()
+    if failed:  # parts are begun in order: the first of these fails first in one thread, too
+        raise failed[min(failed)]
+    return [found[number] for number in range(len(parts))]
+
+
+@contextmanager
+def _helpers(parts: int, limit: int) -> Iterator[int]:
+    """Yield how many threads may help a caller, so that calls at once share `limit` of them."""
+    global _helping
+    with _lock:
+        count = max(0, min(parts, limit - _helping) - 1)
+        _helping += count
+    try:
+        yield count
+    finally:
+        with _lock:
+            _helping -= count
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -34,7 +34,7 @@ from advlab.checkpoints import (
     weights_hash,
 )
 from advlab.data import ImageData, check_name
-from advlab.machine import has_fast_bf16
+from advlab.machine import free_threads, has_fast_bf16
 from advlab.recipes import Recipe, Training, file_stem
 from advlab.training import AugmentedSet, TrainingSet, fit, hold_out, measure_on_test
 
@@ -295,11 +295,13 @@ class Zoo:
         name, device = path.stem, self.data.train.images.device
         shape, classes = self.data.shape, len(self.data.classes)
         model = models.build(arch, self.seed, shape, classes).to(device)
+        threads = free_threads()
         history = fit(
             model,
             train_set,
             recipe,
             seed=self.seed,
+            threads=threads,
             # A curve for the baselines alone: no lesson shows one of the others.
             test=None if training else self.data.test,
             validation=validation,
@@ -320,7 +322,7 @@ class Zoo:
             "history": history,
             "seconds": seconds,
             "images_per_second": len(train_set) * len(history) / seconds,
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "precision": "bfloat16 autocast" if has_fast_bf16(device) else "float32",
             "machine": f"{platform.machine()}, {device.type}",
             "versions": {name: version(name) for name in ("advlab", "torch", "torchvision")},

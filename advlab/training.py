@@ -24,9 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from advlab import files
 from advlab.attacks import fgsm, perturb, pgd
-from advlab.data import Split, check_name
+from advlab.data import Split, check_integer, check_name
 from advlab.forward import eval_mode, evaluate, recurrent_gradients
-from advlab.machine import has_fast_bf16, progress_bar
+from advlab.machine import free_threads, has_fast_bf16, progress_bar, torch_threads
 from advlab.models import fastest_layout
 from advlab.recipes import Recipe
 
@@ -396,6 +396,7 @@ def fit(
     test: Split | None = None,
     validation: Split | None = None,
     precision: str = "auto",
+    threads: int | None = None,
     state_path: Path | None = None,
     progress: str | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -406,7 +407,8 @@ def fit(
     epoch's number alone, so a training that was killed goes on from its last whole epoch to the
     same weights.
 
-    Ten parameters: the first four and `validation` decide the result, the others watch or keep it.
+    Eleven parameters: the first four and `validation` decide the result, the others how it is
+    computed, watched and kept.
 
     Args:
         model: The model; trained in place, left in eval mode.
@@ -419,6 +421,8 @@ def fit(
             result (Rice et al. 2020, 2002.11569).
         precision: Of the forward and backward passes: "float32", "bfloat16", or "auto", which is
             bfloat16 where the device computes it in hardware.
+        threads: Torch's own, for the training alone; None: `machine.free_threads`. Sums are rounded
+            otherwise by another number of them, so for the same weights to the last bit give one.
         state_path: File for the state after each epoch; removed at the end. None keeps none.
         progress: Label of the tqdm bar; None shows no bar.
         on_epoch: Called with each epoch's figures.
@@ -428,12 +432,15 @@ def fit(
         images_per_second; what `measure_on_test` and `measure_on_validation` return, if asked for.
 
     Raises:
-        ValueError: if `state_path` is damaged, `data` is empty or there is no such precision.
+        ValueError: if `state_path` is damaged, `data` is empty, there is no such precision, or
+            `threads` is below 1.
         RuntimeError: at the first loss that is no finite number; nothing of its epoch is
             saved.
     """
+    count = free_threads() if threads is None else check_integer("threads", threads, 1)
     run = _Run(model, data, recipe, seed, precision, state_path)
-    with progress_bar(progress, recipe.epochs * run.steps, "step") as bar:
+    total = recipe.epochs * run.steps
+    with torch_threads(count), progress_bar(progress, total, "step") as bar:
         bar.update(len(run.history) * run.steps)
         while len(run.history) < recipe.epochs:
             figures = run.epoch(bar.update)

@@ -202,8 +202,9 @@ def own_folders(tmp_path, monkeypatch):
     """Let everything be written below tmp_path, and forget the caller's settings."""
     monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ADVLAB_OUTPUT", str(tmp_path / "output"))
-    for name in ("ADVLAB_DATA", "ADVLAB_PROFILE", "ADVLAB_DATASET", "ADVLAB_DEVICE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in files.SETTINGS:
+        if name not in ("ADVLAB_CACHE", "ADVLAB_OUTPUT"):
+            monkeypatch.delenv(name, raising=False)
     tasks._opened.cache_clear()  # what a process keeps open has folders of another test
     yield
     plt.close("all")

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from advlab import attacks, models
+from advlab import attacks, forward, models
 from advlab.attacks import (
     attack_loss,
     bim,
@@ -617,7 +617,7 @@ def test_pgd_does_not_depend_on_order_or_on_how_it_is_cut(undecided, monkeypatch
         shuffled = torch.empty_like(images)
         shuffled[order] = pgd(model, images[order], labels[order], UNDECIDED_EPS, **options)
         assert share_of_moved_pixels(shuffled, expected) <= PATH_SHARE
-    monkeypatch.setattr(attacks, "CHUNK", 7)
+    monkeypatch.setattr(forward, "CHUNK", 7)
     cut = pgd(model, images, labels, UNDECIDED_EPS, **options)
     assert share_of_moved_pixels(cut, expected) <= PATH_SHARE
 

@@ -284,7 +284,7 @@ def test_the_table_is_complete():
     # Every public function that takes a model and images stands in the tables above.
     inside = {"attack_loss", "check_targets", "check_device", "ask", "gradient_of", "check_outputs"}
     inside |= {"recurrent_gradients", "gradient_mode", "eval_mode", "float32_mode", "check_eps"}
-    inside |= {"per_image_statistics_mode"}
+    inside |= {"per_image_statistics_mode", "modules_of", "sharing"}
     written = Path(__file__).read_text()
     for module in (attacks, forward):
         for name, function in inspect.getmembers(module, inspect.isfunction):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import as_checkpoint, balance, write_lesson
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from advlab import catalogue, checkpoints, models, paper
 from advlab.attacks import fgsm, fgsm_direction, pgd
-from advlab.bench import footprint, measure, paper_way, parts, rivals, run, strongest
+from advlab.bench import busy, footprint, measure, paper_way, parts, rivals, run, strongest
 from advlab.bench.measure import PAPERS, Row, once
 from advlab.bench.whole_paper import whole_part
 from advlab.data import Split
@@ -43,7 +44,7 @@ def instant(monkeypatch):
             way.call()
         return {name: [seconds.get(name, 1.0)] for name in ways}
 
-    for module in (measure, parts, rivals):
+    for module in (busy, measure, parts, rivals):
         monkeypatch.setattr(module, "side_by_side", side_by_side)
     for module in (parts, rivals):
         monkeypatch.setattr(module, "highest_rate", lambda *_: 1_000.0)
@@ -135,7 +136,7 @@ def test_crafting_counts_images_and_scales_to_the_whole_data_set(shapes, source,
     rows = parts.crafting_part(shapes, source, rounds=1, n=100)
     one = by_way(rows, "one direction, cnn")
     assert one[PAPERS].value == 48 / 4
-    for way in ("batched, per-image statistics", "running statistics, 100 at a time"):
+    for way in ("batched, per-image statistics", "batched, running statistics"):
         assert (one[way].value, one[way].of_ceiling) == (100, pytest.approx(0.1))
         assert one[way].ratio == pytest.approx(100 / 12)
     for k, seconds in ((1, 1.0), (4, 1.25), (8, 1.5)):
@@ -357,6 +358,42 @@ def test_whole_paper_is_the_sum_of_its_parts(shipped):
     assert ours.value - fast.value == pytest.approx((10 * 200 / 2 - 10 * 80 / 4) / 3600)
     assert (clock.value, memory.value) == (pytest.approx(1_500 / 3600), 1_500)
     assert "11 models" in clock.what
+
+
+# --- a busy machine
+
+
+def test_neighbour_is_at_work_while_it_is_measured_and_ends(shapes, small_cnn, instant):
+    with busy.neighbour():
+        (process,) = psutil.Process().children()
+        assert process.is_running()
+    assert not process.is_running()
+    instant.update({busy.QUIET: 2.0, busy.BUSY: 5.0})
+    rows = busy.neighbour_part(shapes, small_cnn, rounds=1)
+    found = by_way(rows, f"answers, robust CNN, {len(shapes.test):,} images")
+    assert found[busy.BUSY].value == len(shapes.test) / 5
+    cost = found["the neighbour's cost"]
+    assert (cost.value, cost.target, cost.target_of) == (2.5, 1.5, "at most")
+    assert not psutil.Process().children()
+
+
+def test_kernels_cpu_seconds_are_counted_in_a_row_and_at_once(monkeypatch):
+    ran = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count, _):
+            ran.append(count)
+            super().__init__(count)
+
+    clock = iter([0.0, 40.0, 40.0, 90.0])
+    monkeypatch.setattr(busy, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(busy, "_of_children", lambda: next(clock))
+    monkeypatch.setattr(busy, "run_lesson", lambda name: ran.append(name))
+    rows = busy.kernels_part({"ADVLAB_PROFILE": "quick"})
+    lesson = busy.LESSON
+    assert ran == [lesson, *[1, lesson] * 4, 4, *[lesson] * 4]
+    assert [row.value for row in rows] == [40, 50, 1.25]
+    assert (rows[-1].target, rows[-1].target_of) == (1.2, "at most")
 
 
 # --- all of it

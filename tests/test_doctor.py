@@ -8,7 +8,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from advlab import _torchvision, checkpoints, datasets, files, models
+from advlab import _torchvision, checkpoints, datasets, files, machine, models
 from advlab.upkeep import doctor
 from advlab.upkeep.doctor import check_package, run_checks
 
@@ -109,6 +109,19 @@ def test_data_set_that_is_chosen_is_the_one_that_is_checked(monkeypatch, no_netw
     assert line("data") == (True, "data", "shapes10")
     monkeypatch.setenv("ADVLAB_DATASET", "mnist")
     assert line("data") == (True, "data", "MNIST is not here; it is downloaded")
+
+
+def test_cores_are_told_with_quota_load_and_the_threads_that_follow(monkeypatch):
+    monkeypatch.setattr(machine, "quota", lambda: 1.5)
+    monkeypatch.setattr(machine, "own_cores", lambda: {0, 1, 2})
+    monkeypatch.setattr(machine, "busy_cores", lambda: 0.7)
+    with machine.torch_threads(4):
+        found = line("cores").detail
+    assert found.startswith("2 of ")
+    assert "quota 1.5; others keep 0.7 busy. Attacks and tables use 2 thread(s)" in found
+    assert found.endswith("ADVLAB_THREADS sets both")
+    monkeypatch.setenv("ADVLAB_THREADS", "many")
+    assert not line("cores").ok
 
 
 def test_kernel_of_another_python_is_named_with_the_mend(monkeypatch, tmp_path):

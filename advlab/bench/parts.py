@@ -13,7 +13,6 @@ from itertools import product
 from multiprocessing import get_context
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from advlab import attacks, models, paper
+from advlab import models, paper
 from advlab.attacks import fgsm, fgsm_direction, perturb
 from advlab.bench import paper_way
 from advlab.bench.ceiling import PRECISIONS, highest_rate, multiply_adds
@@ -202,9 +201,6 @@ def crafting_part(images: ImageData, source: Checkpoint, rounds: int, n: int = 1
             partial(craft, per_image_statistics=True), n, limit, target=goals[0]
         ),
         "batched, running statistics": Way(craft, n, limit, target=goals[1]),
-        f"running statistics, {n:,} at a time": Way(
-            patch.object(attacks, "CHUNK", n)(craft), n, limit
-        ),
     }
     for_eps = {
         f"{k} eps": Way(partial(_craft_for, model, many, paper.SWEEP_TRAIN_EPS[1 : 1 + k]), n)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from advlab import datasets, files, paper, plots
-from advlab.bench import footprint, parts, picture, rivals
+from advlab.bench import busy, footprint, parts, picture, rivals
 from advlab.bench.measure import Row, cells
 from advlab.bench.scale import scale_part
 from advlab.bench.strongest import strongest_part
@@ -55,6 +55,9 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
         "attacks": partial(parts.attacks_part, images, plain["cnn"], rounds),
         "FGSM": partial(rivals.fgsm_part, images, plain["cnn"], rounds),
         "PGD": partial(rivals.pgd_part, images, networks, rounds),
+        "a busy machine": partial(
+            busy.busy_part, images, networks["robust cnn"][0], dataset, root, rounds
+        ),
         "memory": partial(footprint.memory_part, dataset, root),
         "start": partial(footprint.start_part, rounds),
         "explorer": partial(footprint.explorer_part, plain, images),

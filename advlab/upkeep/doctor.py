@@ -4,6 +4,7 @@ Torch and what stands on it are imported by the checks alone: they tell when tha
 """
 
 import importlib
+import math
 import os
 import platform
 import subprocess
@@ -117,6 +118,19 @@ def _device() -> tuple[bool, str]:
     return True, f"{device.type}, trains in {precision}"
 
 
+def _cores() -> tuple[bool, str]:
+    from advlab import machine
+
+    found = f"{machine.cores()} of {os.cpu_count()}, {platform.machine()}"
+    if math.isfinite(machine.quota()):
+        found += f", quota {machine.quota():.3g}"
+    return True, (
+        f"{found}; others keep {machine.busy_cores():.1f} busy. Attacks and tables use "
+        f"{machine.threads()} thread(s), a training that starts now {machine.free_threads()}; "
+        "ADVLAB_THREADS sets both"
+    )
+
+
 def free_memory_gb() -> float:
     """Return the memory that is free for a new program, in GB."""
     import psutil
@@ -146,7 +160,7 @@ def run_checks() -> list[Check]:
         "kernel": _kernel,
         "checkpoints": _checkpoints,
         "device": _device,
-        "cores": lambda: (True, f"{os.cpu_count()}, {platform.machine()}"),
+        "cores": _cores,
         "free memory": _memory,
     }.items():
         try:
