@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-SETTINGS = tuple(
-    f"ADVLAB_{name}"
-    for name in ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE", "SCHEDULER", "THREADS")
-)
+NAMES = ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE", "SCHEDULER", "THREADS")
+SETTINGS = [f"ADVLAB_{name}" for name in NAMES]
+SOURCES = ("advlab", "data", "figures", "notebooks", "tests")  # folders of a clone
 
 
 def setting(value: str | None, variable: str = "", default: str = "") -> str:
