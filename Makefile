@@ -42,8 +42,8 @@ bench: libraries              ## speed beside the paper's way and other librarie
 	$(ADVLAB) bench
 
 # torchattacks pins an old `requests` that JupyterLab cannot live with, hence --no-deps.
-libraries: .venv/installed    ## torchattacks, foolbox and ART, to compare with
-	$(PIP) --quiet --editable ".[bench]"
+libraries: .venv/installed    ## torchattacks, foolbox, ART and pyautoattack, to compare with
+	$(PIP) --quiet --editable ".[bench,audit]"
 	$(PIP) --quiet --no-deps torchattacks
 
 course: .venv/installed       ## nbgrader, and the student versions of the assignments

@@ -84,7 +84,8 @@ def on_cluster(command: Callable[..., None]) -> Callable[..., None]:
     update_wrapper(with_options, command)
     parameters = {**signature(command).parameters, **options.parameters}
     del parameters["given"]
-    with_options.__signature__ = options.replace(parameters=[*parameters.values()])
+    shown = options.replace(parameters=[*parameters.values()])
+    with_options.__signature__ = shown  # type: ignore[attr-defined]
     with_options.__annotations__ = {name: p.annotation for name, p in parameters.items()}
     return with_options
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from advlab import catalogue, checkpoints, models, paper
 from advlab.attacks import fgsm, fgsm_direction, pgd
-from advlab.bench import footprint, measure, paper_way, parts, rivals, run
+from advlab.bench import footprint, measure, paper_way, parts, rivals, run, strongest
 from advlab.bench.measure import PAPERS, Row, once
 from advlab.bench.whole_paper import whole_part
 from advlab.data import Split
@@ -260,6 +262,42 @@ def test_library_that_is_not_installed_is_left_out(small_cnn, monkeypatch):
         monkeypatch.setattr(rivals, name, missing)
     monkeypatch.setattr(rivals, "_foolbox", lambda *_: rivals.Library(None, None))
     assert list(rivals.libraries(small_cnn, 0.01, 1)) == ["foolbox"]
+
+
+@pytest.mark.parametrize("other", [0, 5])
+def test_autoattack_is_timed_where_its_package_has_the_same_verdicts(
+    easy, small_cnn, monkeypatch, other
+):
+    class AutoAttack:
+        def __init__(self, model, eps, seed):
+            self.model = model
+
+        def run_standard_evaluation(self, images, labels, batch_size):
+            return images, self.model(images).argmax(1)
+
+    def ours(model, images, labels, eps, each):
+        held = model(images).argmax(1) == labels
+        return held if other == 0 else held & (torch.arange(len(labels)) >= other)
+
+    monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace(AutoAttack=AutoAttack))
+    monkeypatch.setattr(strongest, "auto_attack", ours)
+    monkeypatch.setattr(strongest, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
+    ask = partial(strongest.strongest_part, easy, small_cnn, {"a": small_cnn}, n=120, few=2)
+    if other:
+        with pytest.raises(RuntimeError, match=r"robust CNN: .* other verdicts on 5 images; not"):
+            ask()
+        return
+    rows = ask()
+    assert [(row.what, row.way, row.target) for row in rows[1::2]] == [
+        ("robust CNN, 120 images", "advlab", 1.3),
+        ("the paper's 1 models, 2 images", "advlab", 5.0),
+    ]
+    for theirs, mine in zip(rows[::2], rows[1::2], strict=True):
+        assert (theirs.way, mine.against) == ("pyautoattack", "pyautoattack")
+        assert mine.ratio == pytest.approx(mine.value / theirs.value)
+    assert rows[1].note == "120 of 120 images hold"
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    assert ask() == []
 
 
 # --- what a reader waits for

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from advlab import datasets, files, plots
+from advlab import datasets, files, paper, plots
 from advlab.bench import footprint, parts, picture, rivals
 from advlab.bench.measure import Row, cells
+from advlab.bench.strongest import strongest_part
 from advlab.bench.whole_paper import whole_part
 from advlab.upkeep import readme, runs
 from advlab.upkeep.processes import KEEP_MEMORY, environment
@@ -57,6 +59,10 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
         "explorer": partial(footprint.explorer_part, plain, images),
     }
     if images.papers:
+        ten = product(paper.TABLES, paper.TABLE_TRAIN_EPS)
+        papers = {f"{arch} eps={eps:g}": zoo.get(arch, eps).model for arch, eps in ten}
+        cnn = networks["robust cnn"][0]
+        jobs["AutoAttack"] = partial(strongest_part, images, cnn, papers)
         jobs["whole paper"] = partial(whole_part, rows, files.home())
     console = Console()
     for number, (name, job) in enumerate(jobs.items(), 1):

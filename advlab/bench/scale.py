@@ -79,7 +79,7 @@ def _send(client: Client, seconds: dict[str, float]) -> list[Any]:
 
 @contextmanager
 def _workers(number: int) -> Iterator[Client]:
-    quiet = {"distributed.scheduler.http.routes": []}
+    quiet: dict[str, Any] = {"distributed.scheduler.http.routes": []}
     with (
         dask.config.set(LOCAL | quiet),
         LocalCluster(

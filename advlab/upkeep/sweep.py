@@ -98,7 +98,7 @@ class Sweep:
                 below = "" if profile == base.profile else profile
                 output = str(Path(base.output_dir) / below)
                 options = replace(base, profile=profile, output_dir=output, seed=seed)
-                trainings: list[Training] = sorted({0.0, *self.train_eps})
+                trainings: list[Training] = [*sorted({0.0, *self.train_eps})]
                 if recipe in ADVERSARIAL:
                     trainings = [PROFILES[profile].adversarial[recipe]]
                 # The slow one first, so that the cores end together.
@@ -127,7 +127,7 @@ def parse(given: Iterable[tuple[str, Any]]) -> Sweep:
     Raises:
         ValueError: for another name, a value of another kind, or as `Sweep`.
     """
-    asked = {}
+    asked: dict[str, Any] = {}
     for name, value in given:
         check_name("part of a sweep", name, [field.name for field in fields(Sweep)])
         values = value if isinstance(value, list) else str(value).split(",")
@@ -309,8 +309,8 @@ def _measurements(
     asked: dict[str, Measurement] = {}
     augmented = [model for how, model in models.items() if not isinstance(how, Recipe)]
     if augmented:
-        given = place, options, augmented, paper.TEST_EPS, TRANSFER, models[0.0]
-        asked[f"the paper's test, {group}"] = tasks.measure, given
+        transfer = place, options, augmented, paper.TEST_EPS, TRANSFER, models[0.0]
+        asked[f"the paper's test, {group}"] = tasks.measure, transfer
     for how, model in models.items():
         for attack in sweep.attacks:
             name = f"{attack}, {model_name(arch, how)}, profile {options.profile}"
@@ -333,8 +333,8 @@ def _table(
     augmented = [model for how, model in models.items() if not isinstance(how, Recipe)]
     parts = []
     if augmented:
-        asked = {"attack": TRANSFER, "source": models[0.0]}
-        parts.append(table(augmented, test_eps=paper.TEST_EPS, **asked))
+        shown = partial(table, augmented, test_eps=paper.TEST_EPS, attack=TRANSFER)
+        parts.append(shown(source=models[0.0]))
     for attack in sweep.attacks:
         parts.append(table([*models.values()], test_eps=(0.0, EPS), attack=attack))
     weights = {model.name: model.metadata["weights_hash"] for model in models.values()}
