@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from secrets import token_hex
 from typing import Any
 
 import nbformat
+import psutil
 from distributed import Worker, get_worker
 
 import advlab
@@ -36,6 +36,7 @@ from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
 from advlab.upkeep import tasks
 from advlab.upkeep.kernels import short_folder
+from advlab.upkeep.processes import kill_children
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
 LARGEST_FILE = 20_000_000  # bytes
@@ -309,8 +310,9 @@ def _run_limited(command: Sequence[str], given: bytes, seconds: int) -> tuple[st
                 reason = "could not be run (see log.txt)" if process.returncode else ""
                 break
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):  # has ended
+                kill_children(process.pid)
+            process.kill()
             process.wait()
         log.seek(0)
         return reason, made, log.read()
