@@ -10,7 +10,6 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +159,7 @@ def _hidden(folder: Path, output: Path, found: Sequence[Submission]) -> Hidden:
 
 
 def _check_workers(cluster: Cluster, hidden: Hidden | None) -> None:
-    for where, error in cluster.ask_all(grading.check_worker, hidden).items():
+    for where, error in cluster.ask_all(grading.check, hidden).items():
         if error:
             raise CourseError(f"{error}" if cluster.shared else f"worker {where}: {error}")
 
@@ -189,11 +188,9 @@ def _results(
         future = next(running)
         one, identity = sent.pop(future)
         try:
-            scores = grading.land(one, output, identity, future)
-        except CancelledError as error:
-            raise ClusterError(
-                "the scheduler is gone; what was graded is kept: run this again"
-            ) from error
+            scores = grading.land(one, output, identity, cluster.result(future))
+        except ClusterError:
+            raise
         except Exception as error:  # no reason to stop the others
             scores = grading.not_graded(names[one.assignment], error)
         yield one, scores

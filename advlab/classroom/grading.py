@@ -5,10 +5,10 @@ the worker a submission runs in a process of its own, which is killed in time. T
 its answers, is on no disk there: it goes to that process through a pipe.
 """
 
+import asyncio
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +25,8 @@ from secrets import token_hex
 from typing import Any
 
 import nbformat
-from distributed import Future, get_worker
+import psutil
+from distributed import Worker, get_worker
 
 import advlab
 from advlab import files
@@ -35,6 +36,7 @@ from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
 from advlab.upkeep import tasks
 from advlab.upkeep.kernels import short_folder
+from advlab.upkeep.processes import kill_children
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
 LARGEST_FILE = 20_000_000  # bytes
@@ -61,18 +63,17 @@ class Hidden:
     folders: tuple[Path, ...]
     secrets: tuple[Path, ...]
 
-    def here(self) -> "Hidden":
-        """Return the same with a worker's clone, its user's home, and where it keeps tasks."""
+    def here(self, own: Path) -> "Hidden":
+        """Return the same with a worker's clone, its user's home, and its `own` folder."""
         package = Path(advlab.__file__).resolve().parent.parent
         clones = [files.home(), *filter(files.is_clone, [package])]
         answers = [
             path for clone in clones for path in clone.glob("notebooks/assignments/*/*.ipynb")
         ]
         user = filter(None, [files.user_home()])
-        folders = [*clones, *user, Path(get_worker().local_directory)]
         # The sandbox has a /tmp of its own.
-        own = [path.absolute() for path in folders if path != Path("/tmp")]
-        both = ((*self.folders, *own), (*self.secrets, *answers))
+        added = [path.absolute() for path in (*clones, *user, own) if path != Path("/tmp")]
+        both = ((*self.folders, *added), (*self.secrets, *answers))
         return Hidden(*(tuple(dict.fromkeys(paths)) for paths in both))
 
 
@@ -137,23 +138,23 @@ def earlier(one: Submission, source: Path, output: Path, *, sandbox: bool) -> di
     return None
 
 
-def land(one: Submission, output: Path, identity: str, sent: Future) -> dict[str, Any]:
+def land(one: Submission, output: Path, identity: str, ran: Ran) -> dict[str, Any]:
     """Write what came of a submission to where it is kept; return its scores.
 
     Args:
         one: The submission.
         output: Where `course.grade` writes.
         identity: That of its `Work`.
-        sent: Has a `Ran`.
+        ran: What came of it.
 
     Returns:
         reason (why the notebook could not be run to its end, or ""), seconds, and cells: for each
         graded cell its points, score (None where a person must read the answer) and reason.
 
     Raises:
-        OSError: if it could not be run, or cannot be written; or what `sent` raises.
+        OSError: if it could not be run, or cannot be written.
     """
-    kept, ran = one.kept(output), sent.result()
+    kept = one.kept(output)
     shutil.rmtree(kept, ignore_errors=True)
     files.write_bytes(kept / "log.txt", ran.log)
     if ran.scores is None:
@@ -177,23 +178,33 @@ def not_graded(source: Path, error: Exception) -> dict[str, Any]:
 # --- on a worker
 
 
+async def check(hidden: Hidden | None, dask_worker: Worker) -> None:
+    """Do what `check_worker` does, beside all else that the worker does."""
+    await asyncio.to_thread(check_worker, hidden, Path(dask_worker.local_directory))
+
+
 @cache
-def check_worker(hidden: Hidden | None) -> None:
-    """See once whether this worker can grade.
+def check_worker(hidden: Hidden | None, own: Path) -> None:
+    """See once whether a worker can grade.
 
     Args:
-        hidden: As in `check_sandbox`; None for no sandbox.
+        hidden: None for no sandbox.
+        own: The worker's own folder.
 
     Raises:
         CourseError: without nbgrader; or see `check_sandbox`.
     """
     need_nbgrader()
     if hidden:
-        check_sandbox(hidden.here())
+        check_sandbox(hidden.here(own), own)
 
 
-def check_sandbox(hidden: Hidden) -> None:
+def check_sandbox(hidden: Hidden, own: Path) -> None:
     """Start Python under bubblewrap once, and try from inside what a submission must not do.
+
+    Args:
+        hidden: What the sandbox covers, and what no program in it may read.
+        own: The worker's own folder.
 
     Raises:
         CourseError: if bubblewrap is not there, or fails, with what it printed; or if the sandbox
@@ -206,7 +217,7 @@ def check_sandbox(hidden: Hidden) -> None:
             f"machine's files. Install it (Debian: apt install bubblewrap), {accept}"
         )
     token = token_hex()
-    with _work_folder() as work, socket.create_server(("127.0.0.1", 0)) as server:
+    with _work_folder(own) as work, socket.create_server(("127.0.0.1", 0)) as server:
         job = {
             "hidden": [str(path) for path in hidden.folders],
             "secrets": [str(path) for path in hidden.secrets],
@@ -234,13 +245,12 @@ def check_sandbox(hidden: Hidden) -> None:
 
 
 @contextmanager
-def _work_folder() -> Iterator[Path]:
+def _work_folder(own: Path) -> Iterator[Path]:
     """Yield a folder that goes at the end, whatever was made of it meanwhile.
 
-    It is the worker's own: where that is killed, the next one to start removes it.
+    It is in the worker's `own`: where that is killed, the next one to start removes it.
     """
-    beside = short_folder(get_worker().local_directory)
-    work = Path(tempfile.mkdtemp(prefix="g", dir=beside))
+    work = Path(tempfile.mkdtemp(prefix="g", dir=short_folder(str(own))))
     try:
         yield work
     finally:  # neither goes where a link leads, or minds how deep folders are nested
@@ -256,13 +266,14 @@ def run(work: Work, hidden: Hidden | None) -> Ran:
         StoppedError: if nobody waits for it any longer.
         OSError: for a full disk, say.
     """
-    check_worker(hidden)
+    own = Path(get_worker().local_directory)
+    check_worker(hidden, own)
     start = time.perf_counter()
-    with _work_folder() as folder:
+    with _work_folder(own) as folder:
         job = {
             "assignment": work.assignment.decode(),
             "work": str(folder),
-            "hidden": [str(path) for path in hidden.here().folders] if hidden else None,
+            "hidden": [str(path) for path in hidden.here(own).folders] if hidden else None,
             "limits": {"cell_seconds": CELL_SECONDS, "seconds": SECONDS, "megabytes": MEGABYTES},
             "parent": os.getpid(),
         }
@@ -299,8 +310,9 @@ def _run_limited(command: Sequence[str], given: bytes, seconds: int) -> tuple[st
                 reason = "could not be run (see log.txt)" if process.returncode else ""
                 break
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):  # has ended
+                kill_children(process.pid)
+            process.kill()
             process.wait()
         log.seek(0)
         return reason, made, log.read()

@@ -32,12 +32,13 @@ def _set(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def kill_children() -> None:
-    """Kill all that this process has started, and what that has started."""
-    for process in psutil.Process().children(recursive=True):
+def kill_children(of: int | None = None) -> None:
+    """Kill all that a process, by default this one, has started, and what that has started."""
+    for process in psutil.Process(of).children(recursive=True):
         with suppress(psutil.Error):
-            # Python's own, which ends by itself and would complain.
-            if "resource_tracker" not in " ".join(process.cmdline()):
+            # Python's own, which ends by itself and would complain; a submission may be called so.
+            own = process.ppid() == os.getpid() and "resource_tracker" in str(process.cmdline())
+            if not own:
                 process.kill()
 
 
