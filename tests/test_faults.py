@@ -43,7 +43,7 @@ from advlab.recipes import Recipe
 from advlab.upkeep import sweep
 from advlab.upkeep.cluster import ClusterError, Scheduler, connect
 from advlab.upkeep.graph import TaskError, missing, raise_failed, training
-from advlab.upkeep.tasks import Job, Options, token_of
+from advlab.upkeep.tasks import EPOCHS, Job, Options, token_of
 
 CIFAR10 = datasets.CIFAR10
 # Read by Python when it starts: torchvision then expects the MD5 sums of the made-up CIFAR-10.
@@ -230,20 +230,30 @@ def meanwhile(function, *arguments):
         future.result()
 
 
+@pytest.mark.parametrize("where", ["elsewhere", "there"])
 def test_training_whose_worker_is_killed_starts_again_with_the_same_weights(
-    cluster, options, tmp_path
+    cluster, options, tmp_path, where
 ):
-    def kill():
-        cluster.machines[began_on(cluster, LONG)].stop()
-
-    cluster.mend(2)
-    with meanwhile(kill):
-        assert train(cluster, Job(options, "cnn", LONG)) == 1
-    assert sum(bool(cluster.machines[name].running()) for name in cluster.WORKERS) == 1
-    zoo = options.open().zoo
-    undisturbed = replace(zoo, folder=tmp_path / "undisturbed").get("cnn", LONG)
-    found = read_metadata(zoo.find("cnn", LONG))
+    cluster.mend()
+    recipe = replace(LONG, name=f"long-{where}")
+    job, zoo = Job(options, "cnn", recipe), options.open().zoo
+    with ThreadPoolExecutor(1) as pool:
+        trained = pool.submit(train, cluster, job)
+        name = began_on(cluster, recipe)
+        time.sleep(0.5)  # a few epochs
+        for worker in cluster.WORKERS if where == "there" else (name,):
+            cluster.machines[worker].stop()
+        if where == "there":
+            cluster.start_workers(name)
+        assert trained.result() == 1
+    undisturbed = replace(zoo, folder=tmp_path / "undisturbed").get("cnn", recipe)
+    found = read_metadata(zoo.find("cnn", recipe))
     assert found["weights_hash"] == undisturbed.metadata["weights_hash"]
+    keys = security(cluster.machines["client"].credentials)
+    with Client(cluster.ADDRESS, security=keys) as asks:
+        told = [one for _, one in asks.get_events(EPOCHS) if one["model"] == job.name]
+    # The state is on that machine: no whole epoch is computed twice there.
+    assert (len(told) > recipe.epochs) == (where == "elsewhere")
 
 
 def test_task_that_fails_is_named_and_the_others_go_on(cluster, options, capfd):
