@@ -252,7 +252,7 @@ class Cluster:
                 hub.shell(f"ip link set {name} master br0 up")
                 machine.shell(f"{address} eth0; ip link set eth0 up")
 
-    def mend(self, workers: int) -> None:
+    def mend(self, workers: int = 2) -> None:
         """Let the scheduler and so many of the two workers run."""
         if not self.machines["scheduler"].running():
             self._start("scheduler", "dask_scheduler", f"--host={self.ADDRESS}", "--no-dashboard")

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from contextlib import contextmanager
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pandas as pd
 import psutil
 import pytest
 from conftest import draw_pictures
 from distributed import Client
+from nodes import Authority, security
 
 from advlab import lab
 from advlab.data import DataError
@@ -18,7 +21,7 @@ from advlab.upkeep.cluster import ClusterError, Scheduler
 from advlab.upkeep.graph import TaskError
 from advlab.upkeep.processes import environment
 from advlab.upkeep.sweep import Sweep
-from advlab.upkeep.tasks import File, Job, Options, Place
+from advlab.upkeep.tasks import File, Job, Options, Place, VersionError
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,18 @@ def test_a_file_that_describes_no_sweep_is_named(tmp_path, text):
         sweep.read_file(tmp_path / "sweep.yaml")
 
 
+def test_a_file_from_elsewhere_replaces_an_older_one_of_its_name(tmp_path):
+    made = File(tmp_path / "there" / "model", b"new")
+    (tmp_path / "model").write_bytes(b"old")
+    assert made.put(tmp_path).read_bytes() == b"new"
+
+
+def test_a_worker_that_came_later_runs_no_other_code(options):
+    place = Place("abc", options.open().data.md5, ("other code", "torch 9.9"))
+    with pytest.raises(VersionError, match=r"another version of advlab .*torch \(torch 9.9, here"):
+        tasks.open_data(place, options)
+
+
 # --- which cluster
 
 
@@ -205,19 +220,33 @@ def test_workers_of_another_version_are_refused_by_name(cluster, monkeypatch, pa
         clusters._check_versions(cluster)
 
 
-def test_the_own_cluster_listens_on_loopback_and_knows_its_user_alone(cluster):
+def listening() -> set[tuple[str, int]]:
+    """Return the addresses at which this process and its children listen."""
     me = psutil.Process()
-    listening = {
-        connection.laddr
-        for process in (me, *me.children(recursive=True))
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert {address.ip for address in listening} == {"127.0.0.1"}
-    address = cluster.client.scheduler.address
-    for scheme in ("tcp", "tls"):
-        with pytest.raises((OSError, TypeError)):
-            Client(address.replace("tls", scheme), timeout=2)
+    sockets = [s for p in (me, *me.children(recursive=True)) for s in p.net_connections()]
+    return {tuple(s.laddr) for s in sockets if s.status == psutil.CONN_LISTEN}
+
+
+def test_the_own_cluster_listens_on_loopback_and_knows_its_user_alone(cluster, tmp_path):
+    stranger, opened = security(Authority().write(tmp_path)), listening()
+    assert {host for host, _ in opened} == {"127.0.0.1"}
+    asked = {port for _, port in opened if not speaks_http(port)}
+    assert len(asked) == 1 + 2 * 2  # the scheduler, two workers and their nannies
+    for port in asked:
+        for scheme, keys in (("tcp", None), ("tls", stranger)):
+            with pytest.raises(OSError, match=r"closed|not match"):
+                Client(f"{scheme}://127.0.0.1:{port}", security=keys, timeout=2)
+
+
+def speaks_http(port: int) -> bool:
+    """Tell whether Dask's pages would be at this port; assert that they are not."""
+    answers = set()
+    for page in ("info/main/workers.html", "json/counts.json", "metrics", "health"):
+        with pytest.raises(OSError, match=r"404|reset|closed") as refused:
+            urlopen(f"http://127.0.0.1:{port}/{page}", timeout=2)
+        answers.add(isinstance(refused.value, HTTPError))
+    assert len(answers) == 1
+    return answers.pop()
 
 
 def test_workers_see_the_settings_of_now(cluster):

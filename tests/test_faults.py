@@ -5,7 +5,9 @@ in the network of the machine "client".
 """
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,10 +18,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import write_cifar
+from conftest import write_cifar, write_lesson
 from distributed import Client
 from nodes import (
     IMPORTED,
+    TESTS,
     Authority,
     Cluster,
     Machine,
@@ -30,14 +33,17 @@ from nodes import (
     wait_for,
     why_no_machines,
 )
+from typer.testing import CliRunner, Result
 
-from advlab import files
+from advlab import files, store
 from advlab._torchvision import datasets
 from advlab.checkpoints import read_metadata
+from advlab.cli import app
 from advlab.recipes import Recipe
+from advlab.upkeep import sweep
 from advlab.upkeep.cluster import ClusterError, Scheduler, connect
 from advlab.upkeep.graph import TaskError, missing, raise_failed, training
-from advlab.upkeep.tasks import Job, Options
+from advlab.upkeep.tasks import EPOCHS, Job, Options, token_of
 
 CIFAR10 = datasets.CIFAR10
 # Read by Python when it starts: torchvision then expects the MD5 sums of the made-up CIFAR-10.
@@ -57,7 +63,7 @@ def machines(tmp_path_factory):
     if why_no_machines():
         pytest.skip(f"no machines of our own: {why_no_machines()}")
     cluster = Cluster(tmp_path_factory.mktemp("machines"))
-    for machine in map(cluster.machines.get, cluster.WORKERS):
+    for machine in map(cluster.machines.get, (*cluster.WORKERS, "client")):
         with pytest.MonkeyPatch.context() as patched:
             write_cifar(CIFAR10, machine.path("data"), patched)
             lists = {part: getattr(CIFAR10, part) for part in ("train_list", "test_list", "meta")}
@@ -145,6 +151,65 @@ def test_nothing_is_left_of_machines_whose_test_was_killed(tmp_path):
     wait_for(lambda: not alive(started), "no process is left", 5)
 
 
+# --- every command that computes does so on these machines, too
+
+
+def command(cluster: Cluster, *words: str) -> Result:
+    """Give a command to advlab, and the address and keys of the cluster."""
+    paths = cluster.machines["client"].credentials
+    names = {"ca-file": "--tls-ca", "cert": "--tls-cert", "key": "--tls-key"}
+    keys = [word for part, name in names.items() for word in (name, paths[part])]
+    return CliRunner().invoke(app, [*words, "--scheduler", cluster.ADDRESS, *keys])
+
+
+@pytest.fixture
+def clone(empty_home, monkeypatch):
+    """A clone with a lesson that needs two models, and one model that is shipped."""
+    write_lesson(empty_home, "01_baseline", "print('done')")
+    shipped = "data/checkpoints/cnn-baseline-seed0.safetensors"
+    (empty_home / shipped).parent.mkdir(parents=True)
+    shutil.copy(TESTS.parent / shipped, empty_home / shipped)
+    monkeypatch.setattr(store, "fit", None)  # no model is trained in this process
+    return empty_home
+
+
+SWEEP = "sweep --recipe quick --arch cnn --seeds 0-1 --train-eps 0.1 --attack fgsm"
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        ("run 01 --profile quick --output-dir out", "out/notebooks/01_baseline.ipynb"),
+        (f"{SWEEP} --output-dir out", "out/sweep.csv"),
+        ("audit cnn --auto-n 1", "outputs/audit/audit.csv"),
+    ],
+)
+def test_commands_compute_on_two_machines(cluster, options, clone, monkeypatch, words, made):
+    cluster.mend()
+    monkeypatch.chdir(clone)
+    done = command(cluster, *words.split(), "--dataset", "cifar10", "--data-dir", options.data_dir)
+    assert done.exit_code == 0, done.output
+    assert (clone / made).is_file()
+
+
+def test_command_ends_with_1_where_a_task_failed(cluster, options, clone, monkeypatch):
+    cluster.mend()
+    monkeypatch.chdir(clone)
+    place = ["--dataset", "cifar10", "--data-dir", options.data_dir, "--output-dir", "out"]
+    base = sweep.options("cifar10", options.data_dir, "out", "cpu")
+    [(first, *_), _] = sweep.Sweep(("quick",), (0, 1), (0.1,), ("cnn",)).groups(base)
+    token = token_of(first.open().zoo.folder)
+    for name in cluster.WORKERS:  # a folder in the way of one model
+        folder = cluster.machines[name].path(f"cache/cluster/{token}/checkpoints")
+        (folder / "cnn-eps0.1-seed1.lock").mkdir(parents=True)
+    done = command(cluster, *SWEEP.split(), *place)
+    assert done.exit_code == 1
+    assert re.search(r"failed: [^$]*cnn-eps0\.1-seed1[^$]*--resume", done.output)
+    found = {path.name for path in first.open().zoo.folder.glob("cnn-*-seed?.safetensors")}
+    others = ("baseline-seed0", "baseline-seed1", "eps0.1-seed0")
+    assert found == {f"cnn-{name}.safetensors" for name in others}
+
+
 # --- faults while a run goes on
 
 
@@ -165,20 +230,30 @@ def meanwhile(function, *arguments):
         future.result()
 
 
+@pytest.mark.parametrize("where", ["elsewhere", "there"])
 def test_training_whose_worker_is_killed_starts_again_with_the_same_weights(
-    cluster, options, tmp_path
+    cluster, options, tmp_path, where
 ):
-    def kill():
-        cluster.machines[began_on(cluster, LONG)].stop()
-
-    cluster.mend(2)
-    with meanwhile(kill):
-        assert train(cluster, Job(options, "cnn", LONG)) == 1
-    assert sum(bool(cluster.machines[name].running()) for name in cluster.WORKERS) == 1
-    zoo = options.open().zoo
-    undisturbed = replace(zoo, folder=tmp_path / "undisturbed").get("cnn", LONG)
-    found = read_metadata(zoo.find("cnn", LONG))
+    cluster.mend()
+    recipe = replace(LONG, name=f"long-{where}")
+    job, zoo = Job(options, "cnn", recipe), options.open().zoo
+    with ThreadPoolExecutor(1) as pool:
+        trained = pool.submit(train, cluster, job)
+        name = began_on(cluster, recipe)
+        time.sleep(0.5)  # a few epochs
+        for worker in cluster.WORKERS if where == "there" else (name,):
+            cluster.machines[worker].stop()
+        if where == "there":
+            cluster.start_workers(name)
+        assert trained.result() == 1
+    undisturbed = replace(zoo, folder=tmp_path / "undisturbed").get("cnn", recipe)
+    found = read_metadata(zoo.find("cnn", recipe))
     assert found["weights_hash"] == undisturbed.metadata["weights_hash"]
+    keys = security(cluster.machines["client"].credentials)
+    with Client(cluster.ADDRESS, security=keys) as asks:
+        told = [one for _, one in asks.get_events(EPOCHS) if one["model"] == job.name]
+    # The state is on that machine: no whole epoch is computed twice there.
+    assert (len(told) > recipe.epochs) == (where == "elsewhere")
 
 
 def test_task_that_fails_is_named_and_the_others_go_on(cluster, options, capfd):
@@ -215,6 +290,38 @@ def test_run_whose_scheduler_is_gone_keeps_what_is_finished_and_goes_on(cluster,
     cluster.mend(1)
     assert train(cluster, baseline, augmented) == 1
     assert zoo.find("cnn").stat().st_mtime_ns == before.st_mtime_ns
+
+
+ASKER = """
+import sys
+from advlab.recipes import Recipe
+from advlab.upkeep.cluster import Scheduler, connect
+from advlab.upkeep.graph import training
+from advlab.upkeep.tasks import Job, Options
+options = Options("quick", "cifar10", output_dir="out").resolved()
+job = Job(options, "cnn", Recipe(sys.argv[1], epochs=100_000, batch_size=32))
+with connect(Scheduler(*sys.argv[2:])) as cluster, training(cluster, [job]):
+    pass
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nobody_works_on_for_a_client_that_has_ended(cluster, options, number):
+    client, recipe = cluster.machines["client"], Recipe(f"until-{number:d}", 1)
+    words = (recipe.name, cluster.ADDRESS, *client.credentials.values())
+    process = client.start("-c", ASKER, *words, log="asker.log")
+    worker = cluster.machines[began_on(cluster, recipe)]
+    [state] = worker.folder.glob(f"cache/cluster/*/checkpoints/cnn-{recipe.name}-*.state")
+    process.send_signal(number)
+    process.wait(10)
+
+    def is_still() -> bool:
+        before = state.stat().st_mtime_ns
+        time.sleep(1)
+        return state.stat().st_mtime_ns == before
+
+    wait_for(is_still, "end of the training", 10)
+    assert worker.running()
 
 
 # --- workers that may not begin

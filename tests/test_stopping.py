@@ -1,4 +1,4 @@
-"""The cluster of this machine's own: who may use it, and what is left when a run is stopped."""
+"""What is left of a run that is stopped: everything that was finished, and no process."""
 
 import json
 import os
@@ -9,48 +9,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import psutil
 import pytest
 from conftest import draw_pictures, write_lesson
-from distributed import Client
-from nodes import Authority, alive, security, wait_for
-
-from advlab.upkeep.cluster import connect
-
-
-def listening() -> set[tuple[str, int]]:
-    """Return the addresses at which this process and its children listen."""
-    me = psutil.Process()
-    sockets = [s for p in (me, *me.children(recursive=True)) for s in p.net_connections()]
-    return {tuple(s.laddr) for s in sockets if s.status == psutil.CONN_LISTEN}
-
-
-def test_own_cluster_is_open_to_nobody_else(tmp_path):
-    stranger, before = security(Authority().write(tmp_path)), listening()
-    with connect(jobs=1) as cluster:
-        assert cluster.client.submit(sum, [1, 2]).result() == 3
-        opened = listening() - before
-        assert {host for host, _ in opened} == {"127.0.0.1"}
-        pages = {port for _, port in opened if speaks_http(port)}
-        assert len(pages) < len(opened)
-        for port in {port for _, port in opened} - pages:
-            for address, keys in (("tcp", None), ("tls", stranger)):
-                with pytest.raises(OSError, match=r"closed|not match"):
-                    Client(f"{address}://127.0.0.1:{port}", security=keys, timeout=2)
-
-
-def speaks_http(port: int) -> bool:
-    """Tell whether Dask's pages would be at this port; assert that they are not."""
-    answers = set()
-    for page in ("info/main/workers.html", "json/counts.json", "metrics", "health"):
-        with pytest.raises(OSError, match=r"404|reset|closed") as refused:
-            urlopen(f"http://127.0.0.1:{port}/{page}", timeout=2)
-        answers.add(isinstance(refused.value, HTTPError))
-    assert len(answers) == 1
-    return answers.pop()
+from nodes import alive, wait_for
 
 
 @pytest.fixture

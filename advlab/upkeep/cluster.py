@@ -19,6 +19,7 @@ import dask
 from distributed import Client, Future, LocalCluster, Security
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
+from distributed.core import Status
 from distributed.utils import get_mp_context
 
 from advlab import files
@@ -214,11 +215,18 @@ def _own(workers: int) -> Iterator[Client]:
             yield client
         except BaseException:
             # A worker ends when its task does, and a training takes hours.
+            start_no_more(client)
             kill_children()
             raise
         finally:
             client.close()
             started.close()
+
+
+def start_no_more(client: Client) -> None:
+    """Let no worker of an own cluster be started in place of one that ends from now on."""
+    for nanny in client.cluster.workers.values() if client.cluster else ():
+        nanny.status = Status.closing_gracefully
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from advlab.recipes import Recipe
 from advlab.store import Store, Zoo
 from advlab.training import hold_out
 from advlab.upkeep import tasks
-from advlab.upkeep.cluster import Cluster
+from advlab.upkeep.cluster import Cluster, start_no_more
 from advlab.upkeep.processes import kill_children
 from advlab.upkeep.tasks import File, Job
 
@@ -79,7 +79,7 @@ class Trainings:
     """
 
     def __init__(self, cluster: Cluster, jobs: Sequence[Job], bar: tqdm) -> None:
-        self._cluster, self._bar, self._run = cluster, bar, uuid4().hex[:8]
+        self.cluster, self._bar, self._run = cluster, bar, uuid4().hex[:8]
         self._sent: dict[str, Future] = {}
         self._promises: dict[Job, Promise] = {}
         self._images = {job.name: images_to_train(job.options.open().zoo, job) for job in jobs}
@@ -91,7 +91,7 @@ class Trainings:
     def _submit(self, name: str, function: Any, *arguments: Any) -> Future:
         """Send a task; those that are sent first are done first."""
         key, order = f"{name}-{self._run}", -len(self._sent)
-        self._sent[name] = self._cluster.client.submit(
+        self._sent[name] = self.cluster.client.submit(
             function, *arguments, key=key, priority=order, pure=False
         )
         return self._sent[name]
@@ -103,7 +103,7 @@ class Trainings:
         opened = job.options.open()
         if job.training and not isinstance(job.training, Recipe):
             needs = self._baseline_and_directions(Job(job.options, job.arch, 0.0))
-        place = self._cluster.place(job.options)
+        place = self.cluster.place(job.options)
         future = self._submit(job.name, tasks.train_model, place, job, *needs)
         self._promises[job] = Promise()
         future.add_done_callback(partial(self._land, job, opened.zoo.folder))
@@ -112,14 +112,14 @@ class Trainings:
     def _baseline_and_directions(self, baseline: Job) -> list[File | Future]:
         """Return the files of both: those that are here, or what will become of the tasks."""
         opened = baseline.options.open()
-        place, zoo = self._cluster.place(baseline.options), opened.zoo
+        place, zoo = self.cluster.place(baseline.options), opened.zoo
         made: File | Future
         name = f"directions-{baseline.name}"
         if path := zoo.find(baseline.arch):
-            made = self._cluster.file(path)
+            made = self.cluster.file(path)
             crafted = zoo.directions_path(baseline.arch)
             if crafted.is_file():
-                return [made, self._cluster.file(crafted)]
+                return [made, self.cluster.file(crafted)]
         else:
             made = self._train(baseline)
         if name not in self._sent:
@@ -141,7 +141,7 @@ class Trainings:
         """Put a model that is done where it belongs, and tell whoever waits for it."""
         promise = self._promises[job]
         try:
-            path = self._cluster.result(future).put(folder)
+            path = self.cluster.result(future).put(folder)
             log = read_metadata(path)
         except BaseException as error:
             promise.set_exception(error)
@@ -155,7 +155,7 @@ class Trainings:
 
     def stop(self) -> None:
         """Call off what is not done, and let nobody wait for it."""
-        self._cluster.client.cancel([*self._sent.values()])
+        self.cluster.client.cancel([*self._sent.values()])
         for promise in self._promises.values():
             if not promise.done():
                 promise.set_exception(tasks.StoppedError("the run was stopped"))
@@ -190,6 +190,7 @@ def stopping_at_once(trained: Trainings | None) -> Iterator[None]:
     except BaseException:
         if trained:
             trained.stop()
+            start_no_more(trained.cluster.client)
         kill_children()
         raise
 
