@@ -39,7 +39,7 @@ class Group(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            errors.print("advlab: stopped. What is finished is kept; go on with --resume")
+            errors.print("advlab: stopped. What is finished is kept")
             raise typer.Exit(130) from None
         except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
             text = f"advlab: {error}"

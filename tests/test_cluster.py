@@ -11,6 +11,7 @@ import psutil
 import pytest
 from conftest import draw_pictures
 from distributed import Client
+from filelock import FileLock
 from nodes import Authority, security
 
 from advlab import lab
@@ -119,6 +120,15 @@ def test_sweep_trains_measures_draws_and_goes_on(cluster, options, tmp_path, mon
     monkeypatch.setattr(tasks, "measure", None)  # all is there: nothing is measured again
     assert sweep.run(asked, options).read_bytes() == first
     assert "6 models; 0 models to train" in capsys.readouterr().out
+
+
+def test_two_sweeps_in_one_folder_are_refused(options, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(RuntimeError, match="another sweep is writing to"),
+    ):
+        sweep.run(Sweep(("quick",), archs=("cnn",)), options)
 
 
 @pytest.mark.parametrize(

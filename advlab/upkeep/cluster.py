@@ -121,7 +121,7 @@ class Cluster:
 
     client: Client
     shared: bool
-    _checked: set[str] = field(default_factory=set)
+    _places: dict[str, tasks.Place] = field(default_factory=dict)
 
     def place(self, options: tasks.Options) -> tasks.Place:
         """Return where tasks of a run keep their files, when each worker has opened its data.
@@ -132,11 +132,16 @@ class Cluster:
         opened = options.open()
         token = "" if self.shared else tasks.token_of(opened.zoo.folder)
         place = tasks.Place(token, opened.data.md5)
-        if not self.shared and token not in self._checked:
+        if not self.shared and token not in self._places:
             found = self.ask_all(tasks.open_data, place, options)
             _refuse({w: f"cannot open {opened.data.name}: {e}" for w, e in found.items() if e})
-            self._checked.add(token)
+            self._places[token] = place
         return place
+
+    def clear(self) -> None:
+        """Remove what the workers have kept of this run for a later one to go on with."""
+        for place in self._places.values():
+            self.ask_all(tasks.clear, place)
 
     def file(self, path: Any) -> tasks.File:
         """Return a file of this machine as a task can have it."""
@@ -189,6 +194,7 @@ def connect(asked: Scheduler | None = None, jobs: int | None = None) -> Iterator
         cluster = Cluster(client, shared=address is None)
         _check_versions(cluster)
         yield cluster
+        cluster.clear()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from advlab import datasets, evaluation, files, lab, paper, plots
@@ -237,6 +238,7 @@ def run(
     Raises:
         TaskError: if trainings or measurements failed; what the others made is kept.
         ClusterError: as `cluster.connect`.
+        RuntimeError: if another sweep is at work in the same folder.
     """
     console = console or Console()
     groups = list(sweep.groups(base))
@@ -247,11 +249,19 @@ def run(
     workers = processes_for(todo or jobs)
     console.print(f"{len(jobs)} models; {cost(todo, workers)}.", markup=False, soft_wrap=True)
     output = Path(base.output_dir) / "sweep.csv"
+    files.make_folder(output.parent)
     if dry:
         return output
-    unmeasured = [group for group in groups if not _is_measured(sweep, *group)]
-    if unmeasured:
-        _make(sweep, unmeasured, todo, scheduler)
+    try:
+        with FileLock(output.with_name(".lock"), timeout=0):
+            unmeasured = [group for group in groups if not _is_measured(sweep, *group)]
+            if unmeasured:
+                _make(sweep, unmeasured, todo, scheduler)
+    except Timeout as error:
+        raise RuntimeError(
+            f"another sweep is writing to {output.parent}; wait for it, or choose another "
+            "--output-dir"
+        ) from error
     table = pd.concat([_table(sweep, *group) for group in groups], ignore_index=True)
     files.write_table(output, table)
     draw(output)

@@ -188,8 +188,7 @@ def open_data(place: Place, options: Options) -> None:
 
 def clear(place: Place) -> None:
     """Remove the worker's own folder."""
-    if place.token:
-        shutil.rmtree(place.folder, ignore_errors=True)
+    shutil.rmtree(place.folder, ignore_errors=True)
 
 
 class VersionError(RuntimeError):
