@@ -16,6 +16,7 @@ from nodes import Authority, security
 
 from advlab import lab
 from advlab.data import DataError
+from advlab.store import Zoo
 from advlab.upkeep import cluster as clusters
 from advlab.upkeep import graph, sweep, tasks
 from advlab.upkeep.cluster import ClusterError, Scheduler
@@ -72,9 +73,9 @@ def test_a_training_that_fails_is_named_and_the_others_are_finished(cluster, opt
     bad, good = Job(options, "cnn", 0.4), Job(options, "cnn", 0.3)
     (options.open().zoo.folder / f"{bad.name}.lock").mkdir(parents=True)
     failed = train(cluster, [bad, good])
-    assert list(failed) == ["cnn-eps0.4-seed0"]
+    assert list(failed) == ["cnn-eps0.4-seed0 of profile quick"]
     assert graph.missing([bad, good]) == [bad]
-    told = r"1 of 2 trainings failed: cnn-eps0.4-seed0: IsADirectoryError: [^$]*--resume"
+    told = r"1 of 2 trainings failed: cnn-eps0.4-seed0 of profile quick: IsADir[^$]*--resume"
     with pytest.raises(TaskError, match=told):
         graph.raise_failed(failed, 2, "trainings")
 
@@ -84,7 +85,7 @@ def test_another_machine_s_worker_keeps_files_of_its_own(options, tmp_path, monk
     zoo = options.open().zoo
     mine = zoo.get("cnn").path
     monkeypatch.setenv("ADVLAB_CACHE", str(tmp_path / "theirs"))
-    monkeypatch.setattr(tasks, "_tell", lambda name, row: None)
+    monkeypatch.setattr(tasks, "_tell", lambda *_: None)
     place, job = Place("abc", zoo.data.md5), Job(options, "cnn", 0.1)
     baseline = File(mine, mine.read_bytes())
     signs = tasks.craft(place, Job(options, "cnn", 0.0), baseline)
@@ -106,20 +107,22 @@ def test_sweep_trains_measures_draws_and_goes_on(cluster, options, tmp_path, mon
         yield cluster
 
     monkeypatch.setattr(sweep, "connect", here)
-    asked = Sweep(("quick", "robust"), (0, 1), (0.1,), ("cnn",), ("fgsm",))
+    monkeypatch.setattr(Zoo, "_train", None)  # of this process: the workers train
+    asked = Sweep(("quick", "robust", "fast"), (0, 1), (0.1,), ("cnn",), ("fgsm",))
     path = sweep.run(asked, options)
     first = path.read_bytes()
-    assert "6 models; 0" not in capsys.readouterr().out
+    assert "10 models; 0" not in capsys.readouterr().out
     table = pd.read_csv(path)
-    keys = ["model", "seed", "attack", "source", "test_eps"]
+    keys = ["model", "recipe", "seed", "attack", "source", "test_eps"]
     assert not table.duplicated(keys).any()
-    assert len(table) == 2 * (2 * len(sweep.paper.TEST_EPS) + 3 * 2)
-    assert table["weights"].nunique() == 6
+    assert len(table) == 2 * (2 * 2 * len(sweep.paper.TEST_EPS) + 5 * 2)
+    assert table.groupby(["model", "recipe", "seed"])["weights"].nunique().eq(1).all()
+    assert table["weights"].nunique() == 10  # of two recipes, too, whose files have one name
     assert set(table.loc[table["attack"] == sweep.TRANSFER, "source"]) == {"cnn baseline"}
     assert path.with_suffix(".png").stat().st_size > 5_000
     monkeypatch.setattr(tasks, "measure", None)  # all is there: nothing is measured again
     assert sweep.run(asked, options).read_bytes() == first
-    assert "6 models; 0 models to train" in capsys.readouterr().out
+    assert "10 models; 0 models to train" in capsys.readouterr().out
 
 
 def test_two_sweeps_in_one_folder_are_refused(options, tmp_path):

@@ -251,7 +251,7 @@ def test_training_whose_worker_is_killed_starts_again_with_the_same_weights(
     assert found["weights_hash"] == undisturbed.metadata["weights_hash"]
     keys = security(cluster.machines["client"].credentials)
     with Client(cluster.ADDRESS, security=keys) as asks:
-        told = [one for _, one in asks.get_events(EPOCHS) if one["model"] == job.name]
+        told = [one for _, one in asks.get_events(EPOCHS) if one["model"] == job.key]
     firsts = [one for one in told if round(one["images"]) == len(zoo.data.train)]
     assert len(firsts) == (2 if where == "elsewhere" else 1)  # the state is on that machine
 

@@ -82,7 +82,7 @@ class Trainings:
         self.cluster, self._bar, self._run = cluster, bar, uuid4().hex[:8]
         self._sent: dict[str, Future] = {}
         self._promises: dict[Job, Promise] = {}
-        self._images = {job.name: images_to_train(job.options.open().zoo, job) for job in jobs}
+        self._images = {job.key: images_to_train(job.options.open().zoo, job) for job in jobs}
         self._seen = dict.fromkeys(self._images, 0.0)
         cluster.client.subscribe_topic(tasks.EPOCHS, self._told)
         for job in jobs:
@@ -98,13 +98,13 @@ class Trainings:
 
     def _train(self, job: Job) -> Future:
         if job in self._promises:
-            return self._sent[job.name]
+            return self._sent[job.key]
         needs: list[File | Future] = []
         opened = job.options.open()
         if job.training and not isinstance(job.training, Recipe):
             needs = self._baseline_and_directions(Job(job.options, job.arch, 0.0))
         place = self.cluster.place(job.options)
-        future = self._submit(job.name, tasks.train_model, place, job, *needs)
+        future = self._submit(job.key, tasks.train_model, place, job, *needs)
         self._promises[job] = Promise()
         future.add_done_callback(partial(self._land, job, opened.zoo.folder))
         return future
@@ -114,7 +114,7 @@ class Trainings:
         opened = baseline.options.open()
         place, zoo = self.cluster.place(baseline.options), opened.zoo
         made: File | Future
-        name = f"directions-{baseline.name}"
+        name = f"directions, {baseline.key}"
         if path := zoo.find(baseline.arch):
             made = self.cluster.file(path)
             crafted = zoo.directions_path(baseline.arch)
@@ -140,13 +140,15 @@ class Trainings:
     def _land(self, job: Job, folder: Path, future: Future) -> None:
         """Put a model that is done where it belongs, and tell whoever waits for it."""
         promise = self._promises[job]
+        if promise.done():  # the run was stopped
+            return
         try:
             path = self.cluster.result(future).put(folder)
             log = read_metadata(path)
         except BaseException as error:
             promise.set_exception(error)
             return
-        self._move(job.name, self._images.get(job.name, 0))
+        self._move(job.key, self._images.get(job.key, 0))
         rate = f"{log['images_per_second']:,.0f} images/s"
         self._bar.write(f"  {job.name:<36} accuracy {log['test_accuracy']:.4f}, {rate}")
         done = sum(p.done() for p in self._promises.values()) + 1
@@ -165,14 +167,14 @@ class Trainings:
 
     def __getitem__(self, job: Job) -> Future:
         """Return what will become of a model's file."""
-        return self._sent[job.name]
+        return self._sent[job.key]
 
     def __contains__(self, job: Job) -> bool:
         return job in self._promises
 
     def failed(self, jobs: Iterable[Job]) -> dict[str, BaseException]:
         """Wait until `jobs` are done; return the errors of those that failed, by name."""
-        waited = {job.name: self._promises[job] for job in jobs if job in self._promises}
+        waited = {job.key: self._promises[job] for job in jobs if job in self._promises}
         errors = {name: promise.exception() for name, promise in waited.items()}
         return {name: error for name, error in errors.items() if error}
 

@@ -30,6 +30,7 @@ from advlab.upkeep.cluster import Scheduler, connect
 from advlab.upkeep.graph import (
     Kept,
     Measurement,
+    TaskError,
     file,
     images_to_train,
     measure,
@@ -284,9 +285,11 @@ def _make(
         for options, arch, trainings in groups:
             models = {one: file(cluster, trained, Job(options, arch, one)) for one in trainings}
             asked |= _measurements(sweep, cluster.place(options), options, arch, models)
-        measure(cluster, groups[0][0].open().store, asked, "measurements")
-        failed = trained.failed(todo) if trained else {}
-    raise_failed(failed, len(todo), "trainings")
+        try:
+            measure(cluster, groups[0][0].open().store, asked, "measurements")
+        except TaskError:  # what is to be measured may have failed before
+            raise_failed(trained.failed(todo) if trained else {}, len(todo), "trainings")
+            raise
 
 
 def _is_measured(sweep: Sweep, options: Options, arch: str, trainings: list[Training]) -> bool:

@@ -8,7 +8,7 @@ finds the data itself. This module is light, because every worker imports it.
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -87,6 +87,11 @@ class Job:
     def name(self) -> str:
         """What its file is called, without ending."""
         return file_stem(self.arch, self.training, self.options.seed)
+
+    @property
+    def key(self) -> str:
+        """What no other model is called: recipes of two profiles may have the same file names."""
+        return f"{self.name} of profile {self.options.profile}"
 
 
 @dataclass(frozen=True)
@@ -208,11 +213,11 @@ def check_wanted(what: str) -> None:
         raise StoppedError(f"{what} was called off")
 
 
-def _tell(name: str, row: dict[str, float]) -> None:
+def _tell(job: Job, name: str, row: dict[str, float]) -> None:
     """Tell whoever asked that an epoch is done, and stop if nobody asks any longer."""
     check_wanted(f"the training of {name}")
     images = row["epoch"] * row["seconds"] * row["images_per_second"]
-    get_worker().log_event(EPOCHS, {"model": name, "images": images})
+    get_worker().log_event(EPOCHS, {"model": job.key, "images": images})
 
 
 def train_model(place: Place, job: Job, *needs: File) -> File:
@@ -226,7 +231,7 @@ def train_model(place: Place, job: Job, *needs: File) -> File:
     zoo = place.open(job.options).zoo
     for need in needs:
         need.put(zoo.folder)
-    zoo.on_epoch = _tell
+    zoo.on_epoch = partial(_tell, job)
     return place.made(zoo.get(job.arch, job.training).path)
 
 

@@ -180,7 +180,7 @@ def _measure(cluster: Cluster, options: Options, trials: Sequence[_Trial]) -> No
         file = cluster.file(trial.checkpoint.path)
         for attack, n in trial.attacks().items():
             given = place, options, [file], sizes(attack), attack, None, n
-            asked[f"{trial.checkpoint.name}, {attack}"] = tasks.measure, given
+            asked[f"{trial.checkpoint.path.stem}, {attack}"] = tasks.measure, given
     measure(cluster, opened.store, asked, "FGSM and PGD")
     for trial in trials:
         trial.rows(opened.store, cluster.map)
