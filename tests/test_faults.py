@@ -4,6 +4,7 @@ The machines are namespaces (see `nodes`) and the processes real ones. Whoever a
 in the network of the machine "client".
 """
 
+import gc
 import os
 import re
 import shutil
@@ -55,6 +56,13 @@ for name, value in {lists}.items():
 LONG = Recipe("long", epochs=20, batch_size=32)
 ENDLESS = Recipe("endless", epochs=100_000, batch_size=32)
 HOPELESS = Recipe("hopeless", epochs=2, batch_size=32, lr=1e30)
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Let no client that failed be found while another one starts: that would wait for ever."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
