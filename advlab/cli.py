@@ -39,7 +39,8 @@ class Group(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            errors.print("advlab: stopped. What is finished is kept")
+            told = "go on with the same command, and --resume where it has that"
+            errors.print(f"advlab: stopped. What is finished is kept; {told}", soft_wrap=True)
             raise typer.Exit(130) from None
         except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
             text = f"advlab: {error}"

@@ -266,7 +266,8 @@ def test_training_whose_worker_is_killed_starts_again_with_the_same_weights(
 
 def test_task_that_fails_is_named_and_the_others_go_on(cluster, options, capfd):
     jobs = [Job(options, "cnn", training) for training in (HOPELESS, 0.0, 0.1)]
-    with pytest.raises(TaskError, match=r"1 of 3 .*cnn-hopeless-seed0: .*Lower the learning rate"):
+    told = r"1 of 3 .*cnn-hopeless-seed0 of profile quick: .*Lower the learning rate"
+    with pytest.raises(TaskError, match=told):
         train(cluster, *jobs)
     zoo = options.open().zoo
     assert [bool(zoo.find("cnn", training)) for training in (HOPELESS, 0.0, 0.1)] == [0, 1, 1]
