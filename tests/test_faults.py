@@ -128,18 +128,7 @@ def test_who_has_no_credentials_gets_nothing(cluster, tmp_path, who):
 CRASH = """
 import sys; sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from nodes import (
-    IMPORTED,
-    Authority,
-    Cluster,
-    Machine,
-    alive,
-    look_around,
-    needs_machines,
-    security,
-    wait_for,
-    why_no_machines,
-)
+from nodes import Cluster
 cluster = Cluster(Path(sys.argv[1]))
 cluster.mend(2)
 print("ready", flush=True)

@@ -39,9 +39,7 @@ LOCAL: dict[str, Any] = {
     "distributed.nanny.pre-spawn-environ": ENVIRONMENT,
     "distributed.worker.multiprocessing-method": "forkserver" if FORK else "spawn",
     # A training takes the memory that it takes: there is nothing to spill, and no use in pausing.
-    **{
-        f"distributed.worker.memory.{at}": False for at in ("target", "spill", "pause", "terminate")
-    },
+    **{f"distributed.worker.memory.{at}": False for at in MEMORY},
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",  # the usual 20 ms cost a process 2 % of a core
     "distributed.scheduler.allowed-failures": 2,  # so often a task may lose its worker

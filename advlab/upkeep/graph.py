@@ -75,15 +75,17 @@ class Trainings:
     Args:
         cluster: Trains them.
         jobs: Those that are missing, the first ones first.
+        images: How many images the training of each goes through, by its key.
         bar: Counts images; a line is written for each model that is done.
     """
 
-    def __init__(self, cluster: Cluster, jobs: Sequence[Job], bar: tqdm) -> None:
+    def __init__(
+        self, cluster: Cluster, jobs: Sequence[Job], images: Mapping[str, int], bar: tqdm
+    ) -> None:
         self.cluster, self._bar, self._run = cluster, bar, uuid4().hex[:8]
         self._sent: dict[str, Future] = {}
         self._promises: dict[Job, Promise] = {}
-        self._images = {job.key: images_to_train(job.options.open().zoo, job) for job in jobs}
-        self._seen = dict.fromkeys(self._images, 0.0)
+        self._images, self._seen = images, dict.fromkeys(images, 0.0)
         cluster.client.subscribe_topic(tasks.EPOCHS, self._told)
         for job in jobs:
             self._train(job)
@@ -219,9 +221,9 @@ def training(cluster: Cluster, jobs: Sequence[Job]) -> Iterator[Trainings]:
         jobs: Models that are `missing`, the first ones first; the baselines that others need are
             added.
     """
-    images = sum(images_to_train(job.options.open().zoo, job) for job in jobs)
-    with run_bar(f"{len(jobs)} models", images, " images") as bar:
-        trained = Trainings(cluster, jobs, bar)
+    images = {job.key: images_to_train(job.options.open().zoo, job) for job in jobs}
+    with run_bar(f"{len(jobs)} models", sum(images.values()), " images") as bar:
+        trained = Trainings(cluster, jobs, images, bar)
         try:
             yield trained
             trained.failed(jobs)
@@ -251,9 +253,7 @@ class Kept(Store):
 Measurement = tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]
 
 
-def measure(
-    cluster: Cluster, store: Store, asked: Mapping[str, Measurement], label: str | None
-) -> None:
+def measure(cluster: Cluster, store: Store, asked: Mapping[str, Measurement], label: str) -> None:
     """Let the cluster measure, and keep what it finds in `store`, where everybody finds it again.
 
     Args:
@@ -261,7 +261,7 @@ def measure(
         store: Gets the results, each as soon as it is there.
         asked: By name, functions of `tasks` that return what they measured, by key; and their
             arguments.
-        label: Of the bar; None shows none.
+        label: Of the bar.
 
     Raises:
         TaskError: if some failed; what the others found is kept.
@@ -271,7 +271,7 @@ def measure(
         cluster.client.submit(function, *given, key=f"{name}-{run}", pure=False): name
         for name, (function, given) in asked.items()
     }
-    with progress_bar(label, len(sent), "measurement") as bar:
+    with run_bar(label, len(sent), "measurement") as bar:
         for future in as_completed(sent):
             try:
                 for name, result in cluster.result(future).items():

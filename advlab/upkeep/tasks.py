@@ -250,10 +250,8 @@ class _Noted(Store):
     found: dict[str, Any] = field(default_factory=dict)
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        result = super().remember(name, compute)
-        if name:
-            self.found[name] = result
-        return result
+        self.found[name] = super().remember(name, compute)
+        return self.found[name]
 
 
 def measure(
