@@ -16,15 +16,19 @@ from conftest import draw_pictures, write_lesson
 from nodes import alive, wait_for
 
 
+ENDLESS = ("98_endless", "99_endless")
+
+
 @pytest.fixture
 def clone(tmp_path):
-    """A clone with a lesson that needs two models and one that needs none, and never ends."""
+    """A clone: one lesson needs two models, two need none and never end, one core runs one."""
     clone = tmp_path / "clone"
     for name in ("pyproject.toml", "advlab/files.py"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).touch()
     write_lesson(clone, "01_baseline", "print('done')")
-    write_lesson(clone, "99_endless", "import time\ntime.sleep(600)")
+    for name in ENDLESS:
+        write_lesson(clone, name, "import time\ntime.sleep(600)")
     for name in ("cat", "dog"):
         draw_pictures(tmp_path / "pictures", name, 200)
     return clone
@@ -84,9 +88,10 @@ def test_run_that_is_stopped_stops_at_once_and_goes_on(clone, run):
         printed = stop_after_an_epoch(clone, run, number)
         assert "Traceback" not in printed
         assert "--resume" in printed or number == signal.SIGKILL
-    write_lesson(clone, "99_endless", "print('in the end')")
+    for name in ENDLESS:
+        write_lesson(clone, name, "print('in the end')")
     assert run().wait(120) == 0, (clone / "log").read_text()
     assert json.loads((clone / "out" / "run.json").read_text())["notebooks"].keys() == {
         "01_baseline",
-        "99_endless",
+        *ENDLESS,
     }

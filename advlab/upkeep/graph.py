@@ -6,10 +6,12 @@ baseline -> directions -> augmented models: a model waits for its baseline, and 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Promise
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 from uuid import uuid4
 
@@ -187,15 +189,28 @@ def _put(folder: Path, future: Future) -> None:
 
 
 @contextmanager
-def stopping_at_once(trained: Trainings | None) -> Iterator[None]:
-    """When the block is interrupted, end all that runs, so that no thread waits for it."""
+def stopping_at_once(trained: Trainings | None, begun: Iterable[Promise]) -> Iterator[Event]:
+    """When the block is interrupted, end all that runs, so that no thread waits for it.
+
+    Args:
+        trained: What the cluster trains.
+        begun: Threads' work that starts processes; read when the block is left.
+
+    Yields:
+        Set on interruption: who has not started then must not start.
+    """
+    stopped = Event()
     try:
-        yield
+        yield stopped
     except BaseException:
+        stopped.set()
         if trained:
             trained.stop()
             start_no_more(trained.cluster.client)
-        kill_children()
+        while True:  # a process may just have been starting
+            kill_children()
+            if not wait(begun, timeout=0.2).not_done:
+                break
         raise
 
 

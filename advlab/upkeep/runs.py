@@ -7,13 +7,13 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from threading import Lock, Semaphore
+from threading import Event, Lock, Semaphore
 from typing import Any
 
 import nbformat
@@ -338,12 +338,13 @@ class _Batch:
                 trained = stack.enter_context(training(cluster, jobs))
             bar = stack.enter_context(run_bar("lessons", cells, "cell"))
             pool = stack.enter_context(ThreadPoolExecutor(1 + len(todo)))
-            stack.enter_context(stopping_at_once(trained))
+            begun: list[Future] = []
+            stopped = stack.enter_context(stopping_at_once(trained, begun))
             models = pool.submit(self._wait_for_models, trained, jobs, start)
             if alone:
                 wait([models])
-            lesson = partial(self._run_lesson, trained=trained, turn=turn, bar=bar)
-            begun = [pool.submit(lesson, name, path) for name, path in todo.items()]
+            lesson = partial(self._run_lesson, trained=trained, turn=turn, stopped=stopped, bar=bar)
+            begun += [pool.submit(lesson, name, path) for name, path in todo.items()]
             wait(begun)
             failed = models.result()
         self._note(wall_seconds=round(before + time.perf_counter() - start, 1))
@@ -375,12 +376,20 @@ class _Batch:
         return failed
 
     def _run_lesson(
-        self, name: str, source: Path, trained: Trainings | None, turn: Semaphore, bar: tqdm
+        self,
+        name: str,
+        source: Path,
+        trained: Trainings | None,
+        turn: Semaphore,
+        stopped: Event,
+        bar: tqdm,
     ) -> None:
         failed = trained.failed(self._jobs({name: source})) if trained else {}
         if failed:
             raise BatchError(f"lesson {name} was not run: there is no {', '.join(failed)}")
         with turn:
+            if stopped.is_set():
+                raise BatchError(f"lesson {name} was not run: the run was stopped")
             start = time.perf_counter()
             target = self.path.parent / "notebooks" / f"{name}.ipynb"
             _execute(name, source, target, self.parameters, lambda **_: bar.update())
