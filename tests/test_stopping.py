@@ -15,7 +15,6 @@ import pytest
 from conftest import draw_pictures, write_lesson
 from nodes import alive, wait_for
 
-
 ENDLESS = ("98_endless", "99_endless")
 
 

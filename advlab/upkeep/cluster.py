@@ -141,6 +141,11 @@ class Cluster:
         for place in self._places.values():
             self.ask_all(tasks.clear, place)
 
+    def release(self) -> None:
+        """End the workers of an own cluster: they hold memory, and there is nothing left to do."""
+        if self.client.cluster:
+            self.client.cluster.scale(0)
+
     def file(self, path: Any) -> tasks.File:
         """Return a file of this machine as a task can have it."""
         return tasks.File(path, None if self.shared else path.read_bytes())

@@ -329,7 +329,7 @@ class _Batch:
         todo = {name: path for name, path in self.lessons.items() if not self._is_done(name, path)}
         start, before = time.perf_counter(), self.record.get("wall_seconds", 0)
         jobs = missing(self._jobs(self.lessons))
-        turn = Semaphore(1 if alone else cores())
+        turn = Semaphore(1)
         cells = sum(map(_count_cells, todo.values()))
         with ExitStack() as stack:
             trained = None
@@ -343,6 +343,8 @@ class _Batch:
             models = pool.submit(self._wait_for_models, trained, jobs, start)
             if alone:
                 wait([models])
+            elif cores() > 1:  # beside the training one lesson at a time, for the sake of memory
+                models.add_done_callback(lambda _: turn.release(cores() - 1))
             lesson = partial(self._run_lesson, trained=trained, turn=turn, stopped=stopped, bar=bar)
             begun += [pool.submit(lesson, name, path) for name, path in todo.items()]
             wait(begun)
@@ -371,6 +373,7 @@ class _Batch:
         if trained is None:
             return {}
         failed = trained.failed(jobs)
+        trained.cluster.release()
         earlier = self.record["seconds"].get("training", 0)
         self._note("seconds", training=round(earlier + time.perf_counter() - start, 1))
         return failed
