@@ -258,6 +258,9 @@ def sweep(
     ] = "auto",
     device: Device = ANY_DEVICE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs.")] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write figures/seeds.csv, which the lessons show.")
+    ] = False,
     *,
     scheduler: Scheduler,
 ) -> None:
@@ -270,7 +273,7 @@ def sweep(
     asked |= {name: text for name, text in options.items() if text is not None}
     base = sweeping.options(dataset, data_dir, output_dir, str(device))
     on: dict[str, Any] = {"scheduler": scheduler, "console": console}
-    sweeping.run(sweeping.parse(asked.items()), base, dry=dry_run, **on)
+    sweeping.run(sweeping.parse(asked.items()), base, dry=dry_run, publish=publish, **on)
 
 
 @app.command()
@@ -319,6 +322,10 @@ def audit(
     n: Annotated[int, own_option("-n", "--images", min=1, help="Test images.")] = 500,
     autoattack: Annotated[bool, own_option("--autoattack", help="AutoAttack too (long).")] = False,
     seed: Annotated[int, own_option(min=0, help="Of noise and random starts.")] = 0,
+    claim: Annotated[
+        float | None,
+        own_option(min=0, max=1, help="Accuracy that is claimed within eps, such as 0.45."),
+    ] = None,
     output_dir: Annotated[
         str, own_option(help="Folder of the report; auto: outputs/audit/FOLDER-TARGET-DATASET.")
     ] = "auto",
@@ -346,7 +353,7 @@ def audit(
         return
     if len(names) > 1:
         raise ValueError(f"{len(names)} targets; a report is of one: give each its own command")
-    settings = report.Settings(parse_eps(eps), n, seed, autoattack)
+    settings = report.Settings(parse_eps(eps), n, seed, autoattack, claim)
     kind = None if arch is None else str(arch)
     own = partial(report.run, weights=weights, arch=kind, source=source, output_dir=output_dir)
     own(names[0], settings, **places, scheduler=scheduler, console=console)

@@ -1,9 +1,11 @@
 """The cluster of this machine: what is trained and measured on it, and who may use which."""
 
 import gc
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -13,10 +15,11 @@ import pytest
 from conftest import draw_pictures
 from distributed import Client
 from filelock import FileLock
-from nodes import Authority, security
+from nodes import Authority, security, wait_for
 
 from advlab import lab
 from advlab.data import DataError
+from advlab.evaluation import accuracy_table
 from advlab.store import Zoo
 from advlab.upkeep import cluster as clusters
 from advlab.upkeep import graph, sweep, tasks
@@ -123,14 +126,31 @@ def test_sweep_trains_measures_draws_and_goes_on(cluster, options, tmp_path, mon
     table = pd.read_csv(path)
     keys = ["model", "recipe", "seed", "attack", "source", "test_eps"]
     assert not table.duplicated(keys).any()
-    assert len(table) == 2 * (2 * 2 * len(sweep.paper.TEST_EPS) + 5 * 2)
+    sizes = sweep.paper.TEST_EPS
+    assert len(table) == 2 * (2 * 2 * len(sizes) + 5 * 2) + 2 * len(sizes)
     assert table.groupby(["model", "recipe", "seed"])["weights"].nunique().eq(1).all()
     assert table["weights"].nunique() == 10  # of two recipes, too, whose files have one name
-    assert set(table.loc[table["attack"] == sweep.TRANSFER, "source"]) == {"cnn baseline"}
+    other = "cnn baseline, seed 0"
+    assert set(table.loc[table["attack"] == sweep.TRANSFER, "source"]) == {"cnn baseline", other}
+    control = table[(table["source"] == other) & (table["recipe"] == "quick")]
+    assert control["model"].eq("cnn baseline").all()
+    assert control["seed"].eq(1).all()
+    zoos = [replace(options, seed=seed).open().zoo for seed in (0, 1)]
+    source, target = (zoo.get("cnn") for zoo in zoos)
+    data = options.open().data
+    measured = accuracy_table([target], data, sizes, attack=sweep.TRANSFER, source=source)
+    assert control["correct"].tolist() == measured["correct"].tolist()
     assert path.with_suffix(".png").stat().st_size > 5_000
     monkeypatch.setattr(tasks, "measure", None)  # all is there: nothing is measured again
     assert sweep.run(asked, options).read_bytes() == first
     assert "10 models; 0 models to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("recipe", "papers"), [("paper", False), ("fast", True)])
+def test_other_data_and_other_recipes_are_not_published(recipe, papers, options, monkeypatch):
+    monkeypatch.setattr(sweep.datasets, "are_papers", lambda _: papers)
+    with pytest.raises(ValueError, match="--publish writes what the lessons show"):
+        sweep.run(Sweep((recipe,)), options, publish=True)
 
 
 def test_two_sweeps_in_one_folder_are_refused(options, tmp_path):
@@ -277,6 +297,13 @@ def test_workers_see_the_settings_of_now(cluster):
             assert other.client.submit(cache).result() == value
     with environment(ADVLAB_CACHE=None), clusters.connect(jobs=1) as other:
         assert other.client.submit(cache).result() not in ("one", "two")
+
+
+def test_workers_end_when_there_is_nothing_left_to_do():
+    with clusters.connect(jobs=1) as started:
+        [worker] = started.ask_all(os.getpid).values()
+        started.release()
+        wait_for(lambda: not psutil.pid_exists(worker), "the worker has ended", 20)
 
 
 def test_workers_import_neither_plotting_nor_papermill():

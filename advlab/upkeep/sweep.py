@@ -59,7 +59,8 @@ class Sweep:
         train_eps: Of the augmented models; 0 is the baseline, which is trained in any case.
         archs: Architectures.
         attacks: White box at eps = 8/255. The augmented models are measured under the paper's
-            test, too: FGSM from the baseline of the same recipe, architecture and seed.
+            test, too: FGSM from the baseline of the same recipe, architecture and seed. So is, as
+            a control, each baseline of another seed than the first: FGSM from the first's.
 
     Raises:
         ValueError: for a recipe, seed, eps, architecture or attack that there is not.
@@ -222,6 +223,7 @@ def run(
     *,
     scheduler: Scheduler | None = None,
     dry: bool = False,
+    publish: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Train and measure what is missing; write sweep.csv and sweep.png.
@@ -231,6 +233,7 @@ def run(
         base: Data, device and output folder, resolved; see `Sweep.groups`.
         scheduler: Which cluster; see `cluster.connect`.
         dry: Only say what it would cost.
+        publish: Write the table into the repository's figures/seeds.csv too, which lessons show.
 
     Returns:
         The CSV. It has the columns of `evaluation.accuracy_table`, and `weights`, a hash of what
@@ -240,8 +243,12 @@ def run(
         TaskError: if trainings or measurements failed; what the others made is kept.
         ClusterError: as `cluster.connect`.
         RuntimeError: if another sweep is at work in the same folder.
+        ValueError: if other data than CIFAR-10, or another recipe than the paper's first, were to
+            be published.
     """
     console = console or Console()
+    if publish and not (datasets.are_papers(base.dataset) and sweep.recipes[0] == "paper"):
+        raise ValueError("--publish writes what the lessons show: CIFAR-10, recipe paper first")
     groups = list(sweep.groups(base))
     jobs = [Job(options, arch, one) for options, arch, trainings in groups for one in trainings]
     for job in jobs:
@@ -266,6 +273,8 @@ def run(
     table = pd.concat([_table(sweep, *group) for group in groups], ignore_index=True)
     files.write_table(output, table)
     draw(output)
+    if publish:
+        files.write_table(files.home() / "figures" / "seeds.csv", table)
     console.print(f"Written: {output} and sweep.png", markup=False, soft_wrap=True)
     return output
 
@@ -283,8 +292,15 @@ def _make(
         trained = stack.enter_context(training(cluster, todo)) if todo else None
         asked: dict[str, Measurement] = {}
         for options, arch, trainings in groups:
-            models = {one: file(cluster, trained, Job(options, arch, one)) for one in trainings}
-            asked |= _measurements(sweep, cluster.place(options), options, arch, models)
+            here = partial(file, cluster, trained)
+            models = {one: here(Job(options, arch, one)) for one in trainings}
+            place = cluster.place(options)
+            asked |= _measurements(sweep, place, options, arch, models)
+            if first := _other_seed(sweep, options, trainings):
+                baseline = here(Job(first, arch, 0.0))
+                control = place, options, [models[0.0]], paper.TEST_EPS, TRANSFER, baseline
+                name = f"{arch}, undefended, profile {options.profile}, seed {options.seed}"
+                asked[name] = tasks.measure, control
         try:
             measure(cluster, groups[0][0].open().store, asked, "measurements")
         except TaskError:  # what is to be measured may have failed before
@@ -309,6 +325,15 @@ def _take_shipped(job: Job) -> None:
     own = zoo.folder / path.name
     if path.is_file() and not own.is_file() and not zoo.mismatch(path, job.arch, job.training):
         files.write_bytes(own, path.read_bytes())
+
+
+def _other_seed(sweep: Sweep, options: Options, trainings: Sequence[Training]) -> Options | None:
+    """Return the run of the first seed, if a baseline of this one is to be shown its images.
+
+    It is the control of the paper's test: an undefended network that is only another one.
+    """
+    first = replace(options, seed=sweep.seeds[0])
+    return first if 0.0 in trainings and first != options else None
 
 
 def _measurements(
@@ -348,6 +373,10 @@ def _table(
     if augmented:
         shown = partial(table, augmented, test_eps=paper.TEST_EPS, attack=TRANSFER)
         parts.append(shown(source=models[0.0]))
+    if first := _other_seed(sweep, options, trainings):
+        other = first.open().zoo.get(arch, 0.0)
+        control = table([models[0.0]], test_eps=paper.TEST_EPS, attack=TRANSFER, source=other)
+        parts.append(control.assign(source=f"{other.name}, seed {first.seed}"))
     for attack in sweep.attacks:
         parts.append(table([*models.values()], test_eps=(0.0, EPS), attack=attack))
     weights = {model.name: model.metadata["weights_hash"] for model in models.values()}
