@@ -1,5 +1,8 @@
 """The audit: a checklist that tells robustness from its appearance.
 
+All lines but the last judge a measurement: whether the attacks did what honest attacks do. The last
+one judges a claim. A model that hides nothing and is not robust passes the others.
+
 From Athalye et al. 2018 (1802.00420, section 3.1) and Carlini et al. 2019 (1902.06705). A line that
 fails does not prove that the model is weak, but that its figures cannot be trusted before somebody
 has found out why.
@@ -59,10 +62,12 @@ class Trial:
         eps: The threat model, L-inf.
         seed: Of noise and random starts.
         classes: How many the data have; None leaves the line out that looks for other answers.
+        claim: The accuracy, a share, that somebody claims under every change within `eps`; None
+            leaves that line out.
 
     Raises:
         ValueError, TypeError: if images, labels or `eps` are not as above, or `eps` is 0, or a
-            label is none of the classes.
+            label is none of the classes, or `claim` no share.
     """
 
     model: Classifier
@@ -72,10 +77,13 @@ class Trial:
     eps: float = 8 / 255
     seed: int = 0
     classes: int | None = None
+    claim: float | None = None
 
     def __post_init__(self) -> None:
         if not check_eps(self.eps) > 0:
             raise ValueError(f"eps is {self.eps}; a trial needs attacks of a size above 0")
+        if self.claim is not None and not 0 <= self.claim <= 1:
+            raise ValueError(f"claim is {self.claim}; an accuracy is a share, from 0 to 1")
         check_batch(self.images, self.labels)
         highest = int(self.labels.max())
         if self.classes is not None and highest >= self.classes:
@@ -166,6 +174,13 @@ class Trial:
     def white(self) -> float:
         """Accuracy under the strongest of the white-box attacks."""
         return min(self.sweep[-1], self.iterated, self.converged)
+
+    @cached_property
+    def worst(self) -> float:
+        """Accuracy under the strongest of all attacks within `eps` that were tried."""
+        found = [self.white, self.on_margin, self.noise, *self.sweep, *self.transfer[:1]]
+        square = self.square if self.white > self.near else None
+        return min(found if square is None else [*found, square])
 
     @property
     def near(self) -> float:
@@ -322,6 +337,13 @@ def _known_classes(t: Trial) -> tuple[bool | None, str]:
     return t.interval(max(other))[0] <= LITTLE, told
 
 
+def _claimed(t: Trial) -> tuple[bool | None, str]:
+    if t.claim is None:
+        return None, "needs a claim"
+    told = _percent("claimed {}, worst attack found {}", t.claim, t.worst)
+    return t.interval(t.worst)[1] >= t.claim, told
+
+
 CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = (
     ("clean accuracy is above chance", _above_chance),
     ("the same answer to the same image", _same_answer),
@@ -337,6 +359,7 @@ CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = 
     ("a tiny step does what the gradient says", _tiny_step),
     ("the loss hides nothing that the margin shows", _no_scale),
     ("every answer is a class of the data", _known_classes),
+    ("the worst attack leaves what is claimed", _claimed),
 )
 
 

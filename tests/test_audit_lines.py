@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ CHANCE, SAME = "clean accuracy is above chance", "the same answer to the same im
 FLAT, STEP = "gradients neither vanish nor explode", "a tiny step does what the gradient says"
 SCALE = "the loss hides nothing that the margin shows"
 CLASSES = "every answer is a class of the data"
+CLAIM = "the worst attack leaves what is claimed"
 
 
 def verdicts(table):
@@ -47,10 +49,11 @@ def test_audit_of_an_honest_model_has_no_alarm(learned, no_square):
     images, labels = test.first(40).batch(slice(None))
     table = audit.audit(model, images, labels, eps=0.004, classes=10)
     assert list(table.columns) == ["check", "verdict", "measured", "n"]
-    assert len(table) == 14
+    assert len(table) == 15
     found = verdicts(table)
     assert found.pop(BLACK_BOX) == "not run"
     assert found.pop("white box at least as strong as transfer") == "not run"
+    assert found.pop(CLAIM) == "not run"
     assert set(found.values()) == {"pass"}
     assert set(table["n"]) == {40}
 
@@ -104,6 +107,39 @@ def test_audit_sees_through_a_masked_model(learned, no_square):
         "gradients neither vanish nor explode",
     ):
         assert found[check] == "ALARM", check
+
+
+def test_a_claim_is_held_against_the_worst_attack(learned, no_square):
+    model, test = learned
+    images, labels = test.first(40).batch(slice(None))
+    trial = audit.Trial(model, images, labels, eps=0.03)
+    shares = [trial.iterated, trial.on_margin, trial.converged, trial.sweep[-1]]
+    assert trial.worst == min(shares) < 0.5
+    for claim, verdict in ((trial.worst, "pass"), (0.75, "ALARM"), (None, "not run")):
+        found = verdicts(replace(trial, claim=claim).checklist())
+        assert found.pop(CLAIM) == verdict
+        assert "ALARM" not in found.values()  # nothing else is wrong with an honest weak model
+
+
+def test_a_claim_is_held_against_transfer_and_square_too(learned, monkeypatch):
+    model, test = learned
+    images, labels = test.first(40).batch(slice(None))
+
+    def masked(x):
+        return 1000 * model(x)
+
+    monkeypatch.setattr(audit, "auto_attack", lambda *_, **__: torch.zeros(40, dtype=torch.bool))
+    assert audit.Trial(masked, images, labels, eps=0.03).worst == 0
+    monkeypatch.setattr(audit, "auto_attack", lambda *_, **__: torch.ones(40, dtype=torch.bool))
+    transferred = audit.Trial(masked, images, labels, source=model, eps=0.03)
+    assert transferred.worst <= transferred.transfer[0] < transferred.white
+
+
+@pytest.mark.parametrize("claim", [-0.1, 1.1, 75.5])
+def test_a_claim_that_is_no_share_is_refused(claim):
+    batch = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=f"claim is {claim}; an accuracy is a share"):
+        audit.Trial(nn.Flatten(), *batch, claim=claim)
 
 
 class Changed(nn.Module):
@@ -192,7 +228,7 @@ def test_nothing_is_asked_of_a_model_at_chance(learned):
     model, test = learned
     images, labels = test.first(40).batch(slice(None))
     table = audit.audit(model, images, (labels + 1) % 10)
-    assert list(table["verdict"]) == ["ALARM"] + 13 * ["not run"]
+    assert list(table["verdict"]) == ["ALARM"] + 14 * ["not run"]
     assert set(table["measured"][1:]) == {"clean accuracy is at chance"}
     judge = dict(audit.CHECKLIST)[CHANCE]
     assert judge(Trial(model, images, labels))[0] is True
@@ -267,6 +303,6 @@ def test_any_image_and_number_of_classes_goes_over_the_bench(arch, shape, classe
     assert minimal_eps(model, images, labels)[0] == 0
     held = auto_attack(model, images, labels, 0.1, queries=20, store=Store(tmp_path))
     assert int(held.sum()) <= table["correct"][1]
-    trial = Trial(model, images, labels, source=model, classes=classes)
+    trial = Trial(model, images, labels, source=model, classes=classes, claim=0.5)
     assert set(trial.checklist()["verdict"]) <= {"pass", "ALARM"}
     assert trial.accuracies()["correct"][0] == 11

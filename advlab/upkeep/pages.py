@@ -101,6 +101,11 @@ MEANING = {
         "Report how often it abstains on clean images, and attack it so that it is wrong without "
         "abstaining.",
     ),
+    "the worst attack leaves what is claimed": (
+        "An attack within the claimed eps breaks more images than the claim allows, so the claim "
+        "is wrong, whatever the other lines say of how it was measured.",
+        "Name the attack and its source in the claim, or claim what the worst attack leaves.",
+    ),
 }
 
 PAGE = """<!DOCTYPE html>

@@ -35,12 +35,14 @@ class Settings:
         eps, seed: As in `audit.Trial`.
         n: Test images at most, the first ones.
         autoattack: Whether to run AutoAttack too (minutes to hours).
+        claim: As in `audit.Trial`.
     """
 
     eps: float = 8 / 255
     n: int = 500
     seed: int = 0
     autoattack: bool = False
+    claim: float | None = None
 
 
 def audit_model(
@@ -83,7 +85,7 @@ def audit_model(
             f"no gradient passes through the model, and the audit needs it: {error}. Take no_grad, "
             "detach and NumPy out of its forward"
         ) from error
-    how = settings.eps, settings.seed, len(data.classes)
+    how = settings.eps, settings.seed, len(data.classes), settings.claim
     trial = Trial(model, images, labels, source, *how)
     held = None
     if settings.autoattack:
