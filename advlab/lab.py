@@ -67,7 +67,7 @@ class Lab:
         """
         recipe = recipe or self.settings.recipe.name
         n = len(self.data.test) if n is None else n
-        images = f"{n:,} test images, " if n else ""
+        images = f"{n:,} test image{'s' if n > 1 else ''}, " if n else ""
         return f"{self.data.name}, {images}recipe {recipe}, seed {self.zoo.seed}"
 
     def save(
@@ -92,12 +92,12 @@ class Lab:
         """
         folder = self.output_dir / "figures"
         if figure is not None:
-            foot = 0.17 / figure.get_figheight()  # inches, kept free for the line
+            foot = 0.2 / figure.get_figheight()  # inches, kept free for the line
             engine: Any = figure.get_layout_engine()
             if engine is not None:
                 engine.set(rect=(0, foot, 1, 1 - foot))
             figure.text(
-                0.99, 0.01, self.caption(n, recipe), ha="right", va="bottom", size=6, color="0.4"
+                0.99, 0.01, self.caption(n, recipe), ha="right", va="bottom", size=8, color="0.3"
             )
             files.write_bytes(folder / f"{name}.png", _render(figure))
         if table is not None:

@@ -23,6 +23,39 @@ from advlab import paper
 MARKERS = "osD^vPX*h<>"
 
 
+# One model has one look in all lessons: its training gives colour and marker, its architecture the
+# line. Those that were trained with an eps go from purple to yellow as it grows.
+TRAININGS = {
+    "baseline": ("black", "o"),
+    "fgsm": ("#D55E00", "d"),
+    "rs-fgsm-eps2": ("#56B4E9", "<"),
+    "rs-fgsm-eps4": ("#0072B2", ">"),
+    "rs-fgsm": ("#CC79A7", "p"),
+    "robust": ("#009E73", "8"),
+}
+LINES = {"cnn": "-", "cnn-lstm": "--", "cnn-lstm-positions": "-."}
+
+
+def model_look(name: str) -> dict[str, Any]:
+    """Return color, marker and linestyle of a model, by its name ("cnn eps=0.2").
+
+    Nothing is returned for a name that none of our models has.
+    """
+    arch, _, training = name.partition(" ")
+    how, _, size = training.partition("=")
+    colour: Any
+    if training in TRAININGS:
+        colour, marker = TRAININGS[training]
+    elif how == "eps" and arch in LINES:
+        eps, known = float(size), paper.SWEEP_TRAIN_EPS
+        place = np.interp(np.log(eps), np.log([known[1], known[-1]]), [0.0, 0.88])
+        colour = plt.get_cmap("plasma")(float(place))
+        marker = MARKERS[known.index(eps)] if eps in known else "."
+    else:
+        return {}
+    return {"color": colour, "marker": marker, "linestyle": LINES.get(arch, "-")}
+
+
 def use_style() -> None:
     """Set the look of all figures: white grid, colour-blind palette, modest resolution.
 
@@ -99,17 +132,16 @@ def fgsm_equation(
         image, attacked: (C, H, W) float in [0, 1].
         direction: (C, H, W) signs, drawn with -1 black, +1 white per channel.
         eps: Size of the step.
-        captions: Under the three pictures.
+        captions: Above the three pictures.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(8.2, 3.0))
+    figure, axes = plt.subplots(1, 5, figsize=(9.6, 3.4), width_ratios=[4, 1, 4, 0.4, 4])
     pictures = (image, (direction.float() + 1) / 2, attacked)
-    for axis, picture, caption in zip(axes, pictures, captions, strict=True):
+    for axis, picture, caption in zip(axes[::2], pictures, captions, strict=True):
         show_image(axis, picture)
-        axis.text(0.5, -0.06, caption, transform=axis.transAxes, ha="center", va="top")
-    for axis, sign in zip(axes[:2], (f"+ {eps:g} ×", "="), strict=True):
-        axis.text(1.19, 0.5, sign, transform=axis.transAxes, ha="center", va="center", fontsize=13)
-    engine: Any = figure.get_layout_engine()
-    engine.set(wspace=0.34)
+        axis.set_title(caption, fontsize="medium")
+    for axis, sign in zip(axes[1::2], (f"+ {eps:g} ×", "="), strict=True):
+        axis.text(0.5, 0.5, sign, ha="center", va="center", fontsize=15)
+        axis.set_axis_off()
     return figure
 
 
@@ -159,26 +191,30 @@ def curves(
     title: str = "",
     log_x: bool = False,
 ) -> Figure:
-    """Draw accuracy or loss against test eps, a line per value of `hue` (Figures 4 to 7).
+    """Draw accuracy or loss against test eps, a line per value of `hue` (Figures 2, 4 to 7).
 
     Args:
         table: Tidy rows; accuracies carry their 95 % interval (low, high) as a band.
         value: "accuracy" (drawn in percent) or "loss".
-        hue: Column that tells the lines apart; "train_eps" gets a sequential palette.
+        hue: Column that tells the lines apart; "model" and "train_eps" get the look of the model.
         beside: The paper's rows, drawn dotted in the same colours.
         title: Of the figure.
         log_x: Spread small eps: a symmetric logarithmic axis.
     """
     scale = 100 if value == "accuracy" else 1
-    sequential = hue == "train_eps"
-    groups = list(table.groupby(hue, sort=sequential))
-    palette = sns.color_palette("plasma" if sequential else "colorblind", len(groups) + sequential)
+    by_model = hue in ("model", "train_eps")
+    groups = list(table.groupby(hue, sort=hue == "train_eps"))
+    palette = sns.color_palette("colorblind", len(groups))
     figure, axis = plt.subplots(figsize=(7.2, 4.0))
     for i, (key, rows) in enumerate(groups):
-        colour = "black" if sequential and key == 0 else palette[i]
-        label = paper.eps_label(key) if sequential else str(key)
-        x, marker = rows["test_eps"], MARKERS[i % len(MARKERS)]
-        axis.plot(x, scale * rows[value], color=colour, marker=marker, markersize=5, label=label)
+        label, name = str(key), str(key)
+        if hue == "train_eps":
+            label = paper.eps_label(key)
+            name = f"{rows['architecture'].iloc[0]} {label.replace(' ', '')}"
+        look: dict[str, Any] = {"color": palette[i], "marker": MARKERS[i % len(MARKERS)]}
+        look |= model_look(name) if by_model else {}
+        x, colour = rows["test_eps"], look["color"]
+        axis.plot(x, scale * rows[value], markersize=5, label=label, **look)
         if value == "accuracy":
             low, high = scale * rows["low"], scale * rows["high"]
             axis.fill_between(x, low, high, color=colour, alpha=0.2)
@@ -196,7 +232,7 @@ def curves(
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=60)
         axis.set_xlim(0, 1.1 * ticks[-1])
         axis.minorticks_off()
-    legend_title = "trained with" if sequential else None
+    legend_title = "trained with" if hue == "train_eps" else None
     axis.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
     return figure
 
@@ -207,10 +243,18 @@ def over_seeds(table: pd.DataFrame) -> Figure:
     Args:
         table: Tidy rows; a panel for each attack and architecture, a line for each model.
     """
-    white = table["source"] == "white box"
+    made_on = table["source"].map(
+        lambda source: (
+            "white box"
+            if source == "white box"
+            else "from another seed's"
+            if "seed" in source
+            else "from the baseline"
+        )
+    )
     shown = table.assign(
         percent=100 * table["accuracy"],
-        attack=table["attack"] + white.map({True: ", white box", False: ", from the baseline"}),
+        attack=table["attack"] + ", " + made_on,
         trained=table["recipe"] + table["train_eps"].map(lambda eps: f", eps = {eps:.3g}"),
     )
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn makes room itself

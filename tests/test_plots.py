@@ -85,10 +85,26 @@ def test_fgsm_equation(shapes):
     (image,), _ = shapes.test.batch(slice(0, 1))
     signs = torch.randint(-1, 2, image.shape, dtype=torch.int8)
     figure = plots.fgsm_equation(image, signs, (image + 0.1 * signs).clamp(0, 1), 0.1, "abc")
-    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert {"a", "b", "c", "+ 0.1 ×", "="} == set(texts)
-    drawn = np.unique(figure.axes[1].images[0].get_array())
+    shown = [axis.get_title() or axis.texts[0].get_text() for axis in figure.axes]
+    assert shown == ["a", "+ 0.1 ×", "b", "=", "c"]
+    drawn = np.unique(figure.axes[2].images[0].get_array())
     assert drawn.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_a_model_looks_the_same_in_every_figure(table):
+    names = [
+        f"cnn {how}" for how in ("baseline", "robust", "rs-fgsm", "eps=0.1", "eps=0.2", "eps=0.3")
+    ]
+    looks = [plots.model_look(name) for name in names]
+    assert len({str(look["color"]) for look in looks}) == len({x["marker"] for x in looks}) == 6
+    assert plots.model_look("cnn-lstm eps=0.2") == looks[4] | {"linestyle": "--"}
+    table["model"] = ["cnn " + paper.eps_label(eps).replace(" ", "") for eps in table["train_eps"]]
+    for hue in ("train_eps", "model"):
+        for rows in (table, table[table["train_eps"] > 0]):
+            drawn = plots.curves(rows, hue=hue).axes[0].lines[-1]
+            look = plots.model_look(rows["model"].iloc[-1])
+            shown = {"color": drawn.get_color(), "marker": drawn.get_marker()}
+            assert shown | {"linestyle": drawn.get_linestyle()} == look
 
 
 def test_learning_curves(trained):
