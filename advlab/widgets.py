@@ -150,7 +150,7 @@ def _picture(image: Tensor, caption: str) -> str:
     source = "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
     return (
         '<figure style="display:inline-block;margin:4px">'
-        f'<img src="{source}" alt="{caption}" width=192 style="image-rendering:pixelated">'
+        f'<img src="{source}" alt="{caption}" width=128 style="image-rendering:pixelated">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -167,8 +167,9 @@ def _bars(
         told += f'<tr><td style="white-space:nowrap">{name}</td>'
         for model, (when, colour) in product(models, COLOURS.items()):
             share = 100 * float(getattr(outcome, when)[model][k])
-            bar = f"background:{colour};width:{share:.0f}px;height:10px;display:inline-block"
-            told += f'<td style="min-width:150px"><span style="{bar}"></span> {share:.0f} %</td>'
+            width = f"width:{share / 2:.0f}px"  # so narrow that two models fit beside the controls
+            bar = f"background:{colour};{width};height:10px;display:inline-block"
+            told += f'<td style="min-width:88px"><span style="{bar}"></span> {share:.0f} %</td>'
         told += "</tr>"
     return f"<table>{told}</table>"
 
@@ -235,7 +236,8 @@ class AttackExplorer:
         """Return all controls and pictures as one widget."""
         controls = [*self._controls, self.kind, self.index, w.HBox([self.random, self.upload])]
         controls += [w.HBox([self.cancel, self.progress])]
-        return w.HBox([w.VBox(controls), w.VBox([self.message, self.shown])])
+        parts = [w.VBox(controls), w.VBox([self.message, self.shown])]
+        return w.Box(parts, layout=w.Layout(flex_flow="row wrap"))  # on a narrow page, below
 
     def image(self) -> tuple[Tensor, int | None]:
         """Return the chosen image, and its class; None for an own picture."""
@@ -276,23 +278,34 @@ class AttackExplorer:
             if label is None:  # an own picture has no label: attack the model's own answer
                 logits = predict(models[self.first.value], image[None])
                 answer = int(logits[0, : len(self.data.classes)].argmax())
+            away = answer if label is None else label
             self.outcome = attack_one(
-                models, self.source.value, image, answer if label is None else label,
+                models, self.source.value, image, away,
                 self.attack.value, self.eps.value / 255, steps=self.steps.value,
                 target=self.target.value, classes=len(self.data.classes), report=report,
             )  # fmt: skip
-            self._show(self.outcome, label)
+            self._show(self.outcome, label, away)
         except CancelledError:
             self.message.value = "Cancelled; what is shown is of the last attack that finished."
         except Exception as error:  # a model of the reader's may raise any
             self.message.value = f"This cannot be attacked: {html.escape(str(error))}"
-        self.cancel.disabled, self.progress.value = True, self.progress.max
+        self.cancel.disabled, self.progress.value = True, 0
 
-    def _show(self, outcome: Outcome, label: int | None) -> None:
+    def _aim(self, away: int) -> str:
+        """Return in words where the attack goes: away from a class, or towards one."""
+        if self.attack.value == TARGETED:
+            return f"towards {self.data.classes[self.target.value]}"
+        chosen = ATTACKS.get(self.attack.value)
+        if chosen and not chosen.gradient:
+            return "in random directions"
+        return f"away from {self.data.classes[away]}"
+
+    def _show(self, outcome: Outcome, label: int | None, away: int) -> None:
         views = self._views(outcome)
         pictures = "".join(_picture(image, title) for title, image in views.items())
         self.shown.value = (
-            f"{pictures}<p>L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of "
+            f"{pictures}<p>The attack moves {html.escape(self._aim(away))}. "
+            f"L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of "
             f"{html.escape(self.first.value)} {'is the same' if outcome.survives else 'is another'}"
             f" after saving in 8 bits</p>{_bars(outcome, self._names(), self.data.classes, label)}"
         )
@@ -302,7 +315,7 @@ class AttackExplorer:
         change = outcome.attacked - outcome.original
         factor = max(1, int(0.5 / max(float(change.abs().max()), 1e-3)))
         return {
-            "original": outcome.original,
+            "your picture" if self.own is not None else "original": outcome.original,
             f"change x {factor} (grey: none)": 0.5 + factor * change,
             f"attacked, eps {self.eps.value}/255": outcome.attacked,
         }

@@ -134,7 +134,7 @@ def test_slow_attack_runs_beside_and_is_finished_for_the_figure(attack, explorer
     assert explorer._worker is not None
     figure = explorer.figure()
     assert explorer.cancel.disabled
-    assert explorer.progress.value == explorer.progress.max
+    assert explorer.progress.value == 0  # as before it began
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[2:] == ["attacked, eps 8/255", "one", "two"]
     assert explorer.steps.disabled is (attack != "pgd")
@@ -182,8 +182,22 @@ def test_random_image_is_of_the_wanted_class(explorer, shapes):
     assert len(seen) > 1
 
 
-def test_own_picture_is_attacked_too(explorer):
+def test_panel_says_where_the_attack_goes(explorer, shapes):
+    _, label = explorer.image()
+    assert f"The attack moves away from {shapes.classes[label]}." in explorer.shown.value
+    explorer.target.value = other = (label + 1) % 10
+    explorer.attack.value = "fgsm towards a class"
+    assert f"The attack moves towards {shapes.classes[other]}." in explorer.shown.value
+    explorer.attack.value = "noise"
+    assert "The attack moves in random directions." in explorer.shown.value
+
+
+def test_own_picture_is_attacked_too(explorer, models, shapes):
+    assert "<figcaption>original</figcaption>" in explorer.shown.value
     upload(explorer, picture((50, 50)))
+    assert "<figcaption>your picture</figcaption>" in explorer.shown.value
+    answer = int(models["one"](explorer.own[None]).argmax())
+    assert f"moves away from {shapes.classes[answer]}." in explorer.shown.value
     assert explorer.image()[1] is None
     assert float(explorer.outcome.original[0].min()) > 0.98
     explorer.index.value = 5
