@@ -174,11 +174,15 @@ class Lesson:
         name: Of its notebook, without ending: a number of two digits, and a word or more.
         title: What it is about.
         needs: Returns the models that it asks for, for a profile; they are trained beforehand.
+        minutes: To study it, without the exercises.
+        after: Numbers of the lessons that it builds on.
     """
 
     name: str
     title: str
     needs: Callable[[Profile], list[Model]]
+    minutes: int
+    after: tuple[str, ...] = ()
 
     @property
     def number(self) -> str:
@@ -191,41 +195,56 @@ _LESSONS = (
         "01_baseline",
         "Baseline: the network that will be attacked",
         lambda profile: [("cnn", 0.0)],
+        minutes=60,
     ),
     Lesson(
         "02_fgsm",
         "FGSM: fooling a network with one gradient",
         lambda profile: [("cnn-lstm", 0.0), ("cnn", 0.0)],
+        minutes=60,
+        after=("01",),
     ),
     Lesson(
         "03_augmentation",
         "Augmentation: attacked images as training data",
         lambda profile: [("cnn", 0.0)],
+        minutes=45,
+        after=("02",),
     ),
     Lesson(
         "04_robust_training",
         "Robust training: the paper's tables, rebuilt",
         lambda profile: [m for m in profile.paper_models() if m[0] != "cnn-lstm-positions"],
+        minutes=60,
+        after=("03",),
     ),
     Lesson(
         "05_architecture_comparison",
         "Architecture comparison: does an LSTM help against adversarial examples?",
         lambda profile: [m for m in profile.paper_models() if m[1] in (0.0, 0.2)],
+        minutes=60,
+        after=("04",),
     ),
     Lesson(
         "06_defence_on_trial",
         "The defence on trial: what one line of change reveals",
         lambda profile: profile.paper_models() + profile.adversarial_models(),
+        minutes=75,
+        after=("02", "04"),
     ),
     Lesson(
         "07_adversarial_training",
         "Adversarial training: a defence that holds",
         lambda profile: [("cnn", 0.0), ("cnn", 0.2), *profile.adversarial_models()],
+        minutes=60,
+        after=("06",),
     ),
     Lesson(
         "08_break_it_yourself",
         "Break it yourself: an open challenge",
         lambda profile: [("cnn", profile.adversarial["robust"])],
+        minutes=30,
+        after=("06", "07"),
     ),
 )
 LESSONS = {lesson.name: lesson for lesson in _LESSONS}

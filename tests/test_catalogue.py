@@ -57,7 +57,7 @@ def test_a_new_data_set_is_one_entry(tmp_path, monkeypatch):
 
 
 def test_a_new_lesson_is_its_notebook_and_one_entry(empty_home, monkeypatch):
-    new = catalogue.Lesson("12_new", "About it", lambda profile: [("cnn", 0.0)])
+    new = catalogue.Lesson("12_new", "About it", lambda profile: [("cnn", 0.0)], minutes=30)
     monkeypatch.setitem(catalogue.LESSONS, new.name, new)
     write_lesson(empty_home, new.name)
     chosen = runs.choose_lessons(["12"])

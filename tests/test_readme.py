@@ -38,9 +38,11 @@ def test_measured_blocks_are_what_the_committed_results_give():
 
 
 def test_new_lesson_is_listed_before_it_was_timed(empty_home, monkeypatch):
-    new = Lesson("09_new", "About it", lambda settings: [])
+    new = Lesson("09_new", "About it", lambda settings: [], minutes=30, after=("01",))
     monkeypatch.setattr(
-        readme, "LESSONS", {"01_first": Lesson("01_first", "It", new.needs), "09_new": new}
+        readme,
+        "LESSONS",
+        {"01_first": Lesson("01_first", "It", new.needs, minutes=60), "09_new": new},
     )
     for name in readme.LESSONS:
         write_lesson(empty_home, name, "")
@@ -53,8 +55,8 @@ def test_new_lesson_is_listed_before_it_was_timed(empty_home, monkeypatch):
     (empty_home / "figures" / "times.json").write_text(json.dumps(times))
     lines = [re.sub(" +", " ", line) for line in readme.lessons_block(empty_home).splitlines()]
     assert lines[2:] == [
-        "| [01](notebooks/01_first.ipynb) | It | 12 s | 4 s |",
-        "| [09](notebooks/09_new.ipynb) | About it | not timed yet | not timed yet |",
+        "| [01](notebooks/01_first.ipynb) | It | 60 min | | 12 s | 4 s |",
+        "| [09](notebooks/09_new.ipynb) | About it | 30 min | 01 | not timed yet | not timed yet |",
     ]
     readme.refresh_headers(empty_home)
     headers = [

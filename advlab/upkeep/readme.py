@@ -76,6 +76,15 @@ def board_table(rows: pd.DataFrame) -> pd.DataFrame:
     return (100 * board).map("{:.1f}".format).rename(columns=heads)
 
 
+def control_row(home: Path, arch: str) -> tuple[str, list[str]]:
+    """Return what undefended baselines of other seeds keep under the same attack: head, texts."""
+    rows = pd.read_csv(home / "figures" / "seeds.csv").query("source.str.contains('seed')")
+    rows = rows[rows["architecture"] == arch]
+    seeds = sorted(set(rows["seed"]))
+    means = 100 * rows.groupby("test_eps")["accuracy"].mean()
+    return f"no defence, seeds {seeds[0]} to {seeds[-1]}", list(means.map("{:.1f}".format))
+
+
 def results_block(home: Path) -> str:
     """Return Tables 1 and 2 beside the paper's, with what they were measured on."""
     parts, every = [], []
@@ -83,6 +92,8 @@ def results_block(home: Path) -> str:
         rows = pd.read_csv(home / "figures" / name)
         every.append(rows)
         table = paper_table(rows, arch).rename(index=paper.eps_label)
+        name, texts = control_row(home, arch)
+        table.loc[name] = texts
         head, _, rest = caption(rows, arch).partition(":")
         parts.append(f"**{head}**:{rest}\n\n{markdown(table.reset_index(names='trained with'))}")
     return "\n\n".join([*parts, mean_difference(pd.concat(every))])
@@ -140,7 +151,8 @@ def lessons_block(home: Path) -> str:
     lines = []
     for lesson in LESSONS.values():
         link = f"[{lesson.number}](notebooks/{lesson.name}.ipynb)"
-        line = {"lesson": link, "about": lesson.title}
+        line = {"lesson": link, "about": lesson.title, "to study": f"{lesson.minutes} min"}
+        line["after"] = ", ".join(lesson.after)
         for profile, head in (("lesson", "profile `lesson`"), ("quick", "`quick`")):
             seconds = times[profile].get(lesson.name)
             line[head] = NOT_TIMED if seconds is None else f"{seconds:.0f} s"
