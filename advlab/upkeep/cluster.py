@@ -43,6 +43,8 @@ LOCAL: dict[str, Any] = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",  # the usual 20 ms cost a process 2 % of a core
     "distributed.scheduler.allowed-failures": 2,  # so often a task may lose its worker
+    # One task a worker, the others wait: what kills its worker takes nobody else's with it.
+    "distributed.scheduler.worker-saturation": 1.0,
     # Pages about the cluster, for whoever asks: without the dashboard there are none.
     **{f"distributed.{kind}.http.routes": [] for kind in ("worker", "nanny")},
     **({} if DASHBOARD else {"distributed.scheduler.http.routes": []}),
