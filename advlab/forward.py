@@ -280,8 +280,9 @@ def ask(model: Classifier, images: Tensor, layout: torch.memory_format | None = 
     if not _is_finite(logits):
         broken = int((~logits.isfinite().all(1)).sum())
         raise ValueError(
-            f"the model returned NaN or infinity for {broken} of {n} images; nothing can be "
-            "measured of it. Look for weights, running variances or a division that make them"
+            f"the model returned NaN or infinity for {broken} of {n} images that it was given at "
+            "once; nothing can be measured of it. Look for weights, running variances or a "
+            "division that make them"
         )
     return logits
 
@@ -309,8 +310,9 @@ def gradient_of(loss: Tensor, images: Tensor) -> Tensor:
     if not _is_finite(gradient):
         broken = int((~gradient.isfinite().flatten(1).all(1)).sum())
         raise ValueError(
-            f"the model's gradient is NaN or infinite for {broken} of {len(images)} images; an "
-            "attack cannot follow it. Look for a square root, logarithm or division at 0"
+            f"the model's gradient is NaN or infinite for {broken} of {len(images)} images that it "
+            "was given at once; an attack cannot follow it. Look for a square root, logarithm or "
+            "division at 0"
         )
     return gradient
 

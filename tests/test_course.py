@@ -788,7 +788,7 @@ def test_no_process_of_a_submission_is_left(how, tmp_path):
 
     started = wait_for(begun, "the submission runs", 120)
     main.send_signal(signal.Signals[how])
-    assert main.wait(20) != 0
+    assert main.wait(60) != 0
     wait_for(lambda: not alive(started), "all that it started has ended")
     assert not (tmp_path / "out" / "grades.csv").exists()
 

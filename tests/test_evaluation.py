@@ -234,7 +234,7 @@ SAMPLE = [
     ("table1_cnn", "cnn baseline", "fgsm-per-image", 0.0),
     ("table2_cnn_lstm", "cnn-lstm eps=0.2", "fgsm-per-image", 0.0),
     ("l02_noise", "cnn baseline", "noise", 0.02),
-    ("l05_transfer_per_image", "cnn-lstm-positions baseline", "fgsm-per-image", 0.04),
+    ("l05_positions", "cnn-lstm-positions baseline", "fgsm-per-image", 0.04),
     ("l06_transfer_and_white_box", "cnn eps=0.2", "fgsm-per-image", 0.04),
     ("l06_transfer_and_white_box", "cnn-lstm eps=0.005", "fgsm-per-image", 0.04),
     ("l06_transfer_and_white_box", "cnn eps=0.01", "fgsm", 0.04),

@@ -283,7 +283,7 @@ def test_run_whose_scheduler_is_gone_keeps_what_is_finished_and_goes_on(cluster,
     assert "Traceback" not in "".join(capfd.readouterr())
     # Nobody waits for that training any more, and its worker neither goes on nor stays.
     workers = [cluster.machines[name] for name in cluster.WORKERS]
-    wait_for(lambda: not any(worker.running() for worker in workers), "workers end", 10)
+    wait_for(lambda: not any(worker.running() for worker in workers), "workers end", 30)
     before = zoo.find("cnn").stat()
     cluster.mend(1)
     assert train(cluster, baseline, augmented) == 1
@@ -311,14 +311,14 @@ def test_nobody_works_on_for_a_client_that_has_ended(cluster, options, number):
     worker = cluster.machines[began_on(cluster, recipe)]
     [state] = worker.folder.glob(f"cache/cluster/*/checkpoints/cnn-{recipe.name}-*.state")
     process.send_signal(number)
-    process.wait(10)
+    process.wait(30)
 
     def is_still() -> bool:
         before = state.stat().st_mtime_ns
         time.sleep(1)
         return state.stat().st_mtime_ns == before
 
-    wait_for(is_still, "end of the training", 10)
+    wait_for(is_still, "end of the training", 30)
     assert worker.running()
 
 

@@ -74,7 +74,7 @@ def stop_after_an_epoch(clone: Path, run: Callable[[], psutil.Popen], number: in
         os.killpg(process.pid, number)  # as a terminal does: all that was started gets it
     else:
         process.send_signal(number)
-    assert process.wait(10) != 0
+    assert process.wait(30) != 0
     wait_for(lambda: not alive(started), "no process is left", 5)
     left = kept(clone)
     time.sleep(1)
