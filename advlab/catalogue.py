@@ -227,7 +227,7 @@ _LESSONS = (
     ),
     Lesson(
         "06_defence_on_trial",
-        "The defence on trial: what one line of change reveals",
+        "The defence on trial: what the model's own gradient reveals",
         lambda profile: profile.paper_models() + profile.adversarial_models(),
         minutes=75,
         after=("02", "04"),
