@@ -144,6 +144,24 @@ def test_defence_is_scored_by_its_worst_case(hand_in, arena, monkeypatch):
     assert (row["kind"], row["n"], row["accuracy"]) == ("defence", 20, 0)
 
 
+def test_defence_whose_gradients_are_too_small_is_refused(hand_in, arena, tiny_shapes):
+    plain = models.build("cnn", 3).eval()
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+    norm = "network.2"  # behind the first convolution; powers of two change no answer
+    for name in ("network.0.weight", "network.0.bias", f"{norm}.running_mean"):
+        weights[name] *= 2.0**100
+    weights[f"{norm}.running_var"] = (weights[f"{norm}.running_var"] + 1e-5) * 2.0**100
+    weights[f"{norm}.weight"] *= 2.0**-50
+    for name in [name for name in weights if name.startswith("network.19")]:
+        weights[name] *= 2.0**-115
+    other = models.build("cnn", 3).eval()
+    other.load_state_dict(weights)
+    images = tiny_shapes.test.batch(slice(None))[0]
+    assert torch.equal(plain(images).argmax(1), other(images).argmax(1))
+    with pytest.raises(SubmissionError, match=r"20 of 20 images the gradient is 0 in more than"):
+        score(hand_in(**weights))
+
+
 def test_defence_of_another_architecture_is_refused(hand_in, tmp_path, arena):
     with pytest.raises(SubmissionError, match="does not fit"):
         score(hand_in(**models.build("cnn-lstm").state_dict()))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from advlab import datasets, evaluation, files, lab
-from advlab.attacks import pgd
+from advlab.attacks import attack_loss, pgd
 from advlab.catalogue import ATTACKS
 from advlab.checkpoints import CheckpointError, is_safetensors, load_weights, read_tensors
 from advlab.data import to_float
@@ -127,11 +127,28 @@ def score_defence(path: Path) -> tuple[str, int, int, int]:
     except CheckpointError as error:
         raise SubmissionError(str(error)) from error
     test = datasets.Shapes10(1, DEFENDED).test
+    _check_gradients(checkpoint.model, *test.batch(slice(None)))
     lesson = lab.start("lesson", "shapes10", device="cpu")
     reference = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"])
     batch = test.batch(slice(None))
     theirs, ours = (_worst_case(c.model, *batch) for c in (checkpoint, reference))
     return "Shapes-10", theirs, ours, len(test)
+
+
+def _check_gradients(model: torch.nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Refuse a network whose gradients PGD cannot follow: what it leaves would be no worst case.
+
+    Weights of extreme size change no answer and make gradients smaller than float32 can hold.
+    """
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(attack_loss(model(x), labels, "margin").sum(), x)
+    blind = int(((gradient == 0).flatten(1).float().mean(1) > 0.5).sum())
+    if blind:
+        raise SubmissionError(
+            f"for {blind} of {len(images)} images the gradient is 0 in more than half of the "
+            "pixels, so PGD cannot attack this network and its score would mean nothing; submit "
+            "weights of ordinary size, of a network whose answers depend on the image"
+        )
 
 
 def _worst_case(model: torch.nn.Module, images: Tensor, labels: Tensor) -> int:
