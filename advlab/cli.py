@@ -38,14 +38,28 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
-            told = "go on with the same command, and --resume where it has that"
-            errors.print(f"advlab: stopped. What is finished is kept; {told}", soft_wrap=True)
-            raise typer.Exit(130) from None
-        except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
+        except (
+            KeyboardInterrupt,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            OSError,
+            ImportError,
+        ) as error:
+            if _is_interruption(error):
+                told = "go on with the same command, and --resume where it has that"
+                errors.print(f"advlab: stopped. What is finished is kept; {told}", soft_wrap=True)
+                raise typer.Exit(130) from None
             text = f"advlab: {error}"
             errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Tell whether an error is a Ctrl-C, or what came of one: a lock that it broke into, say."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 cluster_option = partial(typer.Option, rich_help_panel="Where to compute")

@@ -222,3 +222,30 @@ def test_main_runs_the_command_line(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert ended.value.code == 0
+
+
+def break_off(*args, **options):
+    raise KeyboardInterrupt
+
+
+def break_into_a_lock(*args, **options):
+    with Lock():
+        raise KeyboardInterrupt
+
+
+class Lock:
+    """A lock that an interruption met before it was held."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        raise RuntimeError("cannot release un-acquired lock")
+
+
+@pytest.mark.parametrize("how", [break_off, break_into_a_lock])
+def test_command_that_is_stopped_says_so_whatever_it_broke_into(how, monkeypatch):
+    monkeypatch.setattr(doctor, "run_checks", how)
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == 130
+    assert "advlab: stopped. What is finished is kept" in result.output

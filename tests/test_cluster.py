@@ -6,6 +6,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Event
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -146,6 +148,16 @@ def test_sweep_trains_measures_draws_and_goes_on(cluster, options, tmp_path, mon
     assert "10 models; 0 models to train" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("address", ["auto", "tls://node:8786"])
+def test_a_sweep_counts_hours_on_processes_that_it_knows(address, options, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_rate", lambda job: 1.0)
+    monkeypatch.setattr(sweep, "processes_for", lambda jobs: 2)
+    asked = Sweep(("quick",), (7,), (0.1,), ("cnn",), ("fgsm",))
+    sweep.run(asked, options, scheduler=Scheduler(address), dry=True)
+    hours = " h on 2 processes)" in capsys.readouterr().out
+    assert hours == (address == "auto")
+
+
 @pytest.mark.parametrize(("recipe", "papers"), [("paper", False), ("fast", True)])
 def test_other_data_and_other_recipes_are_not_published(recipe, papers, options, monkeypatch):
     monkeypatch.setattr(sweep.datasets, "are_papers", lambda _: papers)
@@ -249,6 +261,39 @@ def test_a_scheduler_that_cannot_be_reached_is_named(asked, message, monkeypatch
     monkeypatch.setattr(clusters, "SECONDS", 1)
     with pytest.raises(ClusterError, match=message), clusters.connect(asked):
         pass
+
+
+class Alone:
+    """A client whose scheduler has these many workers each time that it is asked."""
+
+    scheduler = SimpleNamespace(address="tls://node:8786")
+    status = "running"
+
+    def __init__(self, *workers: int) -> None:
+        self.workers, self.left = list(workers), Event()
+
+    def scheduler_info(self):
+        found = self.workers.pop(0)
+        if not self.workers:
+            self.left.set()
+        return {"workers": dict.fromkeys(range(found))}
+
+
+def test_a_scheduler_without_workers_is_told_of_once(monkeypatch, capsys):
+    monkeypatch.setattr(clusters, "SECONDS", 0.01)
+    client = Alone(2, 0, 0, 1, 0, 1)
+    clusters._say_when_alone(client, client.left)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2  # it came back once, and was lost again
+    assert "tls://node:8786 has no worker left" in lines[0]
+
+
+@pytest.mark.parametrize("bokeh", [True, False])
+def test_the_dashboard_is_named_where_there_is_one(bokeh, monkeypatch, capsys):
+    monkeypatch.setattr(clusters, "DASHBOARD", bokeh)
+    with clusters.connect(jobs=1) as started:
+        link = started.client.dashboard_link
+    assert (f"dashboard of the cluster: {link}" in capsys.readouterr().out) == bokeh
 
 
 @pytest.mark.parametrize("part", [0, 1])

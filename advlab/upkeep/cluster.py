@@ -8,11 +8,12 @@ speak TLS, too, unless its user says that it need not.
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import forkserver, get_all_start_methods
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import dask
@@ -21,6 +22,7 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.core import Status
 from distributed.utils import get_mp_context
+from tqdm import tqdm
 
 from advlab import files
 from advlab.machine import cores
@@ -198,6 +200,8 @@ def connect(asked: Scheduler | None = None, jobs: int | None = None) -> Iterator
     with dask.config.set(files_travel), opened as client:
         cluster = Cluster(client, shared=address is None)
         _check_versions(cluster)
+        if DASHBOARD and "dashboard" in client.scheduler_info()["services"]:
+            tqdm.write(f"dashboard of the cluster: {client.dashboard_link}")
         yield cluster
         cluster.clear()
 
@@ -259,7 +263,26 @@ def _running(address: str, asked: Scheduler) -> Iterator[Client]:
             client.wait_for_workers(1, timeout=SECONDS)
         except TimeoutError as error:
             raise ClusterError(f"the scheduler {address} has no worker; start one") from error
-        yield client
+        left = Event()
+        Thread(target=_say_when_alone, args=(client, left), daemon=True).start()
+        try:
+            yield client
+        finally:
+            left.set()
+
+
+def _say_when_alone(client: Client, left: Event) -> None:
+    """Say so when no worker is there any more: what is to be computed waits for one."""
+    alone = False
+    while not left.wait(SECONDS / 3):
+        before = alone
+        with suppress(OSError):  # a scheduler that is gone is told of by who waits for a result
+            alone = client.status == "running" and not client.scheduler_info()["workers"]
+        if alone and not before:
+            tqdm.write(
+                f"The scheduler {client.scheduler.address} has no worker left. Start one and this "
+                "goes on, or stop it with Ctrl-C and go on later with --resume"
+            )
 
 
 def _check_versions(cluster: Cluster) -> None:

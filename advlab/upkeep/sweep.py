@@ -176,8 +176,13 @@ def read_file(path: Path) -> dict[str, Any]:
 # --- what it costs
 
 
-def cost(jobs: Sequence[Job], workers: int) -> str:
-    """Return how much there is to train, and about how long it takes."""
+def cost(jobs: Sequence[Job], workers: int | None = None) -> str:
+    """Return how much there is to train, and about how long it takes.
+
+    Args:
+        jobs: Models that are missing.
+        workers: Processes that train at a time; None if that is not known, as elsewhere.
+    """
     seconds, unknown = 0.0, 0
     for job in jobs:
         rate = _rate(job)
@@ -185,8 +190,10 @@ def cost(jobs: Sequence[Job], workers: int) -> str:
         seconds += images_to_train(job.options.open().zoo, job) / (rate or 1)
     told = f"{len(jobs)} models to train"
     if jobs and not unknown:
-        told += f", about {seconds / 3600:.1f} process hours ({seconds / 3600 / workers:.1f} h on "
-        told += f"{workers} processes), at the rates of models that were trained before"
+        hours = seconds / 3600
+        here = f" ({hours / workers:.1f} h on {workers} processes)" if workers else ""
+        told += f", about {hours:.1f} process hours{here}, at the rates of models that were trained"
+        told += " before"
     elif jobs:
         told += "; how long it takes is not known, as no such model was trained before"
     return told
@@ -254,8 +261,9 @@ def run(
     for job in jobs:
         _take_shipped(job)
     todo = missing(jobs)
-    workers = processes_for(todo or jobs)
-    console.print(f"{len(jobs)} models; {cost(todo, workers)}.", markup=False, soft_wrap=True)
+    elsewhere = (scheduler or Scheduler()).resolved()
+    told = cost(todo, None if elsewhere else processes_for(todo or jobs))
+    console.print(f"{len(jobs)} models; {told}.", markup=False, soft_wrap=True)
     output = Path(base.output_dir) / "sweep.csv"
     files.make_folder(output.parent)
     if dry:
