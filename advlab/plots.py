@@ -32,6 +32,7 @@ TRAININGS = {
     "rs-fgsm-eps4": ("#0072B2", ">"),
     "rs-fgsm": ("#CC79A7", "p"),
     "robust": ("#009E73", "8"),
+    "other seeds": ("0.5", "x"),  # undefended, and shown the images of the first seed's baseline
 }
 LINES = {"cnn": "-", "cnn-lstm": "--", "cnn-lstm-positions": "-."}
 
@@ -48,7 +49,8 @@ def model_look(name: str) -> dict[str, Any]:
         colour, marker = TRAININGS[training]
     elif how == "eps" and arch in LINES:
         eps, known = float(size), paper.SWEEP_TRAIN_EPS
-        place = np.interp(np.log(eps), np.log([known[1], known[-1]]), [0.0, 0.88])
+        # By rank: most of the paper's are small, and would all be purple.
+        place = np.interp(np.log(eps), np.log(known[1:]), np.linspace(0.0, 0.9, len(known) - 1))
         colour = plt.get_cmap("plasma")(float(place))
         marker = MARKERS[known.index(eps)] if eps in known else "."
     else:
@@ -188,6 +190,7 @@ def curves(
     value: str = "accuracy",
     hue: str = "train_eps",
     beside: pd.DataFrame | None = None,
+    seeds: pd.DataFrame | None = None,
     title: str = "",
     log_x: bool = False,
 ) -> Figure:
@@ -198,6 +201,9 @@ def curves(
         value: "accuracy" (drawn in percent) or "loss".
         hue: Column that tells the lines apart; "model" and "train_eps" get the look of the model.
         beside: The paper's rows, drawn dotted in the same colours.
+        seeds: Rows of `advlab sweep`: the band of a line that they have then reaches from the
+            lowest to the highest seed, and undefended networks of other seeds, under the same
+            attack, get a line of their own.
         title: Of the figure.
         log_x: Spread small eps: a symmetric logarithmic axis.
     """
@@ -205,6 +211,7 @@ def curves(
     by_model = hue in ("model", "train_eps")
     groups = list(table.groupby(hue, sort=hue == "train_eps"))
     palette = sns.color_palette("colorblind", len(groups))
+    own, others = _own_and_others(seeds, table)
     figure, axis = plt.subplots(figsize=(7.2, 4.0))
     for i, (key, rows) in enumerate(groups):
         label, name = str(key), str(key)
@@ -215,12 +222,19 @@ def curves(
         look |= model_look(name) if by_model else {}
         x, colour = rows["test_eps"], look["color"]
         axis.plot(x, scale * rows[value], markersize=5, label=label, **look)
-        if value == "accuracy":
+        alike = own[own[hue].eq(key) & own["architecture"].isin(rows["architecture"])]
+        if len(alike):
+            _band_over_seeds(axis, alike, scale, value, colour)
+        elif value == "accuracy":
             low, high = scale * rows["low"], scale * rows["high"]
             axis.fill_between(x, low, high, color=colour, alpha=0.2)
         if beside is not None:
             theirs = beside[beside[hue] == key].dropna(subset=[value])
             axis.plot(theirs["test_eps"], scale * theirs[value], ":", color=colour, linewidth=2)
+    for arch, rows in others.groupby("architecture"):
+        look = model_look(f"{arch} other seeds")
+        means = _band_over_seeds(axis, rows, scale, value, look["color"])
+        axis.plot(means, markersize=5, label=f"no defence, other seeds ({arch})", **look)
     if beside is not None:
         axis.plot([], [], ":", color="0.3", linewidth=2, label="the paper's (dotted)")
     axis.set(xlabel="test eps (pixel range [0, 1])", ylabel="loss (cross entropy)", title=title)
@@ -235,6 +249,56 @@ def curves(
     legend_title = "trained with" if hue == "train_eps" else None
     axis.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
     return figure
+
+
+def gains(table: pd.DataFrame) -> Figure:
+    """Draw gains in accuracy against test eps, a bar for each architecture (Figure 3).
+
+    Args:
+        table: Tidy rows with architecture, test_eps and gain (points). Drawn where they are there:
+            "paper", hatched bars; "undefended", a cross: what a network without a defence gains by
+            being another one.
+    """
+    groups, hatched = list(table.groupby("architecture")), "paper" in table
+    places, width = np.arange(table["test_eps"].nunique()), 0.4 / (1 + hatched)
+    figure, axis = plt.subplots(figsize=(7.6, 3.8))
+    for i, (arch, rows) in enumerate(groups):
+        colour, at = f"C{2 * i}", places + 0.4 * (i - 1) + width / 2
+        axis.bar(at, rows["gain"], width, color=colour, label=arch)
+        if hatched:
+            style: dict[str, Any] = {"color": "white", "edgecolor": colour, "hatch": "////"}
+            axis.bar(at + width, rows["paper"], width, label=f"{arch}, the paper's", **style)
+        if "undefended" in table:
+            axis.plot(at, rows["undefended"], "X", color="white", markeredgecolor="black")
+    if "undefended" in table:
+        label = "no defence, other seeds"
+        axis.plot([], [], "X", color="white", markeredgecolor="black", label=label)
+    axis.axhline(0, color="0.3", linewidth=1)
+    axis.set_xticks(places, [f"{eps:g}" for eps in sorted(set(table["test_eps"]))])
+    axis.set(xlabel="test eps (pixel range [0, 1])", ylabel="gain (points)")
+    axis.legend(loc="upper left", fontsize="small")
+    return figure
+
+
+def _own_and_others(
+    seeds: pd.DataFrame | None, table: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of `seeds` under the attack of `table`, and those of the control."""
+    if seeds is None:
+        return table.head(0), table.head(0)
+    for column in ("attack", "architecture"):
+        seeds = seeds[seeds[column].isin(table[column])]
+    control = seeds["source"].str.contains("seed")
+    return seeds[~control], seeds[control]
+
+
+def _band_over_seeds(
+    axis: Axes, rows: pd.DataFrame, scale: float, value: str, colour: Any
+) -> "pd.Series[float]":
+    """Draw a band from the lowest to the highest seed at each test eps; return the means."""
+    found = scale * rows.groupby("test_eps")[value].agg(["mean", "min", "max"])
+    axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.2)
+    return found["mean"]
 
 
 def over_seeds(table: pd.DataFrame) -> Figure:

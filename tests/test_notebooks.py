@@ -56,8 +56,8 @@ def test_lessons_are_those_of_the_catalogue():
     assert [p.stem for p in LESSONS] == list(catalogue.LESSONS)
 
 
-def test_the_first_five_lessons_have_solutions():
-    assert [p.name for p in SOLUTIONS] == [p.name for p in LESSONS[:5]]
+def test_each_lesson_has_solutions():
+    assert [p.name for p in SOLUTIONS] == [p.name for p in LESSONS]
 
 
 @each_notebook

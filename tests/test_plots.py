@@ -166,6 +166,44 @@ def test_curves_beside_the_papers_or_by_another_column(table):
     assert [text.get_text() for text in legend.get_texts()] == ["noise", "fgsm"]  # as in the table
 
 
+@pytest.fixture
+def seeds(table):
+    """Two seeds' rows under the paper's test, .05 apart, and the control of the second."""
+    asked = {"attack": "fgsm-per-image", "source": "cnn baseline"}
+    first = table.assign(**asked, seed=0)
+    other = first.assign(accuracy=first["accuracy"] - 0.05, seed=1)
+    control = other[other["train_eps"] == 0].assign(source="cnn baseline, seed 0", accuracy=0.5)
+    white = first.assign(attack="fgsm", source="white box", accuracy=0.0)
+    return pd.concat([first, other, control, white], ignore_index=True)
+
+
+def test_curves_have_the_range_of_seeds_and_the_undefended_networks(table, seeds):
+    figure = plots.curves(table.assign(attack="fgsm-per-image"), seeds=seeds)
+    (axis,) = figure.axes
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names[-1] == "no defence, other seeds (cnn)"
+    assert axis.lines[-1].get_ydata().tolist() == [50.0] * len(paper.TEST_EPS)
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axis.collections]
+    first = 100 * table["accuracy"].iloc[0]
+    assert len(bands) == len(names)
+    # On clean images the baseline has its own accuracy and 5 points less; no other attack joins in.
+    assert bands[0].max() == pytest.approx(first)
+    assert first - 5 in bands[0].round(6)
+    assert bands[0].min() > 0
+
+
+def test_gains_draw_what_the_table_has():
+    columns = ["architecture", "test_eps", "gain"]
+    table = pd.DataFrame([(a, e, 10.0) for a in ("cnn", "cnn-lstm") for e in (0.0, 0.1)])
+    table = table.set_axis(columns, axis=1)
+    (axis,) = plots.gains(table).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["cnn", "cnn-lstm"]
+    assert [bar.get_height() for bar in axis.patches] == [10.0] * 4
+    (axis,) = plots.gains(table.assign(paper=9.0, undefended=4.0)).axes
+    assert len(axis.patches) == 8
+    assert [4.0, 4.0] in [list(line.get_ydata()) for line in axis.lines]
+
+
 def test_difference_map(table):
     ours = paper.published().assign(data=paper.DATA)
     figure = plots.difference_map(paper.compare(ours.assign(accuracy=ours["accuracy"] + 0.03)))
