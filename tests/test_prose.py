@@ -16,6 +16,7 @@ from advlab.evaluation import wilson
 
 ROOT = files.repository()
 HELD = ("01", "02", "03", "04", "05", "06", "07", "08")
+TABLES = {"cnn": "table1_cnn", "cnn-lstm": "table2_cnn_lstm"}
 NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?) ?(?:%|points?\b|in \d+\b)")
 
 
@@ -104,14 +105,14 @@ def other_seeds(arch: str, eps: float) -> pd.Series:
 
 def cell(arch: str, train_eps: float, test_eps: float) -> float:
     """Return an entry of Table 1 or 2."""
-    name = {"cnn": "table1_cnn", "cnn-lstm": "table2_cnn_lstm"}[arch]
-    return percent(name, train_eps=train_eps, test_eps=test_eps)
+    return percent(TABLES[arch], train_eps=train_eps, test_eps=test_eps)
 
 
 def lost(arch: str, train_eps: float, test_eps: float) -> float:
     """Return the loss of an entry of Table 1 or 2."""
-    rows = table({"cnn": "table1_cnn", "cnn-lstm": "table2_cnn_lstm"}[arch])
-    return rows.set_index(["train_eps", "test_eps"]).loc[(train_eps, test_eps), "loss"]
+    return (
+        table(TABLES[arch]).set_index(["train_eps", "test_eps"]).loc[(train_eps, test_eps), "loss"]
+    )
 
 
 def share_of_gain(eps: float, arch: str = "cnn", train_eps: float = 0.005) -> float:
@@ -351,10 +352,6 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
                  > trade_off("rs-fgsm-eps2", k)
                  for k in (6, 8, 12, 16))),
 ]  # fmt: skip
-
-
-def paper_eps() -> list[float]:
-    return sorted(set(table("l02_noise")["test_eps"]))
 
 
 def cells_of(lesson: str) -> list[nbformat.NotebookNode]:

@@ -127,10 +127,10 @@ def score_defence(path: Path) -> tuple[str, int, int, int]:
     except CheckpointError as error:
         raise SubmissionError(str(error)) from error
     test = datasets.Shapes10(1, DEFENDED).test
-    _check_gradients(checkpoint.model, *test.batch(slice(None)))
+    batch = test.batch(slice(None))
+    _check_gradients(checkpoint.model, *batch)
     lesson = lab.start("lesson", "shapes10", device="cpu")
     reference = lesson.zoo.get("cnn", lesson.settings.adversarial["robust"])
-    batch = test.batch(slice(None))
     theirs, ours = (_worst_case(c.model, *batch) for c in (checkpoint, reference))
     return "Shapes-10", theirs, ours, len(test)
 

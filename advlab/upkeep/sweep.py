@@ -176,7 +176,7 @@ def read_file(path: Path) -> dict[str, Any]:
 # --- what it costs
 
 
-def cost(jobs: Sequence[Job], workers: int | None = None) -> str:
+def cost(jobs: Sequence[Job], workers: int | None) -> str:
     """Return how much there is to train, and about how long it takes.
 
     Args:
