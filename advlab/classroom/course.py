@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from advlab import files
-from advlab.classroom import feedback, grading
+from advlab.classroom import RefusedError, feedback, grading
 from advlab.classroom.grading import Hidden
 from advlab.classroom.submissions import CourseError, Submission, collect, give_marks, read_marks
 from advlab.machine import cores
@@ -115,7 +115,8 @@ def grade(
 
     Raises:
         CourseError: without nbgrader; if a worker cannot grade (see `grading.check_worker`); if
-            the folder is not as in `collect`; or a mark has no place.
+            the folder is not as in `collect`; a mark has no place; or, when all else is written,
+            some could not be graded.
         ClusterError: see `cluster.connect`.
     """
     grading.need_nbgrader()
@@ -128,7 +129,7 @@ def grade(
         name = name if name.isprintable() else ascii(name)
         console.print(f"not a submission, left out: {name}", style="yellow", markup=False)
     graded = {
-        one: grading.earlier(one, sources()[one.assignment], output, sandbox=sandbox) or {}
+        one: grading.earlier(one, sources()[one.assignment], output, sandboxed=sandbox) or {}
         for one in found
     }
     if missing := [one for one, scores in graded.items() if not scores]:
@@ -146,6 +147,12 @@ def grade(
         own = {one: scores for one, scores in graded.items() if one.student == student}
         feedback.write(student, own, output)
     _report(graded, len(others), output / "grades.csv", console)
+    if again := [f"{one.assignment} of {one.student}" for one in graded if graded[one]["again"]]:
+        raise CourseError(
+            f"{len(again)} of {len(graded)} could not be graded, for no fault of their own: "
+            f"{', '.join(again)}. Their scores are empty; run this again when the cause above is "
+            "gone"
+        )
     return table
 
 
@@ -177,11 +184,11 @@ def _results(
         while len(sent) < busy and (one := next(waiting, None)):
             try:
                 work = grading.pack(one, names[one.assignment])
-            except OSError as error:
+            except (OSError, RefusedError) as error:
                 yield one, grading.not_graded(names[one.assignment], error)
                 continue
             future = client.submit(grading.run, work, hidden, pure=False)
-            sent[future] = one, work.identity(sandbox=hidden is not None)
+            sent[future] = one, work.identity(sandboxed=hidden is not None)
             running.add(future)
         if not sent:
             return

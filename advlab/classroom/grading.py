@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,19 +31,23 @@ from distributed import Worker, get_worker
 
 import advlab
 from advlab import files
+from advlab.classroom import RefusedError, page, sandbox
 from advlab.classroom.probe import PID_NAMESPACE
-from advlab.classroom.sandbox import sandboxed
-from advlab.classroom.submissions import CourseError, Submission
+from advlab.classroom.submissions import CourseError, Submission, read_regular
 from advlab.store import code_hash
 from advlab.upkeep import tasks
 from advlab.upkeep.kernels import short_folder
 from advlab.upkeep.processes import kill_children
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
-LARGEST_FILE = 20_000_000  # bytes
-# The modules whose code decides a score.
-GRADER = [f"classroom/{name}" for name in ("grading", "merging", "run_submission", "sandbox")]
-GRADER += ["upkeep/kernels", "upkeep/processes"]
+PAGE_SECONDS, LARGEST_PAGE = 60, 20_000_000  # to draw a notebook; bytes
+LARGEST_RESULT, LARGEST_LOG = 50_000_000, 100_000  # bytes that a process may write, and that count
+PROBE_SECONDS = 300  # to try the sandbox; importing torch may take most of a minute
+LOOK = 0.2  # seconds between two looks at what a process does
+LARGEST_FILE = 100_000_000  # bytes; saved outputs, which nobody reads, may be most of them
+# The modules whose code decides a score, or how it is shown.
+GRADER = ["grading", "merging", "page", "run_submission", "sandbox"]
+GRADER = [*(f"classroom/{name}" for name in GRADER), "upkeep/kernels", "upkeep/processes"]
 
 
 def need_nbgrader() -> None:
@@ -84,9 +89,9 @@ class Work:
     assignment: bytes
     submission: bytes
 
-    def identity(self, *, sandbox: bool) -> str:
+    def identity(self, *, sandboxed: bool) -> str:
         """Return a hash of what a score depends on: both, and the code that grades."""
-        digest = sha256(f"{sandbox} {code_hash(*GRADER)}".encode())
+        digest = sha256(f"{sandboxed} {code_hash(*GRADER)}".encode())
         for notebook in (self.assignment, self.submission):
             digest.update(sha256(notebook).digest())
         return digest.hexdigest()
@@ -100,13 +105,15 @@ class Ran:
         scores: See `land`; None if it could not be run.
         reason: Why not.
         executed: The notebook as it ran.
+        page: The same, drawn.
         log: What was printed beside.
     """
 
     scores: dict[str, Any] | None
     reason: str
-    executed: bytes
-    log: bytes
+    executed: bytes = b""
+    page: bytes = b""
+    log: bytes = b""
 
 
 # --- on the machine that asks
@@ -120,20 +127,20 @@ def pack(one: Submission, source: Path) -> Work:
         source: The instructor's notebook of its assignment.
 
     Raises:
-        OSError: if one cannot be read, or the submission is too large to be one of ours.
+        OSError: if one cannot be read.
+        RefusedError: if the submission is too large to be one of ours, or no file.
     """
-    size = one.path.stat().st_size
-    if size > LARGEST_FILE:
-        raise OSError(f"the file has {size / 1e6:.0f} MB")
-    return Work(source.read_bytes(), one.path.read_bytes())
+    return Work(source.read_bytes(), read_regular(one.path, LARGEST_FILE))
 
 
-def earlier(one: Submission, source: Path, output: Path, *, sandbox: bool) -> dict[str, Any] | None:
+def earlier(
+    one: Submission, source: Path, output: Path, *, sandboxed: bool
+) -> dict[str, Any] | None:
     """Return the scores of an earlier run into the folder `output`; None if anything changed."""
     written = one.kept(output) / "scores.json"
     with suppress(OSError, ValueError):
         scores = json.loads(written.read_text())
-        if scores.get("identity") == pack(one, source).identity(sandbox=sandbox):
+        if scores.get("identity") == pack(one, source).identity(sandboxed=sandboxed):
             return scores
     return None
 
@@ -148,8 +155,9 @@ def land(one: Submission, output: Path, identity: str, ran: Ran) -> dict[str, An
         ran: What came of it.
 
     Returns:
-        reason (why the notebook could not be run to its end, or ""), seconds, and cells: for each
-        graded cell its points, score (None where a person must read the answer) and reason.
+        reason (why the notebook could not be run to its end, or ""), seconds, again (whether it
+        must be tried again), and cells: for each graded cell its points, score (None where a person
+        must read the answer) and reason.
 
     Raises:
         OSError: if it could not be run, or cannot be written.
@@ -160,19 +168,24 @@ def land(one: Submission, output: Path, identity: str, ran: Ran) -> dict[str, An
     if ran.scores is None:
         raise OSError(ran.reason)
     files.write_bytes(kept / "executed.ipynb", ran.executed)
-    scores = ran.scores | {"identity": identity}
+    files.write_bytes(kept / "page.html", ran.page)
+    scores = ran.scores | {"identity": identity, "again": False}
     files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
     return scores
 
 
 def not_graded(source: Path, error: Exception) -> dict[str, Any]:
-    """Return scores, as `land` does, where no submission is to blame: no run finds them again."""
+    """Return scores, as `land` does, for what was not run; no later run finds them again.
+
+    They are empty, as a fault of the machine is no mark, unless the file itself is to blame.
+    """
     from advlab.classroom.merging import clean, no_points  # needs nbgrader, maybe not installed
 
-    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    refused = isinstance(error, RefusedError)
+    kind = "" if refused or isinstance(error, OSError) else f"{type(error).__name__}: "
     reason = clean(f"{kind}{error}")
-    cells = no_points(nbformat.read(source, as_version=4), reason)
-    return {"reason": reason, "cells": cells, "seconds": 0.0}
+    cells = no_points(nbformat.read(source, as_version=4), reason, 0 if refused else None)
+    return {"reason": reason, "cells": cells, "seconds": 0.0, "again": not refused}
 
 
 # --- on a worker
@@ -219,19 +232,32 @@ def check_sandbox(hidden: Hidden, own: Path) -> None:
     token = token_hex()
     with _work_folder(own) as work, socket.create_server(("127.0.0.1", 0)) as server:
         job = {
+            "own": ["/tmp", "/dev/shm", str(sandbox.sockets(work))],
+            "largest": sandbox.TEMPORARY,
             "hidden": [str(path) for path in hidden.folders],
             "secrets": [str(path) for path in hidden.secrets],
             "token": token,
             "port": server.getsockname()[1],
             "pid_namespace": str(PID_NAMESPACE.readlink()),
         }
-        done = subprocess.run(
-            [*sandboxed(work, hidden.folders), sys.executable, "-m", "advlab.classroom.probe"],
-            input=json.dumps(job),
-            env={**os.environ, "ADVLAB_PROBE": token},
-            capture_output=True,
-            text=True,
-        )
+        try:
+            words = sandbox.sandboxed(work, hidden.folders)
+        except ValueError as error:
+            raise CourseError(f"{error}, {accept}") from error
+        try:
+            done = subprocess.run(
+                [*words, sys.executable, "-m", "advlab.classroom.probe"],
+                input=json.dumps(job),
+                env={**os.environ, "ADVLAB_PROBE": token},
+                capture_output=True,
+                text=True,
+                timeout=PROBE_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CourseError(
+                f"the sandbox did not answer within {PROBE_SECONDS} s. Is this machine that busy? "
+                f"Try again, {accept}"
+            ) from error
     if done.returncode:
         raise CourseError(
             f"the sandbox does not work on this machine: {done.stderr.strip()}\n"
@@ -280,39 +306,71 @@ def run(work: Work, hidden: Hidden | None) -> Ran:
         given = json.dumps(job).encode() + b"\n" + work.submission
         command = [sys.executable, "-m", "advlab.classroom.run_submission"]
         # It ends by itself in time, unless something is badly wrong.
-        reason, made, log = _run_limited(command, given, SECONDS + 120)
+        reason, made, log = _run_limited(command, given, SECONDS + 120, MEGABYTES)
     if reason:
-        return Ran(None, reason, b"", log)
+        return Ran(None, reason, log=log)
     found = json.loads(made)
     scores = found["scores"] | {"seconds": round(time.perf_counter() - start, 1)}
-    return Ran(scores, "", found["executed"].encode(errors="replace"), log)
+    executed = found["executed"].encode(errors="replace")
+    drawn, more = _draw(executed)
+    return Ran(scores, "", executed, drawn, log + more)
 
 
-def _run_limited(command: Sequence[str], given: bytes, seconds: int) -> tuple[str, bytes, bytes]:
+def _draw(executed: bytes) -> tuple[bytes, bytes]:
+    """Return the page of a notebook, or one that says why there is none, and what was logged."""
+    command = [sys.executable, "-m", "advlab.classroom.page"]
+    reason, drawn, log = _run_limited(command, executed, PAGE_SECONDS)
+    if not reason and len(drawn) > LARGEST_PAGE:
+        reason = f"its page would have {len(drawn) / 1e6:.0f} MB"
+    return (page.NOT_SHOWN.format(reason).encode() if reason else drawn), log
+
+
+def _send(pipe: int, given: bytes) -> None:
+    with suppress(BrokenPipeError), os.fdopen(pipe, "wb", buffering=0) as file:
+        left = memoryview(given)
+        while left:  # until the reader has ended
+            left = left[file.write(left) :]
+
+
+def _run_limited(
+    command: Sequence[str], given: bytes, seconds: int, megabytes: int | None = None
+) -> tuple[str, bytes, bytes]:
     """Run `command`, and kill it and its children after `seconds`, or when nobody waits for it.
+
+    Args:
+        command: What is run.
+        given: For its standard input.
+        seconds: That it may take.
+        megabytes: That what it starts may hold; more, and that is killed.
 
     Returns:
         Why it failed or "", and what it wrote to its standard output and error.
     """
-    end, more = time.monotonic() + seconds, given or None
-    with tempfile.TemporaryFile() as log:  # without a name: no other submission sees it
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, process_group=0)
-        made, reason = b"", f"took longer than {seconds} s"
+    end = time.monotonic() + seconds
+    # Without a name: no other submission sees them.
+    with tempfile.TemporaryFile() as made, tempfile.TemporaryFile() as log:
+        reads, writes = os.pipe()
+        how: dict[str, Any] = {"stdin": reads, "stdout": made, "stderr": log}
+        process = subprocess.Popen(command, process_group=0, **how)
+        os.close(reads)
+        threading.Thread(target=_send, args=(writes, given), daemon=True).start()
+        reason = f"took longer than {seconds} s"
         try:
             while time.monotonic() < end:
                 tasks.check_wanted("grading")
-                try:
-                    made, _ = process.communicate(more, timeout=1)
-                except subprocess.TimeoutExpired:
-                    more = None  # is being sent already
-                    continue
-                reason = "could not be run (see log.txt)" if process.returncode else ""
-                break
+                with suppress(subprocess.TimeoutExpired):
+                    reason = "could not be run (see log.txt)" if process.wait(LOOK) else ""
+                    break
+                if max(os.fstat(file.fileno()).st_size for file in (made, log)) > LARGEST_RESULT:
+                    reason = f"wrote more than {LARGEST_RESULT // 1_000_000} MB"
+                    break
+                if megabytes is not None:
+                    sandbox.limit(process.pid, megabytes)
         finally:
             with suppress(psutil.NoSuchProcess):  # has ended
                 kill_children(process.pid)
             process.kill()
             process.wait()
-        log.seek(0)
-        return reason, made, log.read()
+        for file in (made, log):
+            file.seek(0)
+        return reason, made.read(LARGEST_RESULT), log.read(LARGEST_LOG)

@@ -1,14 +1,17 @@
 """The notebook that is run for a submission: the assignment, with the student's answers in it."""
 
+import re
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_solution
 
+from advlab.classroom import RefusedError
+from advlab.classroom.page import HIDDEN_TESTS
 
-class RefusedError(ValueError):
-    """The submission cannot be run at all."""
+MISSING = 'raise NotImplementedError("the cell for the answer {} is missing")'
+DEFINED = re.compile(r"^(?:def|class) +(\w+)", re.MULTILINE)
 
 
 def read(content: bytes) -> NotebookNode:
@@ -50,18 +53,22 @@ def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
 
     Text and tests are those of `source`, whatever the submission made of them; a student's own
     cells, copies of answers and tests among them, stay behind the cell that they were written
-    after.
+    after. A cell that lost its name is known by what it says; an answer that is not there is
+    replaced by a cell that says so.
 
     Raises:
-        RefusedError: if an answer's cell is missing.
+        RefusedError: if there is no cell of this assignment.
     """
     answers: dict[str, NotebookNode] = {}
     own: dict[str | None, list[NotebookNode]] = {}
     known = {name: cell for cell in source.cells if (name := grade_id(cell))}
+    unnamed = {n: cell for n, cell in known.items() if n not in map(grade_id, submitted.cells)}
     last = None
     for cell in submitted.cells:
         name = grade_id(cell)
-        if name not in known or name in answers:
+        if name not in known:
+            name = next((n for n, given in unnamed.items() if _is_alike(given, cell)), None)
+        if name is None or name in answers:
             cell.metadata.pop("nbgrader", None)
             own.setdefault(last, []).append(cell)
             continue
@@ -71,13 +78,24 @@ def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
         if is_solution(cell):
             if not answers:
                 raise RefusedError("it has no cell of this assignment: is it another's notebook?")
-            if name not in answers:
-                raise RefusedError(f"the cell for the answer {name} is missing")
-            cell.source = answers[name].source
+            missing = name not in answers
+            cell.source = MISSING.format(name) if missing else answers[name].source
+            if missing and cell.cell_type != "code":
+                cell.source = ""
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         cells += [cell, *own.get(name, [])]
     return nbformat.v4.new_notebook(cells=cells, metadata=source.metadata)
+
+
+def _is_alike(given: NotebookNode, cell: NotebookNode) -> bool:
+    """Return whether `cell` is `given`, a cell of the source, as it was handed out or answered."""
+    if cell.cell_type != given.cell_type:
+        return False
+    if is_solution(given):
+        names = set(DEFINED.findall(given.source))
+        return bool(names) and names <= set(DEFINED.findall(cell.source))
+    return HIDDEN_TESTS.sub("", given.source).split() == cell.source.split()
 
 
 def clean(text: str) -> str:
@@ -86,10 +104,12 @@ def clean(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text  # no formula, for a spreadsheet
 
 
-def no_points(source: NotebookNode, reason: str) -> dict[str, dict[str, Any]]:
-    """Return a result for each graded cell of an assignment: its points, and a score of 0."""
+def no_points(
+    source: NotebookNode, reason: str, score: int | None = 0
+) -> dict[str, dict[str, Any]]:
+    """Return a result for each graded cell of an assignment: its points, the score and reason."""
     return {
-        name: {"points": cell.metadata.nbgrader.points, "score": 0, "reason": reason}
+        name: {"points": cell.metadata.nbgrader.points, "score": score, "reason": reason}
         for cell in source.cells
         if is_grade(cell) and (name := grade_id(cell))
     }

@@ -5,38 +5,50 @@ student can do, too.
 """
 
 import ctypes
+import errno
 import importlib
 import json
+import mmap
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# From <sys/mount.h> and <sched.h>.
-MS_REMOUNT, MS_BIND, MNT_DETACH, CLONE_NEWUSER = 0x20, 0x1000, 0x2, 0x10000000
+# From <sys/mount.h>, <sched.h> and <sys/ipc.h>.
+MS_REMOUNT, MS_BIND, MNT_DETACH, CLONE_NEWUSER, IPC_CREAT = 0x20, 0x1000, 0x2, 0x10000000, 0o1000
+PTRACE_SEIZE, AF_ALG, AF_VSOCK = 0x4206, 38, 40  # <linux/ptrace.h>, <sys/socket.h>
+WRITTEN_BY_ROOT = ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/printk", "/proc/1/mem")
 PID_NAMESPACE = Path("/proc/self/ns/pid")
+MOUNT = re.compile(r"(?:\S+ ){4}(\S+) ")  # where, in a line of /proc/self/mountinfo
 
 
 def break_out(job: dict[str, Any]) -> Iterator[str]:
     """Yield each thing that works and should not: "unmount /home", say.
 
     Args:
-        job: hidden: folders that the sandbox covers; secrets: files in them; token: what stands in
-            the grader's environment; port: where the grader listens; pid_namespace: the grader's.
+        job: own: folders in memory, to which it may write; hidden: folders that hold secrets;
+            secrets: files in them; token: what stands in the grader's environment; port: where the
+            grader listens; pid_namespace: the grader's.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if int(_status("CapEff"), 16) or int(_status("CapPrm"), 16):
         yield "act as the administrator (it holds capabilities)"
-    for folder in (*job["hidden"], "/tmp", "/run"):
-        if libc.umount2(os.fsencode(folder), MNT_DETACH) == 0:
-            yield f"unmount {folder}"
-    if libc.mount(None, b"/", None, MS_REMOUNT | MS_BIND, None) == 0:
-        yield "mount / anew, writable"
-    for folder in (*job["hidden"], "/", sys.prefix, str(Path(__file__).parent)):
+    if os.getuid() == 0:
+        yield "be root"
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    mounts = [_unescaped(found[1]) for found in map(MOUNT.match, lines) if found]
+    elsewhere = [f for f in job["hidden"] if not any(map(Path(f).is_relative_to, job["own"]))]
+    folders = {*mounts, *elsewhere, "/etc", sys.prefix, str(Path(__file__).parent)}
+    for folder in sorted(folders - {*job["own"]}):
         if _writes(Path(folder) / "written-by-advlab-probe"):
             yield f"write to {folder}"
+    for folder in job["own"]:
+        if os.statvfs(folder).f_blocks * os.statvfs(folder).f_frsize > job["largest"]:
+            yield f"write without limit to {folder}"
     for secret in job["secrets"]:
         if os.path.lexists(secret):
             yield f"read {secret}"
@@ -45,9 +57,29 @@ def break_out(job: dict[str, Any]) -> Iterator[str]:
             yield "read the grader's environment"
     if str(PID_NAMESPACE.readlink()) == job["pid_namespace"]:
         yield "see the grader's processes"
+    for path in WRITTEN_BY_ROOT:
+        with suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY))
+            yield f"write to {path}"
+    if libc.ptrace(PTRACE_SEIZE, 1, None, None) == 0:
+        yield "take hold of the process that keeps it here"
     if _connects(job["port"]):
         yield "open a network connection"
-    if libc.unshare(CLONE_NEWUSER) == 0:  # last: it changes what this may do
+    for family in (AF_ALG, AF_VSOCK):
+        with suppress(OSError):
+            socket.socket(family, socket.SOCK_STREAM).close()
+            yield f"make a socket of family {family}, which no namespace keeps here"
+    if os.path.lexists("/etc/passwd") or os.path.lexists("/sys"):
+        yield "see more of the system than its programs"
+    if _hides_memory(libc):
+        yield "hold memory that nobody can measure"
+    # Last, as these change what is there.
+    for folder in mounts:
+        if libc.mount(None, os.fsencode(folder), None, MS_REMOUNT | MS_BIND, None) == 0:
+            yield f"mount {folder} anew, writable"
+        if libc.umount2(os.fsencode(folder), MNT_DETACH) == 0:
+            yield f"unmount {folder}"
+    if libc.unshare(CLONE_NEWUSER) == 0:
         yield "make a user namespace, in which it is administrator"
 
 
@@ -55,6 +87,21 @@ def _status(field: str) -> str:
     """Return a field of what the kernel says of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), path)
+
+
+def _hides_memory(libc: ctypes.CDLL) -> bool:
+    with suppress(OSError):
+        os.close(os.memfd_create("x"))
+        return True
+    with suppress(OSError):
+        mmap.mmap(-1, 1).close()
+        return True
+    libc.vmsplice(-1, None, 0, 0)  # no such file, or no such call?
+    return ctypes.get_errno() != errno.ENOSYS or libc.shmget(0, 1, IPC_CREAT) >= 0
 
 
 def _writes(path: Path) -> bool:

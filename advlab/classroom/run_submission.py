@@ -7,6 +7,7 @@ changes what is recorded.
 
 import ast
 import asyncio
+import ctypes
 import json
 import os
 import resource
@@ -20,33 +21,45 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import psutil
 from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_locked
 
-from advlab.classroom import merging
-from advlab.classroom.merging import RefusedError, clean, grade_id
-from advlab.classroom.sandbox import sandboxed
+from advlab.classroom import RefusedError, merging, sandbox
+from advlab.classroom.merging import clean, grade_id
 from advlab.upkeep.kernels import OwnKernel
-from advlab.upkeep.processes import kill_children, share_of_memory
+from advlab.upkeep.processes import kill_children
 
-LARGEST_OUTPUT = 1_000_000  # bytes that a notebook may print
-PROCESSES = 200  # that it may start
+LARGEST_OUTPUT = 1_000_000  # bytes of what a notebook prints that are kept
+FLOOD = 100 * LARGEST_OUTPUT  # bytes at which it is stopped
+PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
+LARGEST_ERROR = 10_000  # bytes of an error that are kept
+LARGEST_NOTEBOOK = 20_000_000  # bytes of one that ran, with what it printed
+OUTPUTS = ("stream", "display_data", "execute_result", "error")
+START_SECONDS = 60  # that a sandbox may take to start
 NOT_RUN = "not run"
+CUT = f"[More than {LARGEST_OUTPUT // 1_000_000} MB was printed: from here on nothing is kept.]"
 # Runs after a cell with tests, to see whether the submission changed what the tests rely on.
 CANARY = """
 import builtins as _b, random as _r, torch as _t
 for _name in ("abs", "all", "any", "float", "int", "isinstance", "len", "max", "min", "sum"):
-    if type(getattr(_b, _name)).__module__ != "builtins" or _name in globals():
+    if type(getattr(_b, _name)).__module__ != "builtins":
         raise SystemError(f"{_name} was replaced")
 if _t.equal(_t.zeros(1), _t.ones(1)) or _t.allclose(_t.zeros(1), _t.ones(1)):
     raise SystemError("torch was changed")
 if len({_r.SystemRandom().randrange(10**6) for _ in range(9)}) < 2:
     raise SystemError("random was changed")
 """
+# Run around it. A name of Python's that a notebook gave a meaning of its own, such as `max`, has
+# Python's for the test.
+PUT_ASIDE = """
+import builtins as _b
+_own = {_n: globals().pop(_n) for _n in [*globals()] if _n[0] != "_" and hasattr(_b, _n)}
+"""
+PUT_BACK = "globals().update(_own)"
 
 
 def definitions(cells: Sequence[NotebookNode]) -> str:
@@ -59,27 +72,94 @@ def definitions(cells: Sequence[NotebookNode]) -> str:
 
 
 class Runner(NotebookClient):
-    """Runs every cell, goes on after an error, and stops listening to what prints too much."""
+    """Runs every cell, goes on after an error, and stops listening to what prints too much.
 
-    printed = 0
+    Args:
+        work: Folder through which the kernel is spoken to.
+        sandboxed: Whether that is in a sandbox.
+        cell_seconds, seconds: That a cell and the notebook may take.
+    """
 
-    def output(
-        self, outs: Any, msg: dict[str, Any], display_id: str | None, cell_index: int
-    ) -> Any:
-        """Keep an output, unless the notebook has printed too much already."""
-        self.printed += len(json.dumps(msg["content"], default=str))
-        if self.printed > LARGEST_OUTPUT and msg["msg_type"] != "error":
+    sent, printed, started = 0, 0, False
+
+    def __init__(
+        self,
+        notebook: NotebookNode,
+        work: Path,
+        *,
+        sandboxed: bool,
+        cell_seconds: int,
+        seconds: int,
+        **more: Any,
+    ) -> None:
+        super().__init__(notebook, timeout_func=self._time_left, **more)
+        self.work, self.sandboxed, self.cell_seconds = work, sandboxed, cell_seconds
+        self.opened: list[int] = []  # descriptors of the sandbox's sockets
+        self.end = time.monotonic() + seconds
+
+    def _time_left(self, _: NotebookNode) -> float:
+        return max(0.1, min(self.cell_seconds, self.end - time.monotonic()))
+
+    async def async_start_new_kernel_client(self) -> Any:
+        """Return a client that speaks to the kernel, which may be in a sandbox.
+
+        Raises:
+            OSError: if that did not start.
+        """
+        end = time.monotonic() + START_SECONDS
+        while self.sandboxed and not self.opened:
+            assert self.km is not None  # it is what was started
+            if time.monotonic() > end or not await ensure_async(self.km.is_alive()):
+                raise OSError("the sandbox did not start")
+            await asyncio.sleep(0.02)
+            self.opened = sandbox.link_sockets(self.work)
+        return await super().async_start_new_kernel_client()
+
+    def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> Any:
+        """Take a message of the kernel, but no output once the notebook has printed too much.
+
+        Later changes of what is shown, and what widgets say, are not taken.
+        """
+        kind, content = msg["msg_type"], {**msg["content"]}
+        content.pop("transient", None)
+        if not isinstance(content.get("execution_count"), int):
+            content.pop("execution_count", None)
+        if kind == "error":
+            content = _cut(content)
+        msg = {**msg, "content": content}
+        before, size = self.printed, len(json.dumps(content, default=str))
+        self.sent += size
+        if kind in ("status", "execute_input", "clear_output"):
+            return super().process_message(msg, cell, cell_index)
+        if kind not in OUTPUTS or before > LARGEST_OUTPUT:
             return None
-        return super().output(outs, msg, display_id, cell_index)
+        self.printed += size
+        if self.printed > LARGEST_OUTPUT:  # this one is too much
+            text = {"msg_type": "stream"}
+            msg = {**msg, **text, "header": {**msg["header"], **text}}
+            msg["content"] = {"name": "stderr", "text": CUT}
+        return super().process_message(msg, cell, cell_index)
+
+
+def _cut(error: dict[str, Any]) -> dict[str, Any]:
+    """Return an error whose texts are not longer than `LARGEST_ERROR`."""
+    lines = "\n".join(map(str, error.get("traceback") or []))
+    if len(lines) > LARGEST_ERROR:
+        lines = f"{lines[:LARGEST_ERROR]}\n[cut]"
+    texts = {name: str(error.get(name))[:LARGEST_ERROR] for name in ("ename", "evalue")}
+    return {**error, **texts, "traceback": [lines]}
 
 
 def _manager(work: Path, hidden: Sequence[Path] | None, megabytes: int) -> OwnKernel:
     """Return a kernel manager whose kernel is limited, and talks through a file in `work`."""
-    manager = OwnKernel(transport="ipc", connection_file=str(work / "k.json"))
-    manager.ip = str(work / "k")
-    limit = f'ulimit -v {megabytes * 1024}; ulimit -f 200000; exec "$@"'
-    covers = [] if hidden is None else sandboxed(work, hidden)
-    manager.words = ["/bin/sh", "-c", limit, "sh", *covers]
+    manager = OwnKernel(transport="ipc", connection_file=str(sandbox.connection_file(work)))
+    manager.ip = str(sandbox.sockets(work) / "k")
+    limits = f"-v {megabytes * 1024}", "-f 200000", "-n 1024", "-c 0"
+    limit = "; ".join(f"ulimit {one}" for one in limits) + '; exec "$@"'
+    covers = [] if hidden is None else sandbox.sandboxed(work, hidden)
+    if hidden is None:
+        sandbox.sockets(work).mkdir()
+    manager.words = [*sandbox.scope(megabytes), "/bin/sh", "-c", limit, "sh", *covers]
     return manager
 
 
@@ -103,10 +183,15 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
     """
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     async with runner.async_setup_kernel(**quiet):
+        runner.started = True
         for index, cell in enumerate(notebook.cells):
+            if time.monotonic() > runner.end:
+                raise CellTimeoutError("the notebook's time is up")
             result = results.get(grade_id(cell) or "") if cell.cell_type == "code" else None
+            if merging.by_hand(cell):
+                result = None
             if result is not None:  # names that the tests use may have been given a new meaning
-                await _error_of(runner, index, definitions(notebook.cells[:index]))
+                await _error_of(runner, index, definitions(notebook.cells[:index]) + PUT_ASIDE)
             reason = ""
             try:
                 await runner.async_execute_cell(cell, index)
@@ -114,37 +199,25 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
                 raise
             except CellExecutionError as error:
                 reason = clean(f"{error.ename}: {error.evalue}".removesuffix(": "))
-            if runner.printed > LARGEST_OUTPUT:
-                raise RefusedError(f"it printed more than {LARGEST_OUTPUT // 1_000_000} MB")
-            if result is None or merging.by_hand(cell):
+            if runner.sent > FLOOD:
+                raise RefusedError(f"it printed more than {FLOOD // 1_000_000} MB")
+            if result is None:
                 continue
             changed = await _error_of(runner, index, CANARY)
             if await _error_of(runner, index, "assert False") is None:
                 changed = "an assertion cannot fail"
+            await _error_of(runner, index, PUT_BACK)
             if changed is not None:
                 reason = f"the submission changed what the tests rely on: {changed}"
             result.update(score=0 if reason else result["points"], reason=reason)
 
 
-def _watch(megabytes: int, parent: int) -> None:
-    """Kill the kernel and all that it started when they are too many, or hold too much memory.
-
-    End with the process `parent`, too, which may have been killed.
-    """
-    while True:
-        alone = os.getppid() != parent
-        children = psutil.Process().children(recursive=True)
-        many = len(children) > PROCESSES
-        if alone or many or sum(map(share_of_memory, children)) > megabytes << 20:
-            kill_children()
-        if alone:
-            os._exit(1)
+def _end_with(parent: int) -> None:
+    """End when the process `parent` has, which may have been killed, with all that was started."""
+    while os.getppid() == parent:
         time.sleep(0.2)
-
-
-def time_left(end: float, seconds: int) -> float:
-    """Return how long the next cell may take: `seconds`, or less if the notebook's time is up."""
-    return max(1.0, min(seconds, end - time.monotonic()))
+    kill_children()
+    os._exit(1)
 
 
 def score(
@@ -166,17 +239,22 @@ def score(
         hidden: What the kernel's sandbox covers; None for no sandbox.
         cell_seconds, seconds: That a cell and the notebook may take.
         megabytes: That the kernel may ask for.
+
+    Raises:
+        Exception: of any kind, if the kernel could not be started.
     """
     results = merging.no_points(source, NOT_RUN)
-    notebook, reason = nbformat.v4.new_notebook(), ""
+    notebook, reason, runner = nbformat.v4.new_notebook(), "", None
     try:
         notebook = merging.merge(source, merging.read(submission))
         merging.leave_to_a_person(notebook, results)
-        end = time.monotonic() + seconds
         runner = Runner(
             notebook,
+            work,
+            sandboxed=hidden is not None,
+            cell_seconds=cell_seconds,
+            seconds=seconds,
             km=_manager(work, hidden, megabytes),
-            timeout_func=lambda _: time_left(end, cell_seconds),
         )
         asyncio.run(_run(runner, notebook, results))
     except RefusedError as error:
@@ -186,6 +264,8 @@ def score(
     except DeadKernelError:
         reason = "the kernel died (crashed, or ran out of memory)"
     except Exception as error:  # a submission may break more than is foreseen here
+        if runner is not None and not runner.started:
+            raise  # nothing of the submission has run: the fault is this machine's
         reason = clean(f"could not be run to its end: {type(error).__name__}: {error}")
     for result in results.values():
         if result["reason"] == NOT_RUN:
@@ -198,13 +278,20 @@ def main(job: dict[str, Any], submission: bytes) -> dict[str, Any]:
     # A soft limit, of this process alone: the kernel gets its own.
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.environ["OMP_NUM_THREADS"] = "1"
-    watched = (job["limits"]["megabytes"], job["parent"])
-    threading.Thread(target=_watch, args=watched, daemon=True).start()
+    work = Path(job["work"])
+    # What a kernel leaves behind becomes a child of this process, and goes with it.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    threading.Thread(target=_end_with, args=(job["parent"],), daemon=True).start()
     hidden = None if job["hidden"] is None else [Path(path) for path in job["hidden"]]
     assignment = nbformat.reads(job["assignment"], as_version=4)
-    work = Path(job["work"])
-    notebook, scores = score(assignment, submission, work, hidden, **job["limits"])
-    return {"scores": scores, "executed": nbformat.writes(notebook)}
+    try:
+        notebook, scores = score(assignment, submission, work, hidden, **job["limits"])
+    finally:
+        kill_children()  # a kernel that was started, and to which nobody could speak
+    executed = nbformat.writes(notebook)
+    if len(executed) > LARGEST_NOTEBOOK:  # no page would show it
+        executed = nbformat.writes(nbformat.v4.new_notebook())
+    return {"scores": scores, "executed": executed}
 
 
 if __name__ == "__main__":

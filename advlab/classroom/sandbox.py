@@ -1,43 +1,232 @@
 """What a program that nobody has read may see and touch: bubblewrap's words."""
 
 import os
+import platform
 import re
+import site
+import struct
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import advlab
+import psutil
 
-TEMPORARY = 1 << 30  # bytes that it may write to /tmp
+import advlab
+from advlab.upkeep.processes import kill_children, share_of_memory
+
+TEMPORARY = 1 << 30  # bytes that it may write to /tmp, and as many to /dev/shm
+SOCKETS = 1 << 20  # bytes for the folder of its sockets
+INODE = 1 << 10  # bytes that a file takes beside its content, about
+CHANNELS = 5  # sockets of a kernel
+PROCESSES, THREADS = 200, 1_000  # that a notebook may start
+NOBODY = "65534"
 KEPT = re.compile("(PYTHON)?PATH|LANG|LD_LIBRARY_PATH|(OMP|MKL|OPENBLAS)_.*")  # of the environment
+# What is seen of the system. The linker, fonts and the clock look into /etc.
+SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
+ETC = ("alternatives", "fonts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
+
+# Calls that are refused, by machine: what the system calls it (linux/audit.h), and the numbers of
+# the calls (asm/unistd.h). Memory that some give belongs to no process and no folder, so nobody
+# could see how much it is; others speak to parts of the kernel that no notebook needs, or to the
+# process that holds the sandbox.
+MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+REFUSED = {
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "vmsplice": (278, 75),
+    "io_uring_setup": (425, 425),
+    "userfaultfd": (323, 282),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "pidfd_getfd": (438, 438),
+}
+SOCKET, SOCKETPAIR, MMAP = (41, 198), (53, 199), (9, 222)
+FAMILIES = (1, 2, 10, 16)  # of sockets: local, internet (of which there is none inside), netlink
+HIDES = 0x21  # flags of mmap, shared and without a file: its pages count while they are mapped only
+X32 = 0x40000000  # bit of the numbers of an older way to make the same calls
+# From linux/bpf_common.h, linux/filter.h and linux/seccomp.h; 38 is ENOSYS.
+LOAD, AND, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+CALL, MACHINE, ARGUMENTS = 0, 4, 16  # offsets, each argument has 8 bytes
+ANSWERS = {"allow": 0x7FFF0000, "refuse": 0x00050000 | 38}
+
+
+def _filter() -> bytes:
+    """Return the program that refuses calls on this machine; nothing where it is not known."""
+    if platform.machine() not in MACHINES:
+        return b""
+    which = list(MACHINES).index(platform.machine())
+    # Each step with its name, and where it goes if it holds and if not; "" is the next one.
+    steps = [("", LOAD, MACHINE, "", ""), ("", EQUAL, [*MACHINES.values()][which], "", "refuse")]
+    steps += [("", LOAD, CALL, "", ""), ("", AT_LEAST, X32, "refuse", "")]
+    steps += [("", EQUAL, call[which], "refuse", "") for call in REFUSED.values()]
+    steps += [("", EQUAL, call[which], "family", "") for call in (SOCKET, SOCKETPAIR)]
+    steps += [("", EQUAL, MMAP[which], "flags", "allow")]
+    steps += [("family", LOAD, ARGUMENTS, "", "")]
+    steps += [("", EQUAL, family, "allow", "") for family in FAMILIES[:-1]]
+    steps += [("", EQUAL, FAMILIES[-1], "allow", "refuse")]
+    steps += [("flags", LOAD, ARGUMENTS + 3 * 8, "", ""), ("", AND, HIDES, "", "")]
+    steps += [("", EQUAL, HIDES, "refuse", "allow")]
+    steps += [(name, RETURN, answer, "", "") for name, answer in ANSWERS.items()]
+    places = {name: place for place, (name, *_) in enumerate(steps) if name}
+    return b"".join(
+        struct.pack("HBBI", code, *(places.get(to, at + 1) - at - 1 for to in ends), value)
+        for at, (_, code, value, *ends) in enumerate(steps)
+    )
+
+
+def sockets(work: Path) -> Path:
+    """Return the folder through which a program is spoken to; in the sandbox it is its own."""
+    return work / "r"
+
+
+def connection_file(work: Path) -> Path:
+    """Return the one file of `work` that is seen in the sandbox."""
+    return work / "k.json"
 
 
 def sandboxed(work: Path, hidden: Sequence[Path]) -> list[str]:
-    """Return the words before a command that take from it the network and most of the disk.
+    """Return the words before a command that take from it the network and the disk.
 
-    It sees the system, Python and this package, but nothing else in the folders `hidden`; it starts
-    in an empty /tmp of its own, and `work` is where it is spoken to. It has no capabilities, also
-    where the grader is root, and can get none: it is in a user namespace and can make no other.
+    It sees the system's programs, Python and this package, and nothing else: what of the folders
+    `hidden` lies in these is covered. It can write to memory alone, to an amount that is limited.
+    It has no capabilities and is nobody, also where the grader is root, and can become nothing
+    else: it is in a user namespace and can make no other.
+
+    Args:
+        work: The grader's folder for this program; what the kernel refuses is written there.
+        hidden: Folders that hold answers or what is the user's.
     """
-    # In /run are the sockets of services that would act for the grader.
-    hidden = [path.resolve() for path in (Path("/run"), *hidden)]
-    hidden = [path for path in hidden if path.is_dir() and path != path.parent]
-    covered = [Path("/tmp"), *hidden]
-    needed = [Path(name) for name in (sys.prefix, sys.base_prefix, Path(advlab.__file__).parent)]
-    mounts = {path: ["--size", str(TEMPORARY), "--tmpfs", str(path)] for path in covered}
-    for path in {*needed, *(path.resolve() for path in needed)}:
-        if any(path.is_relative_to(folder) for folder in covered):
-            mounts[path] = ["--ro-bind", str(path), str(path)]
-    mounts[work] = ["--bind", str(work), str(work)]
+    calls = work / "calls"
+    calls.write_bytes(_filter())
+    words = ["sh", "-c", 'exec "$@" 9<"$0"', str(calls)]
     # Without keys of the grader's, and without JPY_PARENT_PID, a process that the kernel would take
     # for dead. bubblewrap itself starts so: inside, it is process 1 and can be read.
     kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
-    words = ["env", "-i", *(f"{name}={value}" for name, value in {**kept, "HOME": "/tmp"}.items())]
-    words += ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    words += ["--size", str(TEMPORARY), "--tmpfs", "/dev/shm"]
+    kept |= {"HOME": "/tmp", "USER": "nobody"}
+    if site.ENABLE_USER_SITE:
+        kept["PYTHONUSERBASE"] = site.getuserbase()
+    words += ["env", "-i", *(f"{name}={value}" for name, value in kept.items())]
+    words += ["bwrap", *(["--seccomp", "9"] if calls.stat().st_size else [])]
+    words += ["--proc", "/proc", "--dev", "/dev", *_memory("/dev/shm"), "--remount-ro", "/dev"]
+    words += [*_seen(hidden), *_memory("/tmp")]
+    # Below /tmp, perhaps, and so after it.
+    connection = str(connection_file(work))
+    words += ["--ro-bind-try", connection, connection, *_memory(str(sockets(work)), SOCKETS)]
+    # The kernel would take root's id for root in /proc/sys, whatever it may not do else.
+    words += ["--remount-ro", "/proc", "--remount-ro", "/", "--uid", NOBODY, "--gid", NOBODY]
+    words += ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
+    return [*words, "--chdir", "/tmp", "--die-with-parent", "--new-session", "--"]
+
+
+def scope(megabytes: int) -> list[str]:
+    """Return words before a command that limit its memory, and that of all that it starts.
+
+    Only systemd can, where it manages this user's processes. Elsewhere there are none, and the
+    grader adds up what they hold, several times a second.
+    """
+    words = ["systemd-run", *(["--user"] if os.geteuid() else []), "--scope", "--quiet"]
+    words += ["-p", f"MemoryMax={megabytes}M", "-p", "MemorySwapMax=0"]
+    try:
+        works = subprocess.run([*words, "true"], capture_output=True, timeout=10).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        works = False
+    return words if works else []
+
+
+def _memory(folder: str, size: int = TEMPORARY) -> list[str]:
+    return ["--size", str(size), "--tmpfs", folder]
+
+
+def _seen(hidden: Sequence[Path]) -> list[str]:
+    """Return the words that show the system, Python and this package, without `hidden`."""
+    words = []
+    system = [Path("/", name) for name in SYSTEM] + [Path("/etc", name) for name in ETC]
+    for path in system:
+        if path.is_symlink():
+            words += ["--symlink", str(path.readlink()), str(path)]
+        elif path.exists():
+            words += ["--ro-bind", str(path), str(path)]
+    python = [Path(sys.prefix), Path(sys.base_prefix), Path(advlab.__file__).parent]
+    if site.ENABLE_USER_SITE:
+        python.append(Path(site.getusersitepackages()))
+    python = [path for path in dict.fromkeys(python) if path.is_dir()]
+    python += [path.resolve() for path in python if path.resolve() != path]
+    covered = [path.resolve() for path in hidden if path.is_dir()]
+    shown = [*system, *python]
+    covered = [path for path in dict.fromkeys(covered) if any(map(path.is_relative_to, shown))]
+    if both := [str(path) for path in covered if path in shown]:
+        raise ValueError(
+            f"Python lies in {both[0]}, and so does what no submission may see; give it a folder "
+            "of its own, such as .venv"
+        )
+    mounts = {path: ["--tmpfs", str(path)] for path in covered}
+    mounts |= {path: ["--ro-bind", str(path), str(path)] for path in python}
     # A mount covers what is below it, so the deeper ones come later.
     for path in sorted(mounts, key=lambda path: len(path.parts)):
         words += mounts[path]
-    words += [word for path in hidden for word in ("--remount-ro", str(path))]
-    words += ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
-    return [*words, "--chdir", "/tmp", "--die-with-parent", "--new-session", "--"]
+    return words + [word for path in covered for word in ("--remount-ro", str(path))]
+
+
+def link_sockets(work: Path) -> list[int]:
+    """Make the sockets of the sandbox that this process started reachable, at `sockets`.
+
+    Returns:
+        Descriptors, to be kept open as long as the sockets are used; none if these are not all
+        there yet. The sockets are found through them: what a program in the sandbox puts in their
+        place later is not.
+    """
+    outside = sockets(work)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(OSError):  # it has just ended, or is not yet where it will be
+            found = sorted(Path(f"/proc/{process.pid}/root{outside}").glob("k-*"))
+            if len(found) == CHANNELS:
+                opened = [os.open(path, os.O_PATH | os.O_NOFOLLOW) for path in found]
+                outside.mkdir()
+                for path, number in zip(found, opened, strict=True):
+                    (outside / path.name).symlink_to(f"/proc/{os.getpid()}/fd/{number}")
+                return opened
+    return []
+
+
+def limit(pid: int, megabytes: int) -> None:
+    """Kill all that a process has started when it is too many, or holds too much memory.
+
+    What it wrote to files of its sandbox is memory, too. So is what a process holds that has ended
+    but for one of its threads, and of which the system tells nothing.
+    """
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        started = psutil.Process(pid).children(recursive=True)
+        held, threads, hides = _memory_of_files(started), 0, False
+        for process in started:
+            held += share_of_memory(process)
+            with suppress(psutil.Error):  # this one has
+                own = process.num_threads()
+                threads += own
+                hides |= own > 1 and process.status() == psutil.STATUS_ZOMBIE
+        if hides or len(started) > PROCESSES or threads > THREADS or held > megabytes << 20:
+            kill_children(pid)
+
+
+def _memory_of_files(processes: Sequence[psutil.Process]) -> int:
+    """Return the bytes that processes in a sandbox hold in files; 0 where there is no sandbox."""
+    for process in processes:
+        root = Path(f"/proc/{process.pid}/root")
+        with suppress(OSError):  # it has just ended
+            if not root.samefile("/"):
+                found = [os.statvfs(root / folder) for folder in ("tmp", "dev/shm")]
+                return sum((f.f_blocks - f.f_bfree) * f.f_frsize for f in found) + sum(
+                    (f.f_files - f.f_ffree) * INODE for f in found
+                )
+    return 0

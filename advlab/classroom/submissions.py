@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from advlab.classroom import RefusedError
 
 # Where a notebook may lie below the class's folder. Moodle adds a number to a student's name.
 LAYOUTS = [
@@ -44,8 +47,13 @@ class Submission:
 def _submission(folder: Path, path: Path, names: Collection[str]) -> Submission | None:
     """Return whose notebook lies at `path` in the class's `folder`; None if it is none."""
     below = path.relative_to(folder)
-    # A link could lead anywhere; hidden files are a system's own, as "._anna_a2.ipynb".
-    if path.is_symlink() or any(p.startswith(".") or not p.isprintable() for p in below.parts):
+    # A link could lead anywhere, a pipe keep one waiting for ever; hidden files are a system's own,
+    # as "._anna_a2.ipynb".
+    if (
+        path.is_symlink()
+        or not path.is_file()
+        or any(p.startswith(".") or not p.isprintable() for p in below.parts)
+    ):
         return None
     found = next(filter(None, (layout.fullmatch(below.as_posix()) for layout in LAYOUTS)), None)
     if not found or found["name"].lower() not in names:
@@ -56,6 +64,25 @@ def _submission(folder: Path, path: Path, names: Collection[str]) -> Submission 
     if not student or student[0] in "=+-@" or len(student.encode()) > LONGEST:
         return None
     return Submission(student, found["name"].lower(), path)
+
+
+def read_regular(path: Path, largest: int) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        OSError: if it cannot be read, or is a link.
+        RefusedError: if it is larger than `largest` bytes, or a pipe or another thing that is no
+            file.
+    """
+    # It may have been exchanged since it was found.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise RefusedError("it is no regular file")
+        if found.st_size > largest:
+            raise RefusedError(f"the file has {found.st_size / 1e6:.0f} MB")
+        return file.read(largest)
 
 
 def collect(folder: Path, names: Collection[str]) -> tuple[list[Submission], list[Path]]:

@@ -1,0 +1,69 @@
+"""A notebook as it ran, drawn as a page.
+
+It holds what its student wrote, so a process of its own draws it, with limits: `python -m
+advlab.classroom.page` reads a notebook and writes its page.
+"""
+
+import copy
+import re
+import sys
+from contextlib import redirect_stdout
+
+import nbformat
+from nbformat import NotebookNode
+
+HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
+NOT_SHOWN = "The notebook cannot be shown: {}"
+MEMORY = 4 << 30  # bytes of addresses
+LONGEST_TEXT = 10_000  # characters of an output
+
+
+def shown_to_student(notebook: NotebookNode) -> NotebookNode:
+    """Return an executed notebook without the hidden tests.
+
+    They stand in its cells, in tracebacks, and in what it printed if it looked for them. (One that
+    writes them otherwise is not stopped by that.) Of long texts only the beginning is left: they
+    take minutes to draw.
+    """
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            texts = output if "text" in output else output.get("data", {})
+            for kind, text in texts.items():
+                if not isinstance(text, str) or "image/" in kind:
+                    continue
+                texts[kind] = HIDDEN_TESTS.sub("# hidden tests", text)
+                if len(text) > LONGEST_TEXT:
+                    texts[kind] = f"{texts[kind][:LONGEST_TEXT]}\n[cut]"
+        if HIDDEN_TESTS.search(cell.source):
+            cell.source = HIDDEN_TESTS.sub("# hidden tests", cell.source)
+            for output in cell.get("outputs", []):
+                if output.output_type == "error":
+                    output.traceback = [f"{output.ename}: {output.evalue}"]
+    return notebook
+
+
+def draw(notebook: NotebookNode) -> str:
+    """Return an executed notebook as a page; "" if nothing of it was run."""
+    from nbconvert import HTMLExporter  # not for those who only start this
+
+    if not notebook.cells:  # it was refused
+        return ""
+    try:
+        return HTMLExporter().from_notebook_node(shown_to_student(notebook))[0]
+    except Exception as error:  # an output that nbconvert cannot draw
+        return NOT_SHOWN.format(type(error).__name__)
+
+
+def main() -> None:
+    """Draw the notebook that comes through a pipe."""
+    import resource  # not on Windows, where nothing is graded
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with redirect_stdout(sys.stderr):
+        drawn = draw(nbformat.reads(sys.stdin.buffer.read().decode(), as_version=4))
+    sys.stdout.buffer.write(drawn.encode(errors="replace"))
+
+
+if __name__ == "__main__":
+    main()
