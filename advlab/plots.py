@@ -256,8 +256,8 @@ def gains(table: pd.DataFrame) -> Figure:
 
     Args:
         table: Tidy rows with architecture, test_eps and gain (points). Drawn where they are there:
-            "paper", hatched bars; "undefended", a cross: what a network without a defence gains by
-            being another one.
+            "paper", hatched bars; "lowest" and "highest" of several seeds, a thin line;
+            "undefended", a cross: what a network without a defence gains by being another one.
     """
     groups, hatched = list(table.groupby("architecture")), "paper" in table
     places, width = np.arange(table["test_eps"].nunique()), 0.4 / (1 + hatched)
@@ -265,11 +265,15 @@ def gains(table: pd.DataFrame) -> Figure:
     for i, (arch, rows) in enumerate(groups):
         colour, at = f"C{2 * i}", places + 0.4 * (i - 1) + width / 2
         axis.bar(at, rows["gain"], width, color=colour, label=arch)
+        if "lowest" in table:
+            axis.vlines(at, rows["lowest"], rows["highest"], color="black")
         if hatched:
             style: dict[str, Any] = {"color": "white", "edgecolor": colour, "hatch": "////"}
             axis.bar(at + width, rows["paper"], width, label=f"{arch}, the paper's", **style)
         if "undefended" in table:
             axis.plot(at, rows["undefended"], "X", color="white", markeredgecolor="black")
+    if "lowest" in table:
+        axis.plot([], [], color="black", label="lowest to highest seed")
     if "undefended" in table:
         label = "no defence, other seeds"
         axis.plot([], [], "X", color="white", markeredgecolor="black", label=label)
@@ -288,8 +292,7 @@ def _own_and_others(
         return table.head(0), table.head(0)
     for column in ("attack", "architecture"):
         seeds = seeds[seeds[column].isin(table[column])]
-    control = seeds["source"].str.contains("seed")
-    return seeds[~control], seeds[control]
+    return seeds.query("source_seed == seed"), seeds.query("source_seed != seed")
 
 
 def _band_over_seeds(
@@ -307,15 +310,8 @@ def over_seeds(table: pd.DataFrame) -> Figure:
     Args:
         table: Tidy rows; a panel for each attack and architecture, a line for each model.
     """
-    made_on = table["source"].map(
-        lambda source: (
-            "white box"
-            if source == "white box"
-            else "from another seed's"
-            if "seed" in source
-            else "from the baseline"
-        )
-    )
+    made_on = table["source"].where(table["source"] == "white box", "from the baseline")
+    made_on = made_on.where(table["source_seed"] == table["seed"], "from another seed's")
     shown = table.assign(
         percent=100 * table["accuracy"],
         attack=table["attack"] + ", " + made_on,

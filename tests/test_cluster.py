@@ -126,17 +126,17 @@ def test_sweep_trains_measures_draws_and_goes_on(cluster, options, tmp_path, mon
     first = path.read_bytes()
     assert "10 models; 0" not in capsys.readouterr().out
     table = pd.read_csv(path)
-    keys = ["model", "recipe", "seed", "attack", "source", "test_eps"]
+    keys = ["model", "recipe", "seed", "attack", "source", "source_seed", "test_eps"]
     assert not table.duplicated(keys).any()
     sizes = sweep.paper.TEST_EPS
     assert len(table) == 2 * (2 * 2 * len(sizes) + 5 * 2) + 2 * len(sizes)
     assert table.groupby(["model", "recipe", "seed"])["weights"].nunique().eq(1).all()
     assert table["weights"].nunique() == 10  # of two recipes, too, whose files have one name
-    other = "cnn baseline, seed 0"
-    assert set(table.loc[table["attack"] == sweep.TRANSFER, "source"]) == {"cnn baseline", other}
-    control = table[(table["source"] == other) & (table["recipe"] == "quick")]
+    assert set(table.loc[table["attack"] == sweep.TRANSFER, "source"]) == {"cnn baseline"}
+    control = table.query("source_seed != seed and recipe == 'quick'")
     assert control["model"].eq("cnn baseline").all()
     assert control["seed"].eq(1).all()
+    assert control["source_seed"].eq(0).all()
     zoos = [replace(options, seed=seed).open().zoo for seed in (0, 1)]
     source, target = (zoo.get("cnn") for zoo in zoos)
     data = options.open().data

@@ -170,9 +170,9 @@ def test_curves_beside_the_papers_or_by_another_column(table):
 def seeds(table):
     """Two seeds' rows under the paper's test, .05 apart, and the control of the second."""
     asked = {"attack": "fgsm-per-image", "source": "cnn baseline"}
-    first = table.assign(**asked, seed=0)
-    other = first.assign(accuracy=first["accuracy"] - 0.05, seed=1)
-    control = other[other["train_eps"] == 0].assign(source="cnn baseline, seed 0", accuracy=0.5)
+    first = table.assign(**asked, seed=0, source_seed=0)
+    other = first.assign(accuracy=first["accuracy"] - 0.05, seed=1, source_seed=1)
+    control = other[other["train_eps"] == 0].assign(source_seed=0, accuracy=0.5)
     white = first.assign(attack="fgsm", source="white box", accuracy=0.0)
     return pd.concat([first, other, control, white], ignore_index=True)
 
@@ -199,9 +199,14 @@ def test_gains_draw_what_the_table_has():
     (axis,) = plots.gains(table).axes
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["cnn", "cnn-lstm"]
     assert [bar.get_height() for bar in axis.patches] == [10.0] * 4
-    (axis,) = plots.gains(table.assign(paper=9.0, undefended=4.0)).axes
+    more = {"paper": 9.0, "undefended": 4.0, "lowest": 8.0, "highest": 12.0}
+    (axis,) = plots.gains(table.assign(**more)).axes
     assert len(axis.patches) == 8
     assert [4.0, 4.0] in [list(line.get_ydata()) for line in axis.lines]
+    ranges = [
+        segment[:, 1].tolist() for lines in axis.collections for segment in lines.get_segments()
+    ]
+    assert ranges == [[8.0, 12.0]] * 4
 
 
 def test_difference_map(table):

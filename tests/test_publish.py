@@ -70,7 +70,7 @@ def test_reproduce_runs_the_fast_profile_with_a_cache_of_its_own(whole_run, empt
     options = Options("fast", "shapes10", output_dir=str(output))
     assert whole_run == [(options, False, [], str(output / "cache"))]
     assert os.environ["ADVLAB_CACHE"] == before
-    assert not (output / "figures" / "l04_seeds.csv").exists()  # one seed has its tables anyway
+    assert not (output / "figures" / "fast_seeds.csv").exists()  # one seed has its tables anyway
     assert not (empty_home / "figures").exists()
 
 
@@ -84,7 +84,7 @@ def test_reproduce_starts_from_nothing_unless_it_resumes(whole_run, resume, kept
 
 def test_reproduce_writes_the_tables_of_all_seeds(whole_run):
     output = publish.reproduce(2, dataset="shapes10")
-    assert pd.read_csv(output / "figures" / "l04_seeds.csv")["seed"].tolist() == [0, 1]
+    assert pd.read_csv(output / "figures" / "fast_seeds.csv")["seed"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dataset", ["shapes10", "auto"])
@@ -112,10 +112,10 @@ def test_publish_copies_the_record_and_the_table_of_seeds(
     record = json.loads((output / "run.json").read_text())
     published = json.loads((figures / "reproduce.json").read_text())
     assert published == record | {"models": {"cnn-baseline-seed0": 7.1}}
-    assert (figures / "l04_seeds.csv").exists() == (seeds > 1)
+    assert (figures / "fast_seeds.csv").exists() == (seeds > 1)
     if seeds > 1:
-        table = (output / "figures" / "l04_seeds.csv").read_bytes()
-        assert (figures / "l04_seeds.csv").read_bytes() == table
+        table = (output / "figures" / "fast_seeds.csv").read_bytes()
+        assert (figures / "fast_seeds.csv").read_bytes() == table
 
 
 # --- retraining

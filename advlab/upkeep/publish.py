@@ -129,7 +129,7 @@ def reproduce(
 
     Args:
         seeds: Trainings of the ten models of Tables 1 and 2, with seeds 0, 1 ...; from 2 on their
-            tables go to figures/l04_seeds.csv as well.
+            tables go to figures/fast_seeds.csv as well.
         dataset, data_dir: As in `lab.start`.
         resume: Keep what an interrupted run finished.
         publish: Copy the table of seeds and the run's clock, with the seconds of each model's
@@ -157,7 +157,7 @@ def reproduce(
         if seeds > 1:
             asked = sweep.Sweep(("fast",), tuple(range(seeds)), attacks=())
             table = sweep.run(asked, options, scheduler=scheduler, console=console)
-            files.write_bytes(output / "figures" / "l04_seeds.csv", table.read_bytes())
+            files.write_bytes(output / "figures" / "fast_seeds.csv", table.read_bytes())
     if publish:
         record = json.loads((output / "run.json").read_text())
         models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
@@ -165,5 +165,5 @@ def reproduce(
         clock = files.home() / "figures" / "reproduce.json"
         files.write_bytes(clock, json.dumps(record, indent=2).encode())
         if seeds > 1:
-            _copy([output / "figures" / "l04_seeds.csv"], files.home() / "figures")
+            _copy([output / "figures" / "fast_seeds.csv"], files.home() / "figures")
     return output

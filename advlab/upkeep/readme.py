@@ -12,6 +12,7 @@ from advlab import evaluation, files, paper
 from advlab.bench.measure import cells
 from advlab.catalogue import LESSONS
 from advlab.checkpoints import is_adversarial, read_metadata
+from advlab.upkeep import sweep
 
 TABLES = {"cnn": "table1_cnn.csv", "cnn-lstm": "table2_cnn_lstm.csv"}
 NOT_TIMED = "not timed yet"
@@ -76,10 +77,27 @@ def board_table(rows: pd.DataFrame) -> pd.DataFrame:
     return (100 * board).map("{:.1f}".format).rename(columns=heads)
 
 
+def _seeds(home: Path, arch: str) -> pd.DataFrame:
+    """Return what the sweep measured of an architecture under the paper's attack."""
+    rows = pd.read_csv(home / "figures" / "seeds.csv")
+    return rows[(rows["architecture"] == arch) & (rows["attack"] == sweep.TRANSFER)]
+
+
+def seeds_table(home: Path, arch: str) -> str:
+    """Return Table 1 or 2 over all seeds: mean, lowest and highest; folded, as Markdown."""
+    rows = _seeds(home, arch).query("source_seed == seed")
+    found = 100 * rows.groupby(["train_eps", "test_eps"])["accuracy"].agg(["mean", "min", "max"])
+    texts = found.apply("{mean:.1f} ({min:.1f} to {max:.1f})".format_map, axis=1).unstack()
+    table = texts.rename(index=paper.eps_label, columns="eps {:g}".format)
+    seeds = sorted(set(rows["seed"]))
+    head = f"The same with seeds {seeds[0]} to {seeds[-1]}: mean (lowest to highest)"
+    text = markdown(table.reset_index(names="trained with"))
+    return f"<details><summary>{head}</summary>\n\n{text}\n\n</details>"
+
+
 def control_row(home: Path, arch: str) -> tuple[str, list[str]]:
     """Return what undefended baselines of other seeds keep under the same attack: head, texts."""
-    rows = pd.read_csv(home / "figures" / "seeds.csv").query("source.str.contains('seed')")
-    rows = rows[rows["architecture"] == arch]
+    rows = _seeds(home, arch).query("source_seed != seed")
     seeds = sorted(set(rows["seed"]))
     means = 100 * rows.groupby("test_eps")["accuracy"].mean()
     return f"no defence, seeds {seeds[0]} to {seeds[-1]}", list(means.map("{:.1f}".format))
@@ -96,6 +114,7 @@ def results_block(home: Path) -> str:
         table.loc[name] = texts
         head, _, rest = caption(rows, arch).partition(":")
         parts.append(f"**{head}**:{rest}\n\n{markdown(table.reset_index(names='trained with'))}")
+        parts.append(seeds_table(home, arch))
     return "\n\n".join([*parts, mean_difference(pd.concat(every))])
 
 

@@ -243,8 +243,8 @@ def run(
         publish: Write the table into the repository's figures/seeds.csv too, which lessons show.
 
     Returns:
-        The CSV. It has the columns of `evaluation.accuracy_table`, and `weights`, a hash of what
-        was measured.
+        The CSV. It has the columns of `evaluation.accuracy_table`, `source_seed`, the seed of the
+        model whose gradient made the images, and `weights`, a hash of what was measured.
 
     Raises:
         TaskError: if trainings or measurements failed; what the others made is kept.
@@ -380,13 +380,14 @@ def _table(
     parts = []
     if augmented:
         shown = partial(table, augmented, test_eps=paper.TEST_EPS, attack=TRANSFER)
-        parts.append(shown(source=models[0.0]))
+        parts.append(shown(source=models[0.0]).assign(source_seed=options.seed))
     if first := _other_seed(sweep, options, trainings):
         other = first.open().zoo.get(arch, 0.0)
         control = table([models[0.0]], test_eps=paper.TEST_EPS, attack=TRANSFER, source=other)
-        parts.append(control.assign(source=f"{other.name}, seed {first.seed}"))
+        parts.append(control.assign(source_seed=first.seed))
     for attack in sweep.attacks:
-        parts.append(table([*models.values()], test_eps=(0.0, EPS), attack=attack))
+        white = table([*models.values()], test_eps=(0.0, EPS), attack=attack)
+        parts.append(white.assign(source_seed=options.seed))
     weights = {model.name: model.metadata["weights_hash"] for model in models.values()}
     rows = pd.concat(parts, ignore_index=True)
     return rows.assign(weights=rows["model"].map(weights))
