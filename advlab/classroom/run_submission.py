@@ -129,6 +129,8 @@ class Runner(NotebookClient):
         msg = {**msg, "content": content}
         before, size = self.printed, len(json.dumps(content, default=str))
         self.sent += size
+        if self.sent > FLOOD:  # it may print faster than anybody reads, and never end
+            kill_children()
         if kind in ("status", "execute_input", "clear_output"):
             return super().process_message(msg, cell, cell_index)
         if kind not in OUTPUTS or before > LARGEST_OUTPUT:
@@ -199,8 +201,6 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
                 raise
             except CellExecutionError as error:
                 reason = clean(f"{error.ename}: {error.evalue}".removesuffix(": "))
-            if runner.sent > FLOOD:
-                raise RefusedError(f"it printed more than {FLOOD // 1_000_000} MB")
             if result is None:
                 continue
             changed = await _error_of(runner, index, CANARY)
@@ -263,6 +263,8 @@ def score(
         reason = f"took longer than {cell_seconds} s a cell, or {seconds} s in all"
     except DeadKernelError:
         reason = "the kernel died (crashed, or ran out of memory)"
+        if runner is not None and runner.sent > FLOOD:
+            reason = f"it printed more than {FLOOD // 1_000_000} MB"
     except Exception as error:  # a submission may break more than is foreseen here
         if runner is not None and not runner.started:
             raise  # nothing of the submission has run: the fault is this machine's
