@@ -301,6 +301,7 @@ def run(work: Work, hidden: Hidden | None) -> Ran:
             "work": str(folder),
             "hidden": [str(path) for path in hidden.here(own).folders] if hidden else None,
             "limits": {"cell_seconds": CELL_SECONDS, "seconds": SECONDS, "megabytes": MEGABYTES},
+            "scope": sandbox.scope(MEGABYTES),
             "parent": os.getpid(),
         }
         given = json.dumps(job).encode() + b"\n" + work.submission

@@ -62,7 +62,8 @@ def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
     answers: dict[str, NotebookNode] = {}
     own: dict[str | None, list[NotebookNode]] = {}
     known = {name: cell for cell in source.cells if (name := grade_id(cell))}
-    unnamed = {n: cell for n, cell in known.items() if n not in map(grade_id, submitted.cells)}
+    there = {grade_id(cell) for cell in submitted.cells}
+    unnamed = {name: cell for name, cell in known.items() if name not in there}
     last = None
     for cell in submitted.cells:
         name = grade_id(cell)
@@ -78,10 +79,10 @@ def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
         if is_solution(cell):
             if not answers:
                 raise RefusedError("it has no cell of this assignment: is it another's notebook?")
-            missing = name not in answers
-            cell.source = MISSING.format(name) if missing else answers[name].source
-            if missing and cell.cell_type != "code":
-                cell.source = ""
+            if name in answers:
+                cell.source = answers[name].source
+            else:
+                cell.source = MISSING.format(name) if cell.cell_type == "code" else ""
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         cells += [cell, *own.get(name, [])]

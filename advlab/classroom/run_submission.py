@@ -152,7 +152,9 @@ def _cut(error: dict[str, Any]) -> dict[str, Any]:
     return {**error, **texts, "traceback": [lines]}
 
 
-def _manager(work: Path, hidden: Sequence[Path] | None, megabytes: int) -> OwnKernel:
+def _manager(
+    work: Path, hidden: Sequence[Path] | None, scope: Sequence[str], megabytes: int
+) -> OwnKernel:
     """Return a kernel manager whose kernel is limited, and talks through a file in `work`."""
     manager = OwnKernel(transport="ipc", connection_file=str(sandbox.connection_file(work)))
     manager.ip = str(sandbox.sockets(work) / "k")
@@ -161,7 +163,7 @@ def _manager(work: Path, hidden: Sequence[Path] | None, megabytes: int) -> OwnKe
     covers = [] if hidden is None else sandbox.sandboxed(work, hidden)
     if hidden is None:
         sandbox.sockets(work).mkdir()
-    manager.words = [*sandbox.scope(megabytes), "/bin/sh", "-c", limit, "sh", *covers]
+    manager.words = [*scope, "/bin/sh", "-c", limit, "sh", *covers]
     return manager
 
 
@@ -225,6 +227,7 @@ def score(
     submission: bytes,
     work: Path,
     hidden: Sequence[Path] | None,
+    scope: Sequence[str],
     *,
     cell_seconds: int,
     seconds: int,
@@ -237,6 +240,7 @@ def score(
         submission: The student's file.
         work: A folder through which the kernel is spoken to.
         hidden: What the kernel's sandbox covers; None for no sandbox.
+        scope: Words before its command; see `sandbox.scope`.
         cell_seconds, seconds: That a cell and the notebook may take.
         megabytes: That the kernel may ask for.
 
@@ -254,7 +258,7 @@ def score(
             sandboxed=hidden is not None,
             cell_seconds=cell_seconds,
             seconds=seconds,
-            km=_manager(work, hidden, megabytes),
+            km=_manager(work, hidden, scope, megabytes),
         )
         asyncio.run(_run(runner, notebook, results))
     except RefusedError as error:
@@ -287,7 +291,9 @@ def main(job: dict[str, Any], submission: bytes) -> dict[str, Any]:
     hidden = None if job["hidden"] is None else [Path(path) for path in job["hidden"]]
     assignment = nbformat.reads(job["assignment"], as_version=4)
     try:
-        notebook, scores = score(assignment, submission, work, hidden, **job["limits"])
+        notebook, scores = score(
+            assignment, submission, work, hidden, job["scope"], **job["limits"]
+        )
     finally:
         kill_children()  # a kernel that was started, and to which nobody could speak
     executed = nbformat.writes(notebook)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -130,6 +131,7 @@ def sandboxed(work: Path, hidden: Sequence[Path]) -> list[str]:
     return [*words, "--chdir", "/tmp", "--die-with-parent", "--new-session", "--"]
 
 
+@cache
 def scope(megabytes: int) -> list[str]:
     """Return words before a command that limit its memory, and that of all that it starts.
 
@@ -226,7 +228,8 @@ def _memory_of_files(processes: Sequence[psutil.Process]) -> int:
         with suppress(OSError):  # it has just ended
             if not root.samefile("/"):
                 found = [os.statvfs(root / folder) for folder in ("tmp", "dev/shm")]
-                return sum((f.f_blocks - f.f_bfree) * f.f_frsize for f in found) + sum(
-                    (f.f_files - f.f_ffree) * INODE for f in found
+                return sum(
+                    (f.f_blocks - f.f_bfree) * f.f_frsize + (f.f_files - f.f_ffree) * INODE
+                    for f in found
                 )
     return 0
