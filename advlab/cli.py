@@ -311,11 +311,15 @@ def bench(
     publish: Annotated[
         bool, typer.Option("--publish", help="Write into figures/ and refresh README.md.")
     ] = False,
+    only: Annotated[
+        str, typer.Option(help="Parts to measure, such as 'training,workers'; all for none.")
+    ] = "",
 ) -> None:
     """Measure advlab beside the paper's way and other libraries (minutes, on a quiet machine)."""
     from advlab.bench import run as benchmark
 
-    benchmark.run(dataset, data_dir, output_dir, rounds, publish, console)
+    parts = [name.strip() for name in only.split(",") if name.strip()]
+    benchmark.run(dataset, data_dir, output_dir, rounds, publish, parts, console)
 
 
 @app.command()

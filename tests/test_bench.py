@@ -342,7 +342,7 @@ def test_whole_paper_is_the_sum_of_its_parts(shipped):
         rates["crafting", f"one direction, {arch}", batched] = rate
     measured = [once(*key, value, "images/s") for key, value in rates.items()]
     trained = [path.stem for path in (shipped / "data" / "checkpoints").glob("*.safetensors")]
-    record = {"seconds": {"training": 1_000.0, "01": 500.0}, "peak_mb": 1_500, "machine": "mine"}
+    record = {"wall_seconds": 1_500.0, "peak_mb": 1_500, "machine": "mine"}
     record |= {"processes": 4, "models": dict.fromkeys([*trained, "one more"], 80.0)}
 
     theirs, ours = whole_part(measured, shipped)
@@ -424,7 +424,7 @@ def test_run_prints_the_parts_and_writes_table_and_figure(measuring, empty_home,
     console = Console(file=text, width=160)
     output = tmp_path / "here"
     table = run.run("shapes10", output_dir=str(output), rounds=2, console=console)
-    assert measuring == [("shapes10", None, 2)]
+    assert measuring == [("shapes10", None, 2, (), [])]
     assert sorted(path.name for path in output.iterdir()) == ["bench.csv", "bench.png"]
     written = pd.read_csv(output / "bench.csv")
     columns = "part what way value low high unit against ratio of_ceiling target target_of note"
@@ -448,6 +448,34 @@ def test_publish_writes_into_figures_and_refreshes_the_readme(
     refreshed = []
     monkeypatch.setattr(run.readme, "refresh", refreshed.append)
     run.run(data_dir=str(fake_cifar10), publish=True, console=Console(file=io.StringIO()))
-    assert measuring == [("cifar10", fake_cifar10, 5)]
+    assert measuring == [("cifar10", fake_cifar10, 5, (), [])]
     assert (empty_home / "figures" / "bench.png").is_file()
     assert refreshed == [empty_home]
+
+
+def test_parts_that_are_measured_anew_replace_their_own_lines(measuring, empty_home, tmp_path):
+    earlier = [
+        once("training", "cnn", "batch 64", 1, "images/s", note="old"),
+        once("workers", "an empty task", "256 workers", 0.5, "ms"),
+        once("memory", "crafting", "advlab", 700, "MB"),
+    ]
+    kept = pd.DataFrame(earlier).assign(machine="another", torch="1", data="shapes10")
+    kept.to_csv(tmp_path / "bench.csv", index=False)
+    quiet = {"output_dir": str(tmp_path), "console": Console(file=io.StringIO())}
+    run.run("shapes10", only=["training", "memory"], **quiet)
+    *_, only, known = measuring[0]
+    assert only == ["training", "memory"]
+    assert [(row.part, row.value, row.note) for row in known][:2] == [
+        ("training", 1, "old"),
+        ("workers", 0.5, ""),
+    ]
+    lines = pd.read_csv(tmp_path / "bench.csv").fillna({"machine": ""})
+    assert lines["part"].tolist() == ["training"] * 2 + ["workers"] + ["memory"] * 2
+    assert lines["value"].tolist() == [900, 360, 0.5, 700, 800]
+    assert lines["machine"].tolist()[2:4] == ["another"] * 2
+    assert "another" not in lines["machine"].tolist()[:2]
+
+
+def test_an_unknown_part_is_refused_before_anything_is_measured():
+    with pytest.raises(ValueError, match=r"no part of the benchmark is called speed; .*training"):
+        run.measure("shapes10", None, 1, ["speed"], [])

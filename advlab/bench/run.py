@@ -4,8 +4,9 @@ Each comparison takes turns on the same images. Ratios carry over to other machi
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -26,15 +27,30 @@ from advlab.bench.whole_paper import whole_part
 from advlab.upkeep import readme, runs
 from advlab.upkeep.processes import KEEP_MEMORY, environment
 
+COLUMNS = [field.name for field in fields(Row)]
 
-def measure_apart(dataset: str, root: Path | None, rounds: int) -> list[Row]:
+
+def measure_apart(*asked: Any) -> list[Row]:
     """Return `measure` of a process that keeps freed memory, as workers and lessons do."""
     with environment(**KEEP_MEMORY), ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(measure, dataset, root, rounds).result()
+        return pool.submit(measure, *asked).result()
 
 
-def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
-    """Measure everything, part by part."""
+def measure(
+    dataset: str, root: Path | None, rounds: int, only: Sequence[str], known: Sequence[Row]
+) -> list[Row]:
+    """Measure part by part.
+
+    Args:
+        dataset, root: The data.
+        rounds: Measurements of each way.
+        only: Beginnings of the names of parts; all parts for none.
+        known: Rows of an earlier benchmark, from which "whole paper" is projected if the others
+            are not measured now.
+
+    Raises:
+        ValueError: if no part is called so.
+    """
     lesson = footprint.open_lesson(dataset, root)
     images, zoo = lesson.data, lesson.zoo
     robust = lesson.settings.adversarial["robust"]
@@ -61,14 +77,18 @@ def measure(dataset: str, root: Path | None, rounds: int) -> list[Row]:
         "memory": partial(footprint.memory_part, dataset, root),
         "start": partial(footprint.start_part, rounds),
         "explorer": partial(footprint.explorer_part, plain, images),
-        "workers": scale_part,
+        "workers": partial(scale_part, images, networks["robust cnn"][0]),
     }
     if images.papers:
         ten = product(paper.TABLES, paper.TABLE_TRAIN_EPS)
         papers = {f"{arch} eps={eps:g}": zoo.get(arch, eps).model for arch, eps in ten}
         cnn = networks["robust cnn"][0]
         jobs["AutoAttack"] = partial(strongest_part, images, cnn, papers)
-        jobs["whole paper"] = partial(whole_part, rows, files.home())
+        jobs["whole paper"] = lambda: whole_part([*known, *rows], files.home())
+    names = ", ".join(jobs)
+    jobs = {name: job for name, job in jobs.items() if not only or name.startswith(tuple(only))}
+    if not jobs:
+        raise ValueError(f"no part of the benchmark is called {', '.join(only)}; choose of {names}")
     console = Console()
     for number, (name, job) in enumerate(jobs.items(), 1):
         start = time.perf_counter()
@@ -94,24 +114,35 @@ def show(table: pd.DataFrame, console: Console) -> None:
             console.print(f"{row.way}: {row.note}", style="dim", markup=False)
 
 
+def merged(earlier: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """Return all lines; of those about the same task done in the same way, the last."""
+    lines = pd.concat([earlier, measured], ignore_index=True)
+    order = {part: number for number, part in enumerate(lines["part"].unique())}
+    lines = lines.drop_duplicates(["part", "what", "way"], keep="last")
+    return lines.sort_values("part", key=lambda part: part.map(order), kind="stable")
+
+
 def run(
     dataset: str = "auto",
     data_dir: str = "auto",
     output_dir: str = "auto",
     rounds: int = 5,
     publish: bool = False,
+    only: Sequence[str] = (),
     console: Console | None = None,
 ) -> pd.DataFrame:
-    """Measure everything; print it, and write bench.csv and bench.png.
+    """Measure everything, or some parts; print it, and write bench.csv and bench.png.
 
     Args:
         dataset, data_dir: As in `lab.start`.
         output_dir: Where to write; "auto": outputs/bench in the repository.
         rounds: Measurements of each way.
         publish: Write into the repository's figures/ and refresh the README.
+        only: Beginnings of the names of the parts to measure; the other lines of bench.csv stay.
 
     Raises:
-        ValueError: if `rounds` is below 1, or other data than CIFAR-10 are to be published.
+        ValueError: if `rounds` is below 1, there is no such part, or other data than CIFAR-10 are
+            to be published.
         RuntimeError: if another way gives other results than ours: then no time is printed.
     """
     if rounds < 1:
@@ -122,10 +153,17 @@ def run(
         raise ValueError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
     chosen = files.setting(output_dir) or files.home() / "outputs" / "bench"
     output = files.home() / "figures" if publish else files.results_folder(chosen)
-    table = pd.DataFrame(measure_apart(name, root, rounds)).assign(
+    earlier = pd.DataFrame()
+    if only and (output / "bench.csv").is_file():
+        texts = {"against": "", "note": ""}
+        earlier = pd.read_csv(output / "bench.csv", dtype=dict.fromkeys(texts, object))
+        earlier = earlier.fillna(texts)
+    known = [Row(**dict(line)) for _, line in earlier.reindex(columns=COLUMNS).iterrows()]
+    measured = pd.DataFrame(measure_apart(name, root, rounds, only, known)).assign(
         machine=runs.machine(), torch=torch.__version__, data=name
     )
-    show(table, console)
+    show(measured, console)
+    table = merged(earlier, measured)
     files.write_table(output / "bench.csv", table)
     plots.use_style()
     with files.atomic_write(output / "bench.png") as temporary:

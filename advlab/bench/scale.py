@@ -1,25 +1,36 @@
 """More workers: what two do against one, and a whole sweep on as many as nobody has here.
 
+What two do is measured for a training, an audit and a class, each with the cluster's start.
+
 The second is simulated: a real scheduler, its workers in this process, and tasks that sleep as long
 as theirs take, all divided by one number. It shows where the critical path lies, and what the
 scheduler costs.
 """
 
+import io
 import logging
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import dask
+import torch
 from distributed import Client, LocalCluster, wait
+from rich.console import Console
+from torch import Tensor, nn
 
 from advlab import files, paper
+from advlab.autoattack import auto_attack
 from advlab.bench.measure import Row, Way, compare, once
 from advlab.checkpoints import read_metadata
+from advlab.classroom import course
+from advlab.data import ImageData
 from advlab.recipes import file_stem
 from advlab.upkeep import graph
 from advlab.upkeep.cluster import LOCAL, connect
@@ -30,17 +41,33 @@ SEEDS = 5
 FASTER = 200  # how many times the simulated tasks are shorter than those that they stand for
 CRAFTING, MEASURING = 30.0, 60.0  # seconds of 50,000 directions, and of a table of five models
 WORKERS = (16, 256)
+ATTACKED, PARTS = 40, ("apgd-ce", "apgd-t")  # images, and the parts of AutoAttack
 
 
-def scale_part(rounds: int = 1) -> list[Row]:
-    """Measure trainings on one and two workers, and simulate a sweep of the paper's recipe."""
-    return [*_measured(rounds), *_simulated()]
+def scale_part(images: ImageData, model: nn.Module, rounds: int = 1) -> list[Row]:
+    """Measure one and two workers, and simulate a sweep of the paper's recipe.
 
-
-def _measured(rounds: int) -> list[Row]:
-    """Train four small models; a cluster's start counts, as whoever waits for it does."""
-    ways = {f"{n} workers": Way(partial(_train_four, n), 4) for n in (1, 2)}
-    return compare("workers", "four small models", ways, rounds, "models/s", against="1 workers")
+    Args:
+        images: Whose first test images are attacked.
+        model: That AutoAttack takes long with.
+        rounds: As in `measure.side_by_side`.
+    """
+    tasks: dict[str, tuple[Callable[[int], Any], int, str]] = {
+        "four small models": (_train_four, 4, "models/s"),
+        f"{' and '.join(PARTS)}, {ATTACKED} images": (
+            partial(_audit, images, model),
+            ATTACKED,
+            "images/s",
+        ),
+    }
+    rows = []
+    with TemporaryDirectory() as folder:
+        if shutil.which("bwrap") and find_spec("nbgrader"):  # else nothing can be graded here
+            tasks["grading four notebooks"] = partial(_grade, Path(folder)), 4, "notebooks/s"
+        for what, (call, amount, unit) in tasks.items():
+            ways = {f"{n} workers": Way(partial(call, n), amount) for n in (1, 2)}
+            rows += compare("workers", what, ways, rounds, unit, against="1 workers")
+    return [*rows, *_simulated()]
 
 
 def _train_four(workers: int) -> None:
@@ -49,6 +76,28 @@ def _train_four(workers: int) -> None:
         jobs = [Job(Options(**{**vars(options), "seed": seed}), "cnn", 0.0) for seed in range(4)]
         with connect(jobs=workers) as cluster, graph.training(cluster, jobs) as trained:
             graph.raise_failed(trained.failed(jobs), len(jobs), "trainings")
+
+
+def _audit(images: ImageData, model: nn.Module, workers: int) -> None:
+    """Attack `ATTACKED` images in four parts, which an audit makes larger."""
+    parts = zip(*(t.chunk(4) for t in images.test.batch(slice(ATTACKED))), strict=True)
+    with connect(jobs=workers) as cluster:
+        list(cluster.map(_attack, [(model, x.clone(), y.clone()) for x, y in parts]))
+
+
+def _attack(part: tuple[nn.Module, Tensor, Tensor]) -> int:
+    torch.set_num_threads(1)
+    return int(auto_attack(*part, attacks=PARTS).sum())
+
+
+def _grade(folder: Path, workers: int) -> None:
+    """Grade the reference solution of an assignment, handed in by four students."""
+    source = course.sources()["a2"]
+    for student in "abcd":
+        files.write_bytes(folder / "class" / f"{student}_a2.ipynb", source.read_bytes())
+    with TemporaryDirectory() as output:
+        quiet = Console(file=io.StringIO())
+        course.grade(folder / "class", Path(output), jobs=workers, console=quiet)
 
 
 def _sleep(seconds: float, *_: Any) -> None:

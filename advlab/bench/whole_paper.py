@@ -65,7 +65,7 @@ def whole_part(rows: Sequence[Row], home: Path) -> list[Row]:
     run = json.loads(record.read_text())
     fast = sum(run["models"][name] for name in names) / run["processes"]
     what = f"advlab reproduce: {len(run['models'])} models, all lessons"
-    clock = sum(run["seconds"].values()) / 3600
+    clock = run["wall_seconds"] / 3600
     note = f"from nothing, on {run['machine']}"
     return [
         *found,
