@@ -423,6 +423,9 @@ def grade(
     marks: Annotated[
         Path | None, typer.Option(help="CSV: student, assignment, cell, score given by hand.")
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Let the tests draw again as in grades.csv.")
+    ] = None,
     *,
     scheduler: Scheduler,
 ) -> None:
@@ -430,7 +433,7 @@ def grade(
     from advlab.classroom import course as classroom
 
     kept = files.results_folder(output or files.home() / "outputs" / "grades")
-    mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks)
+    mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks, seed=seed)
     table = mark(folder, kept, scheduler=scheduler, console=console)
     totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()
     console.print(totals.to_string(), markup=False, highlight=False)

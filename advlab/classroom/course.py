@@ -96,6 +96,7 @@ def grade(
     sandbox: bool = True,
     jobs: int | None = None,
     marks: Path | None = None,
+    seed: int | None = None,
     scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> pd.DataFrame:
@@ -107,11 +108,12 @@ def grade(
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time, on this machine's own cluster; None for one a core.
         marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
+        seed: Of what the tests draw, to repeat an earlier run; None draws one for each submission.
         scheduler: See `cluster.connect`.
 
     Returns:
         A row per graded cell: student, assignment, cell, points, score (empty where a person
-        must read the answer), reason.
+        must read the answer), reason, seed (of what the tests drew).
 
     Raises:
         CourseError: without nbgrader; if a worker cannot grade (see `grading.check_worker`); if
@@ -129,14 +131,15 @@ def grade(
         name = name if name.isprintable() else ascii(name)
         console.print(f"not a submission, left out: {name}", style="yellow", markup=False)
     graded = {
-        one: grading.earlier(one, sources()[one.assignment], output, sandboxed=sandbox) or {}
+        one: grading.earlier(one, sources()[one.assignment], output, sandboxed=sandbox, seed=seed)
+        or {}
         for one in found
     }
     if missing := [one for one, scores in graded.items() if not scores]:
         with connect(scheduler, min(jobs or cores(), len(missing))) as cluster:
             _check_workers(cluster, hidden)
             files.make_folder(output)
-            results = _results(cluster, missing, output, hidden)
+            results = _results(cluster, missing, output, hidden, seed)
             graded |= track(results, "grading", len(missing), console=console)
     if given is not None:
         give_marks(graded, given)
@@ -172,7 +175,11 @@ def _check_workers(cluster: Cluster, hidden: Hidden | None) -> None:
 
 
 def _results(
-    cluster: Cluster, missing: Sequence[Submission], output: Path, hidden: Hidden | None
+    cluster: Cluster,
+    missing: Sequence[Submission],
+    output: Path,
+    hidden: Hidden | None,
+    seed: int | None,
 ) -> Iterator[tuple[Submission, dict[str, Any]]]:
     """Yield each submission with its scores (see `grading.land`), as they come back."""
     client, names, waiting = cluster.client, sources(), iter(missing)
@@ -183,7 +190,7 @@ def _results(
     while True:
         while len(sent) < busy and (one := next(waiting, None)):
             try:
-                work = grading.pack(one, names[one.assignment])
+                work = grading.pack(one, names[one.assignment], seed)
             except (OSError, RefusedError) as error:
                 yield one, grading.not_graded(names[one.assignment], error)
                 continue
@@ -206,7 +213,13 @@ def _results(
 def _table(graded: Mapping[Submission, dict[str, Any]]) -> pd.DataFrame:
     """Return a row per graded cell."""
     rows = [
-        {"student": one.student, "assignment": one.assignment, "cell": cell} | result
+        {
+            "student": one.student,
+            "assignment": one.assignment,
+            "cell": cell,
+            **result,
+            "seed": scores.get("seed"),
+        }
         for one, scores in graded.items()
         for cell, result in scores["cells"].items()
     ]

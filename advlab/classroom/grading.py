@@ -22,7 +22,7 @@ from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from secrets import token_hex
+from secrets import randbelow, token_hex
 from typing import Any
 
 import nbformat
@@ -40,13 +40,14 @@ from advlab.upkeep.kernels import short_folder
 from advlab.upkeep.processes import kill_children
 
 CELL_SECONDS, SECONDS, MEGABYTES = 60, 300, 8_000
+SEEDS = 1_000_000  # among which one is drawn for each submission
 PAGE_SECONDS, LARGEST_PAGE = 60, 20_000_000  # to draw a notebook; bytes
 LARGEST_RESULT, LARGEST_LOG = 50_000_000, 100_000  # bytes that a process may write, and that count
 PROBE_SECONDS = 300  # to try the sandbox; importing torch may take most of a minute
 LOOK = 0.2  # seconds between two looks at what a process does
 LARGEST_FILE = 100_000_000  # bytes; saved outputs, which nobody reads, may be most of them
 # The modules whose code decides a score, or how it is shown.
-GRADER = ["grading", "merging", "page", "run_submission", "sandbox"]
+GRADER = ["examining", "grading", "merging", "page", "remote", "run_submission", "sandbox"]
 GRADER = [*(f"classroom/{name}" for name in GRADER), "upkeep/kernels", "upkeep/processes"]
 
 
@@ -84,10 +85,16 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Work:
-    """A submission as it travels: notebooks, that of the assignment and the student's."""
+    """A submission as it travels.
+
+    Args:
+        assignment, submission: Notebooks, the second the student's.
+        seed: Of what the tests draw.
+    """
 
     assignment: bytes
     submission: bytes
+    seed: int
 
     def identity(self, *, sandboxed: bool) -> str:
         """Return a hash of what a score depends on: both, and the code that grades."""
@@ -119,28 +126,34 @@ class Ran:
 # --- on the machine that asks
 
 
-def pack(one: Submission, source: Path) -> Work:
+def pack(one: Submission, source: Path, seed: int | None = None) -> Work:
     """Return what a worker needs for a submission.
 
     Args:
         one: The submission.
         source: The instructor's notebook of its assignment.
+        seed: Of what the tests draw; None draws one.
 
     Raises:
         OSError: if one cannot be read.
         RefusedError: if the submission is too large to be one of ours, or no file.
     """
-    return Work(source.read_bytes(), read_regular(one.path, LARGEST_FILE))
+    seed = randbelow(SEEDS) if seed is None else seed
+    return Work(source.read_bytes(), read_regular(one.path, LARGEST_FILE), seed)
 
 
 def earlier(
-    one: Submission, source: Path, output: Path, *, sandboxed: bool
+    one: Submission, source: Path, output: Path, *, sandboxed: bool, seed: int | None = None
 ) -> dict[str, Any] | None:
-    """Return the scores of an earlier run into the folder `output`; None if anything changed."""
+    """Return the scores of an earlier run into the folder `output`.
+
+    None if anything changed, or if its tests were drawn by another `seed` than is asked for.
+    """
     written = one.kept(output) / "scores.json"
     with suppress(OSError, ValueError):
         scores = json.loads(written.read_text())
-        if scores.get("identity") == pack(one, source).identity(sandboxed=sandboxed):
+        same = scores.get("identity") == pack(one, source).identity(sandboxed=sandboxed)
+        if same and seed in (None, scores.get("seed")):
             return scores
     return None
 
@@ -155,9 +168,9 @@ def land(one: Submission, output: Path, identity: str, ran: Ran) -> dict[str, An
         ran: What came of it.
 
     Returns:
-        reason (why the notebook could not be run to its end, or ""), seconds, again (whether it
-        must be tried again), and cells: for each graded cell its points, score (None where a person
-        must read the answer) and reason.
+        reason (why the notebook could not be run to its end, or ""), seconds, seed (of what the
+        tests drew), again (whether it must be tried again), and cells: for each graded cell its
+        points, score (None where a person must read the answer) and reason.
 
     Raises:
         OSError: if it could not be run, or cannot be written.
@@ -185,7 +198,7 @@ def not_graded(source: Path, error: Exception) -> dict[str, Any]:
     kind = "" if refused or isinstance(error, OSError) else f"{type(error).__name__}: "
     reason = clean(f"{kind}{error}")
     cells = no_points(nbformat.read(source, as_version=4), reason, 0 if refused else None)
-    return {"reason": reason, "cells": cells, "seconds": 0.0, "again": not refused}
+    return {"reason": reason, "cells": cells, "seconds": 0.0, "seed": None, "again": not refused}
 
 
 # --- on a worker
@@ -302,6 +315,7 @@ def run(work: Work, hidden: Hidden | None) -> Ran:
             "hidden": [str(path) for path in hidden.here(own).folders] if hidden else None,
             "limits": {"cell_seconds": CELL_SECONDS, "seconds": SECONDS, "megabytes": MEGABYTES},
             "scope": sandbox.scope(MEGABYTES),
+            "seed": work.seed,
             "parent": os.getpid(),
         }
         given = json.dumps(job).encode() + b"\n" + work.submission
@@ -311,7 +325,7 @@ def run(work: Work, hidden: Hidden | None) -> Ran:
     if reason:
         return Ran(None, reason, log=log)
     found = json.loads(made)
-    scores = found["scores"] | {"seconds": round(time.perf_counter() - start, 1)}
+    scores = found["scores"] | {"seconds": round(time.perf_counter() - start, 1), "seed": work.seed}
     executed = found["executed"].encode(errors="replace")
     drawn, more = _draw(executed)
     return Ran(scores, "", executed, drawn, log + more)

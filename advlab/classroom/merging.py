@@ -8,9 +8,9 @@ from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_solution
 
 from advlab.classroom import RefusedError
-from advlab.classroom.page import HIDDEN_TESTS
 
 MISSING = 'raise NotImplementedError("the cell for the answer {} is missing")'
+HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
 DEFINED = re.compile(r"^(?:def|class) +(\w+)", re.MULTILINE)
 
 
@@ -99,6 +99,15 @@ def _is_alike(given: NotebookNode, cell: NotebookNode) -> bool:
     return HIDDEN_TESTS.sub("", given.source).split() == cell.source.split()
 
 
+def defined(source: NotebookNode) -> dict[str, list[str]]:
+    """Return the functions and classes that each answer of an assignment is to define."""
+    return {
+        name: DEFINED.findall(cell.source)
+        for cell in source.cells
+        if is_solution(cell) and cell.cell_type == "code" and (name := grade_id(cell))
+    }
+
+
 def clean(text: str) -> str:
     """Return the start of a text that a submission chose, fit for a table."""
     text = "".join(c if c.isprintable() else " " for c in text)[:300]
@@ -114,6 +123,16 @@ def no_points(
         for cell in source.cells
         if is_grade(cell) and (name := grade_id(cell))
     }
+
+
+def hide_tests(notebook: NotebookNode) -> dict[str, str]:
+    """Take the hidden tests out of a merged notebook; return the cells' whole tests, by name."""
+    tests = {}
+    for cell in notebook.cells:
+        if is_grade(cell) and not is_solution(cell) and (name := grade_id(cell)):
+            tests[name] = cell.source
+            cell.source = HIDDEN_TESTS.sub("# hidden tests", cell.source)
+    return tests
 
 
 def by_hand(cell: NotebookNode) -> bool:

@@ -5,41 +5,26 @@ advlab.classroom.page` reads a notebook and writes its page.
 """
 
 import copy
-import re
 import sys
 from contextlib import redirect_stdout
 
 import nbformat
 from nbformat import NotebookNode
 
-HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
 NOT_SHOWN = "The notebook cannot be shown: {}"
 MEMORY = 4 << 30  # bytes of addresses
 LONGEST_TEXT = 10_000  # characters of an output
 
 
-def shown_to_student(notebook: NotebookNode) -> NotebookNode:
-    """Return an executed notebook without the hidden tests.
-
-    They stand in its cells, in tracebacks, and in what it printed if it looked for them. (One that
-    writes them otherwise is not stopped by that.) Of long texts only the beginning is left: they
-    take minutes to draw.
-    """
+def in_short(notebook: NotebookNode) -> NotebookNode:
+    """Return an executed notebook with the beginnings of long texts: they take minutes to draw."""
     notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             texts = output if "text" in output else output.get("data", {})
             for kind, text in texts.items():
-                if not isinstance(text, str) or "image/" in kind:
-                    continue
-                texts[kind] = HIDDEN_TESTS.sub("# hidden tests", text)
-                if len(text) > LONGEST_TEXT:
-                    texts[kind] = f"{texts[kind][:LONGEST_TEXT]}\n[cut]"
-        if HIDDEN_TESTS.search(cell.source):
-            cell.source = HIDDEN_TESTS.sub("# hidden tests", cell.source)
-            for output in cell.get("outputs", []):
-                if output.output_type == "error":
-                    output.traceback = [f"{output.ename}: {output.evalue}"]
+                if isinstance(text, str) and "image/" not in kind and len(text) > LONGEST_TEXT:
+                    texts[kind] = f"{text[:LONGEST_TEXT]}\n[cut]"
     return notebook
 
 
@@ -50,7 +35,7 @@ def draw(notebook: NotebookNode) -> str:
     if not notebook.cells:  # it was refused
         return ""
     try:
-        return HTMLExporter().from_notebook_node(shown_to_student(notebook))[0]
+        return HTMLExporter().from_notebook_node(in_short(notebook))[0]
     except Exception as error:  # an output that nbconvert cannot draw
         return NOT_SHOWN.format(type(error).__name__)
 

@@ -1,8 +1,8 @@
 """Run one submission and score it; started by `grading.run` in a process of its own.
 
-The notebook's code runs in a kernel, and the kernel in a sandbox. This process, which reads the
-kernel's answers and tells the scores, is outside: nothing that a submission does to its own files
-changes what is recorded.
+The notebook's code runs in a kernel, and the kernel in a sandbox. The tests run in this process,
+which is outside, and ask the kernel for what its functions return: nothing that a submission does
+can answer for a test, or read one that is hidden.
 """
 
 import ast
@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import nbformat
@@ -29,7 +30,9 @@ from nbformat import NotebookNode
 from nbgrader.utils import is_grade, is_locked
 
 from advlab.classroom import RefusedError, merging, sandbox
+from advlab.classroom.examining import Ended, Examiner
 from advlab.classroom.merging import clean, grade_id
+from advlab.classroom.remote import PREFIX
 from advlab.upkeep.kernels import OwnKernel
 from advlab.upkeep.processes import kill_children
 
@@ -42,24 +45,18 @@ OUTPUTS = ("stream", "display_data", "execute_result", "error")
 START_SECONDS = 60  # that a sandbox may take to start
 NOT_RUN = "not run"
 CUT = f"[More than {LARGEST_OUTPUT // 1_000_000} MB was printed: from here on nothing is kept.]"
-# Runs after a cell with tests, to see whether the submission changed what the tests rely on.
-CANARY = """
-import builtins as _b, random as _r, torch as _t
-for _name in ("abs", "all", "any", "float", "int", "isinstance", "len", "max", "min", "sum"):
-    if type(getattr(_b, _name)).__module__ != "builtins":
-        raise SystemError(f"{_name} was replaced")
-if _t.equal(_t.zeros(1), _t.ones(1)) or _t.allclose(_t.zeros(1), _t.ones(1)):
-    raise SystemError("torch was changed")
-if len({_r.SystemRandom().randrange(10**6) for _ in range(9)}) < 2:
-    raise SystemError("random was changed")
-"""
-# Run around it. A name of Python's that a notebook gave a meaning of its own, such as `max`, has
-# Python's for the test.
+# Run around a cell with tests. A name of Python's that a notebook gave a meaning of its own, such
+# as `max`, has Python's meanwhile.
 PUT_ASIDE = """
 import builtins as _b
 _own = {_n: globals().pop(_n) for _n in [*globals()] if _n[0] != "_" and hasattr(_b, _n)}
 """
 PUT_BACK = "globals().update(_own)"
+SERVE = "__import__('advlab.classroom.remote', fromlist=['serve']).serve(get_ipython())"
+LARGEST_MESSAGE = 100_000_000  # characters that a function may return
+LISTEN = 0.05  # seconds between two looks at what else it does
+MANY, LEAST = 1_000, 100  # messages that are taken at once; bytes for which each counts
+NO_KERNEL = "the notebook's kernel does not answer any more"
 
 
 def definitions(cells: Sequence[NotebookNode]) -> str:
@@ -92,13 +89,25 @@ class Runner(NotebookClient):
         seconds: int,
         **more: Any,
     ) -> None:
-        super().__init__(notebook, timeout_func=self._time_left, **more)
+        super().__init__(notebook, timeout_func=self.time_left, **more)
         self.work, self.sandboxed, self.cell_seconds = work, sandboxed, cell_seconds
         self.opened: list[int] = []  # descriptors of the sandbox's sockets
         self.end = time.monotonic() + seconds
 
-    def _time_left(self, _: NotebookNode) -> float:
+    def time_left(self, _: NotebookNode | None = None) -> float:
+        """Return the seconds that a cell may take now."""
         return max(0.1, min(self.cell_seconds, self.end - time.monotonic()))
+
+    @property
+    def manager(self) -> Any:
+        """The manager of the kernel, which is there once it was started."""
+        return self.km
+
+    def count(self, size: int) -> None:
+        """Count bytes that the notebook printed, and stop it where it floods."""
+        self.sent += size
+        if self.sent > FLOOD:  # it may print faster than anybody reads, and never end
+            kill_children()
 
     async def async_start_new_kernel_client(self) -> Any:
         """Return a client that speaks to the kernel, which may be in a sandbox.
@@ -108,8 +117,7 @@ class Runner(NotebookClient):
         """
         end = time.monotonic() + START_SECONDS
         while self.sandboxed and not self.opened:
-            assert self.km is not None  # it is what was started
-            if time.monotonic() > end or not await ensure_async(self.km.is_alive()):
+            if time.monotonic() > end or not await ensure_async(self.manager.is_alive()):
                 raise OSError("the sandbox did not start")
             await asyncio.sleep(0.02)
             self.opened = sandbox.link_sockets(self.work)
@@ -128,9 +136,7 @@ class Runner(NotebookClient):
             content = _cut(content)
         msg = {**msg, "content": content}
         before, size = self.printed, len(json.dumps(content, default=str))
-        self.sent += size
-        if self.sent > FLOOD:  # it may print faster than anybody reads, and never end
-            kill_children()
+        self.count(size)
         if kind in ("status", "execute_input", "clear_output"):
             return super().process_message(msg, cell, cell_index)
         if kind not in OUTPUTS or before > LARGEST_OUTPUT:
@@ -167,6 +173,85 @@ def _manager(
     return manager
 
 
+class Line:
+    """The line from the tests, which run in a thread, to a kernel; it is opened when it is used."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.loop = runner, asyncio.get_running_loop()
+        self.failed: Exception | None = None
+        self._serving, self._end, self._listened = "", 0.0, 0.0
+
+    def exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a message of the tests; return what the kernel says next.
+
+        Raises:
+            Ended: if it cannot say anything any more; `failed` is why.
+            RuntimeError: if it ended its part of the conversation.
+        """
+        said = asyncio.run_coroutine_threadsafe(self._exchange(json.dumps(message)), self.loop)
+        try:
+            return json.loads(said.result())
+        except (CellTimeoutError, DeadKernelError) as error:
+            self.failed = error
+            raise Ended from error
+
+    async def _exchange(self, text: str) -> str:
+        if not self._serving:
+            self._serving = self._client.execute(SERVE, store_history=False, allow_stdin=True)
+            self._end = time.monotonic() + self.runner.time_left()
+            await self._said()  # that it is ready
+        if time.monotonic() > self._end:
+            raise CellTimeoutError("the tests' time is up")
+        self._client.input(text)
+        return await self._said()
+
+    @property
+    def _client(self) -> Any:
+        return self.runner.kc  # there is one, as the kernel has been started
+
+    async def _said(self) -> str:
+        """Return what the kernel says of its own accord."""
+        while True:
+            now = time.monotonic()
+            if now > self._end:
+                raise CellTimeoutError("the tests' time is up")
+            if now > self._listened + LISTEN:
+                await self._listen()
+                self._listened = time.monotonic()
+            with suppress(Empty):
+                said = await self._client.get_stdin_msg(timeout=LISTEN)
+                text = str(said["content"].get("prompt"))
+                if len(text) > LARGEST_MESSAGE:
+                    raise RuntimeError(f"it returned more than {LARGEST_MESSAGE // 10**6} MB")
+                if text.startswith(PREFIX):
+                    return text.removeprefix(PREFIX)
+                self._client.input("")  # a student's own `input`
+            if not await ensure_async(self.runner.manager.is_alive()):
+                raise DeadKernelError("Kernel died")
+
+    async def _listen(self) -> None:
+        """Take what is printed meanwhile, which nobody sees, and see whether the line is open."""
+        for channel in (self._client.get_iopub_msg, self._client.get_shell_msg):
+            with suppress(Empty):
+                for _ in range(MANY):
+                    message = await channel(timeout=0)
+                    text = json.dumps(message["content"], default=str)
+                    self.runner.count(LEAST + len(text))
+                    ended = message["parent_header"].get("msg_id") == self._serving
+                    if ended and message["msg_type"] == "execute_reply":
+                        self._serving = ""
+                        raise RuntimeError(NO_KERNEL)
+
+    async def close(self) -> None:
+        """End the conversation, if there was one."""
+        try:
+            while self._serving:
+                self._client.input('{"do": "end"}')
+                await self._said()  # until it has nothing to say any more
+        except (RuntimeError, CellTimeoutError):
+            self._serving = ""
+
+
 async def _error_of(runner: Runner, index: int, code: str) -> str | None:
     """Run `code` in the submission's kernel; return the text of its error, None without one."""
     cell = runner.nb.cells[index]
@@ -179,8 +264,34 @@ async def _error_of(runner: Runner, index: int, code: str) -> str | None:
     return None
 
 
-async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[str, Any]]) -> None:
+async def _executed(runner: Runner, index: int) -> str:
+    """Run a cell in the submission's kernel; return its error, or ""."""
+    try:
+        await runner.async_execute_cell(runner.nb.cells[index], index)
+    except CellTimeoutError:
+        raise
+    except CellExecutionError as error:
+        return clean(f"{error.ename}: {error.evalue}".removesuffix(": "))
+    return ""
+
+
+async def _run(
+    runner: Runner,
+    notebook: NotebookNode,
+    results: dict[str, dict[str, Any]],
+    tests: Mapping[str, str],
+    answers: Mapping[str, Sequence[str]],
+    seed: int,
+) -> None:
     """Execute `notebook` in place, and write each graded cell's score and reason to `results`.
+
+    Args:
+        runner: Of the notebook.
+        notebook: From `merging.merge`.
+        results: By graded cell.
+        tests: By graded cell, with those that are hidden.
+        answers: What each answer is to define.
+        seed: Of what the tests draw.
 
     Raises:
         RefusedError, CellTimeoutError, DeadKernelError: if it cannot go on; what was scored stays.
@@ -188,30 +299,40 @@ async def _run(runner: Runner, notebook: NotebookNode, results: dict[str, dict[s
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     async with runner.async_setup_kernel(**quiet):
         runner.started = True
+        line = Line(runner)
+        examiner = Examiner(line.exchange, seed)
+
+        async def on_this_side(work: Callable[..., str | None], *given: Any) -> str:
+            try:
+                found = await asyncio.to_thread(work, *given)
+            except Ended as error:
+                raise line.failed or error from error
+            finally:
+                await line.close()
+            return found or ""
+
         for index, cell in enumerate(notebook.cells):
             if time.monotonic() > runner.end:
                 raise CellTimeoutError("the notebook's time is up")
-            result = results.get(grade_id(cell) or "") if cell.cell_type == "code" else None
-            if merging.by_hand(cell):
-                result = None
-            if result is not None:  # names that the tests use may have been given a new meaning
+            name = grade_id(cell) or ""
+            if cell.cell_type != "code" or merging.by_hand(cell):
+                await _executed(runner, index)
+            elif name in results:
                 await _error_of(runner, index, definitions(notebook.cells[:index]) + PUT_ASIDE)
-            reason = ""
-            try:
-                await runner.async_execute_cell(cell, index)
-            except CellTimeoutError:
-                raise
-            except CellExecutionError as error:
-                reason = clean(f"{error.ename}: {error.evalue}".removesuffix(": "))
-            if result is None:
-                continue
-            changed = await _error_of(runner, index, CANARY)
-            if await _error_of(runner, index, "assert False") is None:
-                changed = "an assertion cannot fail"
-            await _error_of(runner, index, PUT_BACK)
-            if changed is not None:
-                reason = f"the submission changed what the tests rely on: {changed}"
-            result.update(score=0 if reason else result["points"], reason=reason)
+                shown = await _executed(runner, index)
+                reason = await on_this_side(examiner.examine, tests[name])
+                await on_this_side(examiner.restore)
+                await _error_of(runner, index, PUT_BACK)
+                results[name].update(score=0 if reason else results[name]["points"], reason=reason)
+                if reason != shown:  # the page says what counted
+                    told = reason or "these tests pass in the grader's own process"
+                    cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=told))
+            else:
+                error = await _executed(runner, index)
+                if name in answers:
+                    examiner.answered(answers[name], error)
+                elif is_locked(cell):
+                    await on_this_side(examiner.give, cell.source)
 
 
 def _end_with(parent: int) -> None:
@@ -228,6 +349,7 @@ def score(
     work: Path,
     hidden: Sequence[Path] | None,
     scope: Sequence[str],
+    seed: int,
     *,
     cell_seconds: int,
     seconds: int,
@@ -241,17 +363,19 @@ def score(
         work: A folder through which the kernel is spoken to.
         hidden: What the kernel's sandbox covers; None for no sandbox.
         scope: Words before its command; see `sandbox.scope`.
+        seed: Of what the tests draw.
         cell_seconds, seconds: That a cell and the notebook may take.
         megabytes: That the kernel may ask for.
 
     Raises:
         Exception: of any kind, if the kernel could not be started.
     """
-    results = merging.no_points(source, NOT_RUN)
+    results, answers = merging.no_points(source, NOT_RUN), merging.defined(source)
     notebook, reason, runner = nbformat.v4.new_notebook(), "", None
     try:
         notebook = merging.merge(source, merging.read(submission))
         merging.leave_to_a_person(notebook, results)
+        tests = merging.hide_tests(notebook)
         runner = Runner(
             notebook,
             work,
@@ -260,7 +384,7 @@ def score(
             seconds=seconds,
             km=_manager(work, hidden, scope, megabytes),
         )
-        asyncio.run(_run(runner, notebook, results))
+        asyncio.run(_run(runner, notebook, results, tests, answers, seed))
     except RefusedError as error:
         reason = str(error)
     except CellTimeoutError:
@@ -292,7 +416,7 @@ def main(job: dict[str, Any], submission: bytes) -> dict[str, Any]:
     assignment = nbformat.reads(job["assignment"], as_version=4)
     try:
         notebook, scores = score(
-            assignment, submission, work, hidden, job["scope"], **job["limits"]
+            assignment, submission, work, hidden, job["scope"], job["seed"], **job["limits"]
         )
     finally:
         kill_children()  # a kernel that was started, and to which nobody could speak

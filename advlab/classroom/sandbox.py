@@ -28,6 +28,10 @@ KEPT = re.compile("(PYTHON)?PATH|LANG|LD_LIBRARY_PATH|(OMP|MKL|OPENBLAS)_.*")  #
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 ETC = ("alternatives", "fonts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime")
 
+# What is seen of this package: nothing that answers an assignment.
+OURS = ["__init__", "_torchvision", "data", "datasets", "files", "paper", "shapes"]
+OURS += [f"classroom/{name}" for name in ("__init__", "probe", "remote")]
+
 # Calls that are refused, by machine: what the system calls it (linux/audit.h), and the numbers of
 # the calls (asm/unistd.h). Memory that some give belongs to no process and no folder, so nobody
 # could see how much it is; others speak to parts of the kernel that no notebook needs, or to the
@@ -100,8 +104,9 @@ def connection_file(work: Path) -> Path:
 def sandboxed(work: Path, hidden: Sequence[Path]) -> list[str]:
     """Return the words before a command that take from it the network and the disk.
 
-    It sees the system's programs, Python and this package, and nothing else: what of the folders
-    `hidden` lies in these is covered. It can write to memory alone, to an amount that is limited.
+    It sees the system's programs, Python and `OURS` of this package, and nothing else: what of the
+    folders `hidden` lies in these is covered. It can write to memory alone, to an amount that is
+    limited.
     It has no capabilities and is nobody, also where the grader is root, and can become nothing
     else: it is in a user namespace and can make no other.
 
@@ -152,7 +157,7 @@ def _memory(folder: str, size: int = TEMPORARY) -> list[str]:
 
 
 def _seen(hidden: Sequence[Path]) -> list[str]:
-    """Return the words that show the system, Python and this package, without `hidden`."""
+    """Return the words that show the system, Python and `OURS`, without `hidden`."""
     words = []
     system = [Path("/", name) for name in SYSTEM] + [Path("/etc", name) for name in ETC]
     for path in system:
@@ -160,7 +165,7 @@ def _seen(hidden: Sequence[Path]) -> list[str]:
             words += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
             words += ["--ro-bind", str(path), str(path)]
-    python = [Path(sys.prefix), Path(sys.base_prefix), Path(advlab.__file__).parent]
+    python = [Path(sys.prefix), Path(sys.base_prefix)]
     if site.ENABLE_USER_SITE:
         python.append(Path(site.getusersitepackages()))
     python = [path for path in dict.fromkeys(python) if path.is_dir()]
@@ -175,6 +180,12 @@ def _seen(hidden: Sequence[Path]) -> list[str]:
         )
     mounts = {path: ["--tmpfs", str(path)] for path in covered}
     mounts |= {path: ["--ro-bind", str(path), str(path)] for path in python}
+    package = Path(advlab.__file__).parent
+    for place in dict.fromkeys((package, package.resolve())):
+        mounts[place] = ["--tmpfs", str(place)]
+        for path in (place / f"{name}.py" for name in OURS):
+            mounts[path] = ["--ro-bind", str(path), str(path)]
+        covered.append(place)
     # A mount covers what is below it, so the deeper ones come later.
     for path in sorted(mounts, key=lambda path: len(path.parts)):
         words += mounts[path]
