@@ -168,7 +168,7 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         [*run, "--param", "a=1"],
         ["reproduce", "--seeds", "3", *places, "--resume", "--publish"],
         ["audit", "cnn", *places, "--device", "cpu", "--auto-n", "0", "--test-n", "9"],
-        ["bench", *places, "--output-dir", "there", "--rounds", "2"],
+        ["bench", *places, "--output-dir", "there", "--rounds", "2", "--only", "start, memory"],
     ):
         where = ["--scheduler", "tls://a:1", "--tls-ca", "b"] if command[0] != "bench" else []
         result = runner.invoke(cli.app, [*command, *where])
@@ -181,7 +181,7 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         ((["02"], options), {"parameters": {"a": 1}, "resume": True} | on),
         ((3,), shared | {"resume": True, "publish": True} | on),
         ((["cnn"],), shared | numbers | on),
-        (("shapes10", "here", "there", 2, False, cli.console), {}),
+        (("shapes10", "here", "there", 2, False, ["start", "memory"], cli.console), {}),
     ]
     # Worker processes get them: they must not need this module to read them.
     assert {type(value) for value in vars(asked[0][0][1]).values()} == {str, int}
