@@ -4,8 +4,8 @@ Numbers, texts, lists and tensors go over, built anew on the other side: no subc
 code. What is more than that stays where it was made, and the other side has a twin of it. Who calls
 a network's twin has the network itself computed where it is at home, by whoever made it, with its
 mode and its parameters as they are on the twin; so a test sees in what mode its network was asked,
-and about which images, and nobody can answer in its place. Random generators are the same on both
-sides, and optimisers change the parameters of the twin.
+and about which images, and nobody can answer in its place. The twin of a random generator begins
+in its state and draws on by itself, and optimisers change the parameters of the twin.
 
 Both sides are a `Peer`. They take turns: who has asked waits for the answer, and answers meanwhile
 what the other must know for it.
@@ -488,8 +488,7 @@ class Peer:
             if (_plain(one) or isinstance(one, Tensor)) and str(name).isidentifier()
             if not name.startswith("__")
         }
-        kind = type(value).__name__
-        return {"is": "object", "number": number, "kind": kind, "attributes": attributes}
+        return {"is": "object", "number": number, "attributes": attributes}
 
     def _encode_network(self, network: nn.Module) -> Message:
         number, new = self._number_of(network)
