@@ -1,5 +1,6 @@
 """Zips that nobody has looked into: read in memory, within bounds, never unpacked to a disk."""
 
+import errno
 import stat
 import struct
 import zipfile
@@ -45,6 +46,7 @@ def opened(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
     """Open a zip.
 
     Raises:
+        OSError: if the disk fails.
         RefusedError: here or in the block, if it is damaged, or lists more than it may.
     """
     try:
@@ -55,6 +57,10 @@ def opened(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
         raise
     except DAMAGED as error:
         raise RefusedError(f"it cannot be read as a zip: {error}") from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a place before the file's beginning
+            raise RefusedError("it cannot be read as a zip: it is cut") from error
+        raise
 
 
 def _check_end(file: BinaryIO) -> None:
