@@ -31,7 +31,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import files
-from advlab.classroom import RefusedError, course, grading, sandbox, submissions
+from advlab.classroom import RefusedError, course, grading, sandbox
 from advlab.cli import app
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.tasks import StoppedError

@@ -120,11 +120,11 @@ def _named(text: str, points: Mapping[str, float]) -> list[str]:
     return [name for name in points if name in words]
 
 
-def _check_points(given: str, name: str, points: Mapping[str, float], system: str) -> None:
+def _check_points(given: str, title: str, name: str, points: Mapping[str, float]) -> None:
     if given.strip() and spreadsheets.number(given) != points[name]:
         raise ValueError(
-            f"{name} has {points[name]:g} points, and here {given.strip()}; set that right in "
-            f"{system}, and export the file anew"
+            f"{title!r} has {given.strip()} points, and {name} {points[name]:g}; set that right "
+            "where the file comes from, and export it anew, or take the column out"
         )
 
 
@@ -151,7 +151,7 @@ def _canvas_columns(
             first = header[columns[name].place]
             raise ValueError(f"{first!r} and {header[place]!r} are both for {name}; remove one")
         if possible:
-            _check_points(possible[place], name, points, "Canvas")
+            _check_points(possible[place], header[place], name, points)
         said = {i: sheet.rows[i][place].strip() for i in numbers.values()}
         reasons = {"EX": "is excused", "N/A": "need not hand it in"}
         locked = {i: reasons[text.upper()] for i, text in said.items() if text.upper() in reasons}
@@ -172,7 +172,7 @@ def _moodle_column(
             continue
         numbers[found[1]] = i
         if highest is not None:
-            _check_points(row[highest], name, points, "Moodle")
+            _check_points(row[highest], sheet.rows[0][grade], name, points)
             comma = comma or "," in row[highest]
         if change is not None and row[change].strip().lower() == "no":
             locked[i] = "has a grade that Moodle has locked"
