@@ -114,6 +114,13 @@ def test_free_days_are_unknown_after_a_time_that_is(tmp_path):
     assert third.share == 0, "it is too late in any case"
 
 
+def test_a_name_in_the_policy_that_nobody_has_is_told(tmp_path):
+    found = policy(tmp_path)
+    assert lateness.strangers([handed("Jörg", 1), handed("Lea", 1, "a2")], found) == [
+        "submitted.a2: nobody called 'lea' handed in a2"
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
@@ -128,7 +135,7 @@ def test_free_days_are_unknown_after_a_time_that_is(tmp_path):
         ("a2 = 2026-10-19T23:59:00+02:00", "a2 = 2026-10-19T23:59:00", "due: a2 is .* time zone"),
         ("a2 = 2026-10-19T23:59:00+02:00", "a2 = 2026-10-19", "due: a2 is .* time zone"),
         ("extensions.a1", "extensions.a3", "extensions: 'a3' is none of a1, a2"),
-        ("[extensions.a1]", "[extensions]", "extensions: 'Jörg' is none of a1, a2"),
+        ("[extensions.a1]", "[extensions]", "extensions: '.*' is none of a1, a2"),
         ("[extensions.a1]", "[extensions]\na1 = 3\n[submitted.a1]", "extensions.a1 is 3; .* table"),
         ("[due]", "[due", "cannot read .*due.toml"),
     ],
@@ -302,7 +309,7 @@ def test_moodle_worksheet_is_filled_and_else_as_it_was(tmp_path):
             "'FGSM by hand: a2 .111.' has 100 points, and a2 25",
         ),
         ("g.csv", CANVAS.replace("Essay", "More a2"), "are both for a2; remove one"),
-        ("g.csv", CANVAS.replace("a2", "b2").replace("3 (", "4 ("), "no column is named after"),
+        ("g.csv", CANVAS.replace("a2", "b2").replace("3 (", "9 ("), "no column is named after"),
         ("g.csv", CANVAS + "x,1\n", "not all as many cells"),
     ],
 )

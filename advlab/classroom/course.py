@@ -162,7 +162,7 @@ def grade(
     given = None if marks is None else read_marks(marks)
     hidden = _hidden(folder, output, found) if sandbox else None
     told = [f"not a submission, left out: {line}" for line in handed.left_out]
-    for line in (*told, *handed.notes):
+    for line in (*told, *handed.notes, *(lateness.strangers(found, policy) if policy else ())):
         console.print(line, style="yellow", markup=False)
     graded = {
         one: grading.earlier(one, sources()[one.assignment], output, sandboxed=sandbox, seed=seed)

@@ -121,6 +121,18 @@ def _times(key: str, value: Any, names: Collection[str] | None = None) -> dict[s
     return times
 
 
+def strangers(submissions: Collection[Submission], policy: Policy) -> list[str]:
+    """Return a line for each student in the policy who handed nothing in: a misspelt name, say."""
+    there = {(one.student, one.assignment) for one in submissions}
+    return [
+        f"{key}.{name}: nobody called {student!r} handed in {name}"
+        for key, table in (("extensions", policy.extensions), ("submitted", policy.submitted))
+        for name, times in table.items()
+        for student in times
+        if (student, name) not in there
+    ]
+
+
 def judge(
     submissions: Collection[Submission],
     policy: Policy,
