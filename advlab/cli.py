@@ -130,7 +130,9 @@ ProfileName = _choice("ProfileName", ["auto", *PROFILES])
 DeviceName = _choice("DeviceName", DEVICES)
 ArchName = _choice("ArchName", ARCHITECTURES)
 AttackName = _choice("AttackName", ATTACKS)
+Kept = _choice("Kept", ["last", "best"])
 ANY_PROFILE, ANY_DEVICE, FGSM = ProfileName("auto"), DeviceName("auto"), AttackName("fgsm")
+LAST = Kept("last")
 
 Profile = Annotated[ProfileName, typer.Option(help="How much of everything.")]
 Dataset = Annotated[
@@ -435,6 +437,7 @@ def grade(
     due: Annotated[
         Path | None, typer.Option(help="TOML: when assignments are due, and what late work loses.")
     ] = None,
+    keep: Annotated[Kept, typer.Option(help="Of what a student handed in more than once.")] = LAST,
     gradebook: Annotated[
         list[Path] | None,
         typer.Option(help="CSV exported from Canvas or Moodle, to be filled in; repeatable."),
@@ -447,7 +450,8 @@ def grade(
 
     kept = files.results_folder(output or files.home() / "outputs" / "grades")
     mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks, seed=seed, due=due)
-    table = mark(folder, kept, exported=gradebook or (), scheduler=scheduler, console=console)
+    asked: dict[str, Any] = {"exported": gradebook or (), "keep": str(keep)}
+    table = mark(folder, kept, **asked, scheduler=scheduler, console=console)
     totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()
     console.print(totals.to_string(), markup=False, highlight=False)
 

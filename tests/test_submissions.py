@@ -207,6 +207,37 @@ def test_where_the_newest_cannot_be_told_nobody_guesses(tmp_path):
     assert "which is the newest cannot be told" in handed.left_out[0]
 
 
+def test_a_folder_in_which_nothing_can_be_graded_is_refused(tmp_path):
+    for name in ("anna_a2.ipynb", "anna/a2/a2.ipynb"):
+        lay(tmp_path, name, time=1e9)
+    with pytest.raises(CourseError, match="which is the newest cannot be told"):
+        submissions.collect(tmp_path, NAMES)
+
+
+def test_the_best_counts_if_that_is_asked(tmp_path):
+    for n, time in enumerate((3e9, 1e9, 2e9)):
+        lay(tmp_path, f"{n}.zip", zipped({"anna_a2.ipynb": str(n).encode()}, day=3 - n), time)
+    lay(tmp_path, "ben_a2.ipynb")
+    handed = submissions.collect(tmp_path, NAMES, newest=False)
+    assert handed.notes == [
+        "a2 of anna is there 3 times: 0.zip/anna_a2.ipynb, 1.zip/anna_a2.ipynb, "
+        "2.zip/anna_a2.ipynb; the best counts"
+    ]
+    ben, *anna = sorted(handed.submissions, key=lambda one: one.attempt)
+    assert [one.read(1) for one in anna] == [b"2", b"1", b"0"]
+    kept = [one.kept(tmp_path).name for one in (ben, *anna)]
+    assert kept == ["a2", "a2-1", "a2-2", "a2-3"]
+
+    def score(*points, again=False):
+        cells = {f"c{i}": {"score": n} for i, n in enumerate(points)}
+        return {"cells": cells, "again": again}
+
+    graded = dict(zip(anna, [score(1, None), score(2, 3), score(5, 0)], strict=True))
+    assert list(submissions.best(graded | {ben: score(0)})) == [anna[1], ben]
+    graded[anna[2]] = score(None, None, again=True)
+    assert list(submissions.best(graded)) == [anna[2]], "it may be the best"
+
+
 def test_nbgraders_timestamp_says_when(tmp_path):
     lay(tmp_path, "anna/a2/a2.ipynb", time=2e9)
     lay(tmp_path, "anna/a2/timestamp.txt", b"2026-03-01 10:30:00.123456 UTC\n")

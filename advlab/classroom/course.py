@@ -24,7 +24,14 @@ from rich.progress import track
 from advlab import files
 from advlab.classroom import RefusedError, feedback, gradebooks, grading, lateness
 from advlab.classroom.grading import Hidden
-from advlab.classroom.submissions import CourseError, Submission, collect, give_marks, read_marks
+from advlab.classroom.submissions import (
+    CourseError,
+    Submission,
+    best,
+    collect,
+    give_marks,
+    read_marks,
+)
 from advlab.machine import cores
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.processes import environment
@@ -125,6 +132,7 @@ def grade(
     seed: int | None = None,
     due: Path | None = None,
     exported: Sequence[Path] = (),
+    keep: str = "last",
     scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> pd.DataFrame:
@@ -140,6 +148,7 @@ def grade(
         seed: Of what the tests draw, to repeat an earlier run; None draws one for each submission.
         due: What late work loses, see `lateness.Policy`; None for nothing.
         exported: Gradebooks of Canvas's or Moodle's to fill in, see `gradebooks.read`.
+        keep: "last" or "best", of what a student handed in more than once (see `collect`).
         scheduler: See `cluster.connect`.
 
     Returns:
@@ -157,7 +166,8 @@ def grade(
     console = console or Console()
     policy = None if due is None else lateness.read(due, sources())
     books = gradebooks.read(exported, _points()) if exported else []
-    handed = collect(folder, sources(), gradebooks.people(books))
+    people = gradebooks.people(books)
+    handed = collect(folder, sources(), people, newest=keep == "last")
     found = handed.submissions
     given = None if marks is None else read_marks(marks)
     hidden = _hidden(folder, output, found) if sandbox else None
@@ -175,16 +185,17 @@ def grade(
             files.make_folder(output)
             results = _results(cluster, missing, output, hidden, seed)
             graded |= track(results, "grading", len(missing), console=console)
+    graded = best(graded)
     if given is not None:
         give_marks(graded, given)
     table = _table(graded)
     with files.atomic_write(output / "grades.csv") as temporary:
         table.to_csv(temporary, index=False, encoding="utf-8-sig")  # Excel takes it for Latin else
-    late = lateness.judge(found, policy, gradebooks.times(books)) if policy else {}
-    gradebooks.write(books, graded, late, output, console)
     for student in dict.fromkeys(table["student"]):
         own = {one: scores for one, scores in graded.items() if one.student == student}
         feedback.write(student, own, output)
+    late = lateness.judge(graded, policy, gradebooks.times(books)) if policy else {}
+    gradebooks.write(books, graded, late, output, console)
     _report(graded, len(handed.left_out), output / "grades.csv", console)
     if again := [f"{one.assignment} of {one.student}" for one in graded if graded[one]["again"]]:
         raise CourseError(

@@ -73,6 +73,7 @@ class Submission:
         number: Of the student in Canvas, or of the participant in Moodle; "" elsewhere.
         late: Whether Canvas says so.
         order: Of several of one student, the largest is the newest; empty if that is not known.
+        attempt: Of several that are graded, which one it is, from 1; 0 for one alone.
         time: When it was handed in; None if nothing says so.
         stamped: Whether nbgrader wrote that time down; else it is the file's.
     """
@@ -85,12 +86,14 @@ class Submission:
     number: str = ""
     late: bool = False
     order: tuple[float, ...] = ()
+    attempt: int = 0
     time: datetime | None = None
     stamped: bool = False
 
     def kept(self, output: Path) -> Path:
         """Return the folder for its scores, its log and the notebook as it ran."""
-        return output / "graded" / self.student / self.assignment
+        attempt = f"-{self.attempt}" if self.attempt else ""
+        return output / "graded" / self.student / f"{self.assignment}{attempt}"
 
     def read(self, largest: int) -> bytes:
         """Return the notebook's file.
@@ -120,7 +123,7 @@ class Handed:
     """What was found.
 
     Args:
-        submissions: One for each student and assignment.
+        submissions: One for each student and assignment, or all of them (see `collect`).
         left_out: What is no submission, a line each, with the reason if there is one to tell.
         notes: Lines on submissions that were there more than once, and on students of one name.
     """
@@ -139,7 +142,7 @@ class _File:
         name: Path below the folder, or in the zip: what tells whose it is.
         path: Where it, or the zip, is on disk.
         members: Of the zip.
-        time: When it was last changed; None if a zip holds no such time.
+        time: When it was last changed; None if nothing says so.
     """
 
     shown: str
@@ -203,7 +206,11 @@ def _read(path: Path, members: tuple[str, ...], largest: int) -> bytes:
 
 
 def collect(
-    folder: Path, names: Collection[str], people: Mapping[str, Person] | None = None
+    folder: Path,
+    names: Collection[str],
+    people: Mapping[str, Person] | None = None,
+    *,
+    newest: bool = True,
 ) -> Handed:
     """Return the submissions in `folder`, and what else is there.
 
@@ -213,6 +220,9 @@ def collect(
             student's notebook may be in a zip, too. Case does not matter for NAME.
         names: The assignments.
         people: By their numbers, who Moodle's participants are: tells apart who share a name.
+        newest: Of what a student handed in for an assignment, keep the newest alone. That is the
+            last upload to Canvas; elsewhere the last by nbgrader's timestamp, or else by the time
+            of the file.
 
     Raises:
         CourseError: if the folder is missing, or holds no submission.
@@ -220,15 +230,43 @@ def collect(
     if not folder.is_dir():
         raise CourseError(f"there is no folder {folder}")
     handed = Handed()
-    found: list[Submission] = []
-    shown: dict[Submission, str] = {}
-    everything = _all_files(folder, handed)
+    shown = _all_submissions(folder, names, handed)
+    found = list(shown)
+    apart = dict(zip(found, _told_apart(_renamed(found), people or {}, handed.notes), strict=True))
+    same = defaultdict(list)
+    for one, told in apart.items():
+        same[told.student, told.assignment].append(one)
+    for several in same.values():
+        if len(several) == 1:
+            handed.submissions.append(apart[several[0]])
+        elif newest:
+            handed.submissions += [apart[one] for one in _newest(several, shown, handed)]
+        else:
+            handed.submissions += [
+                replace(apart[one], attempt=n) for n, one in enumerate(_sorted(several), 1)
+            ]
+            handed.notes.append(f"{_told(several, shown)}; the best counts")
+    if not handed.submissions:
+        left_out = f". Left out: {'; '.join(handed.left_out[:5])}" if handed.left_out else ""
+        raise CourseError(
+            f"{folder} holds no submission: neither STUDENT/a2/a2.ipynb nor STUDENT_a2.ipynb, nor "
+            f"what Canvas, Moodle or GitHub Classroom let one download{left_out}"
+        )
+    for name in names:
+        own = [one for one in handed.submissions if one.assignment == name]
+        if late := [one.student for one in own if one.late]:
+            handed.notes.append(f"{name}: late, says Canvas: {', '.join(late)}")
+    return handed
+
+
+def _all_submissions(folder: Path, names: Collection[str], handed: Handed) -> dict[Submission, str]:
+    """Return all submissions below `folder`, each with its path to show; name what is none."""
+    files = _all_files(folder, handed)
     stamps = {
-        (one.path if one.members else None, one.name): one
-        for one in everything
-        if _is_stamp(one.name)
+        (one.path if one.members else None, one.name): one for one in files if _is_stamp(one.name)
     }
-    for file in everything:
+    shown = {}
+    for file in files:
         if _is_systems(file.name):
             continue
         reason = ""
@@ -239,26 +277,8 @@ def collect(
         if one is None:
             handed.left_out.append(printable(file.shown) + reason)
         else:
-            found.append(one)
             shown[one] = printable(file.shown)
-    if not found:
-        raise CourseError(
-            f"{folder} holds no submission: neither STUDENT/a2/a2.ipynb nor STUDENT_a2.ipynb, nor "
-            "what Canvas, Moodle or GitHub Classroom let one download"
-        )
-    known = _told_apart(_renamed(found), people or {}, handed.notes)
-    apart = dict(zip(found, known, strict=True))
-    same = defaultdict(list)
-    for one, told in apart.items():
-        same[told.student, told.assignment].append(one)
-    for several in same.values():
-        if newest := _newest(several, shown, handed):
-            handed.submissions.append(apart[newest])
-    for name in names:
-        own = [one for one in handed.submissions if one.assignment == name]
-        if late := [one.student for one in own if one.late]:
-            handed.notes.append(f"{name}: late, says Canvas: {', '.join(late)}")
-    return handed
+    return shown
 
 
 def printable(text: str) -> str:
@@ -286,8 +306,10 @@ def _all_files(folder: Path, handed: Handed) -> list[_File]:
         if path.is_symlink() or not path.is_file():
             handed.left_out.append(printable(name))
             continue
-        changed = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
-        file = _File(name, name, path, (), changed)
+        time = None
+        with suppress(ValueError, OverflowError, OSError):
+            time = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+        file = _File(name, name, path, (), time)
         if CLASS_ZIP.fullmatch(name) and _whose(name) is None and not _is_systems(name):
             try:
                 found += _unpacked(file, handed)
@@ -385,13 +407,13 @@ def _submission(
         assignment,
         file.path,
         members,
-        system,
-        number,
-        bool(said.get("late")),
-        order,
+        system=system,
+        number=number,
+        late=bool(said.get("late")),
+        order=order,
         # The others' files have the time of the download, or of the copy.
-        time if system in ("nbgrader", "flat") else None,
-        stamp is not None,
+        time=time if system in ("nbgrader", "flat") else None,
+        stamped=stamp is not None,
     )
 
 
@@ -439,7 +461,10 @@ def _notebook_in(file: _File, names: Collection[str]) -> tuple[str, str]:
         raise RefusedError(f"the zip holds no {' or '.join(f'{name}.ipynb' for name in names)}")
     if len(found) > 1:
         first, second = (ascii(one.name) for one, _ in found[:2])
-        raise RefusedError(f"the zip holds several notebooks, {first} and {second}; leave one in")
+        raise RefusedError(
+            f"the zip holds several notebooks, {first} and {second}; leave one in. If it is the "
+            "class's, give it a name without _a2"
+        )
     (member, assignment) = found[0]
     if member.fault:
         raise RefusedError(f"{member.name!a} in the zip is refused: {member.fault}")
@@ -493,27 +518,49 @@ def _told_apart(
     return told
 
 
+def _sorted(several: Sequence[Submission]) -> list[Submission]:
+    """Return what a student handed in for an assignment, the newest last if that is known."""
+    return sorted(several, key=lambda one: (one.order, one.path, one.members))
+
+
+def _told(several: Sequence[Submission], shown: Mapping[Submission, str]) -> str:
+    one, places = several[0], ", ".join(shown[one] for one in several)
+    return f"{one.assignment} of {one.student} is there {len(several)} times: {places}"
+
+
 def _newest(
     several: Sequence[Submission], shown: Mapping[Submission, str], handed: Handed
-) -> Submission | None:
-    """Return the newest of what a student handed in for an assignment; None if none is."""
-    if len(several) == 1:
-        return several[0]
-    best = max(several, key=lambda one: one.order)
-    ranks = [one.order for one in several]
-    places = ", ".join(shown[one] for one in several)
-    what = f"{best.assignment} of {best.student} is there {len(several)} times: {places}"
+) -> list[Submission]:
+    """Return the newest of what a student handed in for an assignment; none if none is."""
+    *_, second, last = _sorted(several)
     mixed = len({one.system == "canvas" for one in several}) > 1
-    if mixed or () in ranks or ranks.count(best.order) > 1:
+    if mixed or not all(one.order for one in several) or second.order == last.order:
         handed.left_out += [
             f"{shown[one]}: which is the newest cannot be told; remove the others, or give them "
             "another name if they are two students"
             for one in several
         ]
-        handed.notes.append(f"{what}; none is graded")
-        return None
-    handed.notes.append(f"{what}; the newest is graded: {shown[best]}")
-    return best
+        handed.notes.append(f"{_told(several, shown)}; none is graded")
+        return []
+    handed.notes.append(f"{_told(several, shown)}; the newest is graded: {shown[last]}")
+    return [last]
+
+
+def best(graded: Mapping[Submission, dict[str, Any]]) -> dict[Submission, dict[str, Any]]:
+    """Return the scores of each student's best submission for an assignment.
+
+    What a person must read counts nothing yet, and of equal ones the first is kept. One that must
+    be graded again may be the best, and is kept, too.
+    """
+    same = defaultdict(list)
+    for one in graded:
+        same[one.student, one.assignment].append(one)
+
+    def rank(one: Submission) -> tuple[bool, float, int]:
+        cells = graded[one]["cells"].values()
+        return graded[one]["again"], sum(cell["score"] or 0 for cell in cells), -one.attempt
+
+    return {one: graded[one] for several in same.values() for one in [max(several, key=rank)]}
 
 
 # --- marks
