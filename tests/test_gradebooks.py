@@ -1,6 +1,7 @@
 """Late work, totals, and the gradebooks of Canvas and Moodle that are filled in."""
 
 import csv
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,9 +13,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from advlab import files
 from advlab.classroom import gradebooks, lateness
 from advlab.classroom.lateness import Late
-from advlab.classroom.submissions import CourseError, Submission
+from advlab.classroom.submissions import CourseError, Person, Submission
 from advlab.cli import app
 
 NAMES = ["a1", "a2", "a3", "a4", "a5", "a6"]
@@ -77,6 +79,14 @@ def test_free_days_are_of_a_term_or_of_an_assignment(per, share, tmp_path):
     judged = lateness.judge(own, policy(tmp_path, f'per = "{per}"\n{POLICY}'))
     assert judged[first].share == 1.0, "it was due first"
     assert judged[second].share == pytest.approx(share)
+
+
+def test_the_policy_in_the_guide_can_be_used(tmp_path):
+    guide = files.home() / "notebooks" / "assignments" / "README.md"
+    (text,) = re.findall(r"```toml\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    found = policy(tmp_path, text)
+    assert (found.percent_per_day, found.free_days, found.cutoff_days) == (10, 3, 7)
+    assert found.extensions["a2"]["Anna Müller"] > found.due["a2"]
 
 
 def test_what_is_not_due_is_never_late(tmp_path):
@@ -288,7 +298,9 @@ def test_moodle_worksheet_is_filled_and_else_as_it_was(tmp_path):
     comma = written(tmp_path, "a2.csv", MOODLE.replace("25.00", '"25,00"'))
     rows, _ = filled(comma, points, tmp_path / "out")
     assert rows[1][4] == "22,5"
-    assert gradebooks.people([book])["702"] == gradebooks.Person("Kim Lee", "kim1@uni.edu")
+    people = gradebooks.people([book])
+    assert people["702"] == Person("Kim Lee", "kim1@uni.edu", True)
+    assert not people["701"].shared
     assert gradebooks.times([book]) == {
         ("a2", "701"): datetime(2026, 10, 5, 23, 58),
         ("a2", "702"): datetime(2026, 10, 6, 0, 5),

@@ -163,7 +163,7 @@ def test_worksheets_tell_students_of_one_name_apart(tmp_path):
     for name in NAMESAKES[:2]:  # they never handed in the same assignment
         lay(tmp_path, name)
     people = {"11": "kim1@uni.edu", "21": "kim2@uni.edu", "22": "kim1@uni.edu"}
-    people = {number: Person("Kim Lee", email) for number, email in people.items()}
+    people = {number: Person("Kim Lee", email, True) for number, email in people.items()}
     handed = submissions.collect(tmp_path, NAMES, people)
     assert whose(handed) == {("Kim Lee (kim1@uni.edu)", "a1"), ("Kim Lee (kim2@uni.edu)", "a2")}
     assert not handed.notes

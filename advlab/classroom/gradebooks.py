@@ -185,10 +185,11 @@ def people(books: Collection[Gradebook]) -> dict[str, Person]:
     for book in books:
         name, email = book.sheet.column("full name"), book.sheet.column("email address")
         if book.system == "moodle" and name is not None:
-            for number, i in book.columns[0].numbers.items():
-                row = book.sheet.rows[i]
+            rows = {number: book.sheet.rows[i] for number, i in book.columns[0].numbers.items()}
+            often = Counter(plain(row[name]) for row in rows.values())
+            for number, row in rows.items():
                 address = "" if email is None else row[email].strip()
-                found[number] = Person(plain(row[name]), address)
+                found[number] = Person(plain(row[name]), address, often[plain(row[name])] > 1)
     return found
 
 

@@ -9,11 +9,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import dateutil.parser
 import pandas as pd
 
 from advlab.classroom import RefusedError, archives, spreadsheets
@@ -112,10 +111,12 @@ class Person:
     Args:
         name: Full name.
         email: Address, or "" if Moodle hides it.
+        shared: Whether another participant has the same name.
     """
 
     name: str
     email: str
+    shared: bool
 
 
 @dataclass
@@ -435,9 +436,9 @@ def _stamped(file: _File, stamps: Mapping[tuple[Path | None, str], _File]) -> da
     if stamp is None:
         return None
     with suppress(ValueError, OverflowError, OSError):
-        text = _read(stamp.path, stamp.members, 1_000).decode()
-        time = dateutil.parser.parse(text.strip())
-        return time if time.tzinfo else None
+        text = _read(stamp.path, stamp.members, 1_000).decode().strip()
+        time = datetime.fromisoformat(text.removesuffix(" UTC"))
+        return time if time.tzinfo else time.replace(tzinfo=UTC)  # as nbgrader takes it
     return None
 
 
@@ -490,19 +491,17 @@ def _told_apart(
     Their numbers tell two of them apart in one assignment, and only their addresses in all.
     """
     numbers = defaultdict(set)
+    persons: dict[Submission, Person | None] = {}
     for one in found:
         if one.system == "moodle":
             numbers[one.student, one.assignment].add(one.number)
+            persons[one] = people.get(one.number)
     shared = {student for (student, _), several in numbers.items() if len(several) > 1}
-    emails = defaultdict(set)
-    for known in people.values():
-        emails[known.name].add(known.email)
+    shared |= {one.student for one, person in persons.items() if person and person.shared}
     told, unknown = [], defaultdict(list)
     for one in found:
-        person = people.get(one.number) if one.system == "moodle" else None
-        if one.system == "moodle" and (
-            one.student in shared or (person and len(emails[person.name]) > 1)
-        ):
+        if one in persons and one.student in shared:
+            person = persons[one]
             student = f"{one.student} ({person.email})" if person and person.email else ""
             if not _is_fit(student):
                 student = f"{one.student}_{one.number}"
