@@ -122,6 +122,8 @@ def test_free_days_are_unknown_after_a_time_that_is(tmp_path):
         None, "1 day late by the time of the file; how many free days were left cannot be known"
     )
     assert third.share == 0, "it is too late in any case"
+    without = policy(tmp_path, POLICY.replace("free_days = 2", "free_days = 0"))
+    assert lateness.judge(own[:2], without)[own[1]].share == pytest.approx(0.9)
 
 
 def test_a_name_in_the_policy_that_nobody_has_is_told(tmp_path):
@@ -266,10 +268,10 @@ def test_canvas_gradebook_is_filled_and_else_as_it_was(tmp_path):
         "Grades-CS101.csv, a2: not complete yet, left as it was: s_10235",
         "Grades-CS101.csv, a2: not in it: s_777",
         "Grades-CS101.csv, a2: from elsewhere, without a number: S 10236",
-        "Grades-CS101.csv, a2: handed nothing in: Doe, Jane; =Student, Test",
+        "Grades-CS101.csv, a2: nothing is graded of: Doe, Jane; =Student, Test",
         "Grades-CS101.csv, a3: is excused: s_10235",
         "Grades-CS101.csv, a3: need not hand it in: s_10236",
-        "Grades-CS101.csv, a3: handed nothing in: =Student, Test",
+        "Grades-CS101.csv, a3: nothing is graded of: =Student, Test",
     ]
 
 
@@ -292,7 +294,7 @@ def test_moodle_worksheet_is_filled_and_else_as_it_was(tmp_path):
     assert notes == [
         "Grades-CS101-a2-4711.csv, a2: has a grade that Moodle has locked: S 703",
         "Grades-CS101-a2-4711.csv, a2: not in it: S 9",
-        "Grades-CS101-a2-4711.csv, a2: handed nothing in: Kim Lee",
+        "Grades-CS101-a2-4711.csv, a2: nothing is graded of: Kim Lee",
     ]
     (book,) = gradebooks.read([path], POINTS)
     comma = written(tmp_path, "a2.csv", MOODLE.replace("25.00", '"25,00"'))
@@ -384,7 +386,7 @@ def test_a_class_of_moodle_is_graded_late_and_into_its_worksheet(course, tmp_pat
     ]
     with (tmp_path / "out" / "gradebooks" / sheet.name).open(newline="") as file:
         assert [row["Grade"] for row in csv.DictReader(file)] == ["10", "9", ""]
-    assert "a2: handed nothing in: Kim Lee" in done.output
+    assert "a2: nothing is graded of: Kim Lee" in done.output
 
 
 def test_what_is_unknown_is_told_and_the_class_graded(course, tmp_path):

@@ -178,6 +178,7 @@ def test_worksheets_tell_students_of_one_name_apart(tmp_path):
         ("doejane_7_100_a2.ipynb", "doejane_7_200_a2-1.ipynb"),
         ("doejane_7_100_a2-9.ipynb", "doejane_7_200_a2-10.ipynb"),
         ("doejane_7_100_a2-1.ipynb", "doejane_7_100_a2-2.ipynb"),
+        ("doejane_7_10000000000000001_a2.ipynb", "doejane_7_10000000000000002_a2.ipynb"),
         ("doejane_7_100_a2-7.ipynb", f"doejane_LATE_7_200_a2-{UUID}.ipynb"),
         ("anna_a2.ipynb", "a2-anna/a2.ipynb"),
         ("anna/a2/a2.ipynb", "anna_a2.zip"),

@@ -310,7 +310,7 @@ def fill(
         told["from elsewhere, without a number"] = [
             one.student for one in own if one.system != book.system
         ]
-        told["handed nothing in"] = [
+        told["nothing is graded of"] = [
             rows[i][shown] for number, i in column.numbers.items() if number not in known
         ]
         notes += [

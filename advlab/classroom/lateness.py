@@ -177,7 +177,7 @@ def _judge(
         return Late(1.0, ""), left
     if time is None:
         what = "Canvas says late, and not by how much" if one.late else "nothing says when it came"
-        return Late(None, f"{what}; put the time into [submitted.{one.assignment}]"), None
+        return Late(None, f"{what}; put the time into [submitted.{one.assignment}]"), left and None
     days = max(0, math.ceil((time - due) / DAY))
     if not days:
         return Late(1.0, ""), left

@@ -28,10 +28,10 @@ ROOT = r"(?:(?:a\d+(?:-submissions)?|submissions)/)?"
 LAYOUTS = {
     system: re.compile(layout, re.IGNORECASE)
     for system, layout in {
-        "moodle": ROOT + r"(?P<student>[^/]+?)_(?P<number>\d+)_assignsubmission_file"
+        "moodle": ROOT + r"(?P<student>[^/]+?)_(?P<number>\d{1,20})_assignsubmission_file"
         r"(?:_|(?:_[^/]*)?/(?:.+/)?)(?P<file>[^/]+)",
-        "canvas": ROOT + r"(?P<student>[^/]+?)(?P<late>[_-]late)?_(?P<number>\d+)_"
-        r"(?P<attachment>\d+)_(?P<file>[^/]+)",
+        "canvas": ROOT + r"(?P<student>[^/]+?)(?P<late>[_-]late)?_(?P<number>\d{1,20})_"
+        r"(?P<attachment>\d{1,20})_(?P<file>[^/]+)",
         "github": ROOT + r"(?P<name>a\d+)-(?P<student>(?!submissions/)[^/]+)/(?:(?P=name)/)?"
         r"(?P<file>(?P=name)\.(?:ipynb|zip))",
         "nbgrader": r"(?P<student>[^/]+)/(?P<name>a\d+)/(?P<file>(?P=name)\.(?:ipynb|zip))",
@@ -40,13 +40,11 @@ LAYOUTS = {
 }
 # Canvas adds a number to a name that a student hands in again, and a UUID after the seventh.
 NAMED = re.compile(
-    r"(?:.+_)?(?P<name>a\d+)(?:-(?:(?P<again>\d+)|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}))?"
+    r"(?:.+_)?(?P<name>a\d+)(?:-(?:(?P<again>\d{1,9})|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}))?"
     r"\.(?:ipynb|zip)",
     re.IGNORECASE,
 )
-ANONYMOUS = re.compile(
-    r"anon_[^_]+_\d+"
-)  # what is before the file's name, where Canvas hides names
+ANONYMOUS = re.compile(r"anon_[^_]+_\d+")  # before the file's name, where Canvas hides names
 CLASS_ZIP = re.compile(ROOT + r"[^/]+\.zip", re.IGNORECASE)
 SYSTEM_FILES = {".ds_store", "desktop.ini", "thumbs.db", "timestamp.txt"}
 SYSTEM_FOLDERS = {".ipynb_checkpoints", "__macosx", ".git"}
@@ -143,7 +141,7 @@ class _File:
         name: Path below the folder, or in the zip: what tells whose it is.
         path: Where it, or the zip, is on disk.
         members: Of the zip.
-        time: When it was last changed; None if nothing says so.
+        time: When it was last changed; None if a zip holds no such time.
     """
 
     shown: str
@@ -303,21 +301,20 @@ def _all_files(folder: Path, handed: Handed) -> list[_File]:
     paths, unreadable = _files_below(folder)
     for path in (*unreadable, *paths):
         name = path.relative_to(folder).as_posix()
-        # A link could lead anywhere, a pipe keep one waiting for ever.
-        if path.is_symlink() or not path.is_file():
-            handed.left_out.append(printable(name))
-            continue
-        time = None
-        with suppress(ValueError, OverflowError, OSError):
-            time = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
-        file = _File(name, name, path, (), time)
-        if CLASS_ZIP.fullmatch(name) and _whose(name) is None and not _is_systems(name):
-            try:
+        try:
+            # A link could lead anywhere, a pipe keep one waiting for ever.
+            state = path.lstat()
+            if not stat.S_ISREG(state.st_mode):
+                handed.left_out.append(printable(name))
+                continue
+            time = datetime.fromtimestamp(state.st_mtime).astimezone()
+            file = _File(name, name, path, (), time)
+            if CLASS_ZIP.fullmatch(name) and _whose(name) is None and not _is_systems(name):
                 found += _unpacked(file, handed)
-            except (RefusedError, OSError) as error:
-                handed.left_out.append(f"{printable(name)}: {error}")
-        else:
-            found.append(file)
+            else:
+                found.append(file)
+        except (RefusedError, OSError) as error:
+            handed.left_out.append(f"{printable(name)}: {error}")
     return found
 
 
@@ -327,8 +324,8 @@ def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
     found = []
     for root, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if name.lower() not in SYSTEM_FOLDERS]
-        below = [Path(root, name) for name in (*names, *folders)]
-        found += [path for path in below if path.is_symlink() or not path.is_dir()]
+        found += [Path(root, name) for name in names]
+        found += [path for name in folders if (path := Path(root, name)).is_symlink()]
     return sorted(found), [Path(error.filename) for error in errors]
 
 
@@ -402,7 +399,7 @@ def _submission(
     time = stamp or file.time
     order: tuple[float, ...] = () if time is None else (time.timestamp(),)
     if system == "canvas":
-        order = (float(said["attachment"]), again)  # each upload has a larger number
+        order = (int(said["attachment"]), again)  # each upload has a larger number
     return Submission(
         student,
         assignment,
