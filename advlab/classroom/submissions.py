@@ -313,7 +313,7 @@ def _all_files(folder: Path, handed: Handed) -> list[_File]:
                 found += _unpacked(file, handed)
             else:
                 found.append(file)
-        except (RefusedError, OSError) as error:
+        except (ValueError, OverflowError, OSError) as error:  # a time in the year 10000, too
             handed.left_out.append(f"{printable(name)}: {error}")
     return found
 
@@ -325,7 +325,9 @@ def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
     for root, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if name.lower() not in SYSTEM_FOLDERS]
         found += [Path(root, name) for name in names]
-        found += [path for name in folders if (path := Path(root, name)).is_symlink()]
+        for path in (Path(root, name) for name in folders):
+            with suppress(PermissionError):  # the walk comes there, and says so
+                found += [path] if path.is_symlink() else []
     return sorted(found), [Path(error.filename) for error in errors]
 
 
