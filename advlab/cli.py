@@ -130,7 +130,9 @@ ProfileName = _choice("ProfileName", ["auto", *PROFILES])
 DeviceName = _choice("DeviceName", DEVICES)
 ArchName = _choice("ArchName", ARCHITECTURES)
 AttackName = _choice("AttackName", ATTACKS)
+Kept = _choice("Kept", ["last", "best"])
 ANY_PROFILE, ANY_DEVICE, FGSM = ProfileName("auto"), DeviceName("auto"), AttackName("fgsm")
+LAST = Kept("last")
 
 Profile = Annotated[ProfileName, typer.Option(help="How much of everything.")]
 Dataset = Annotated[
@@ -416,7 +418,13 @@ def build(
 @course.command()
 @on_cluster
 def grade(
-    folder: Annotated[Path, typer.Argument(help="STUDENT/a2/a2.ipynb, or STUDENT_a2.ipynb.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Holds STUDENT/a2/a2.ipynb, STUDENT_a2.ipynb, or what Canvas, Moodle or GitHub "
+            "Classroom let you download."
+        ),
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder; else outputs/grades.")] = None,
     sandbox: Annotated[bool, typer.Option(help="Run the notebooks under bubblewrap.")] = True,
     jobs: Annotated[int | None, typer.Option(min=1, help="Own workers; else one a core.")] = None,
@@ -426,15 +434,24 @@ def grade(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Let the tests draw again as in grades.csv.")
     ] = None,
+    due: Annotated[
+        Path | None, typer.Option(help="TOML: when assignments are due, and what late work loses.")
+    ] = None,
+    keep: Annotated[Kept, typer.Option(help="Of what a student handed in more than once.")] = LAST,
+    gradebook: Annotated[
+        list[Path] | None,
+        typer.Option(help="CSV exported from Canvas or Moodle, to be filled in; repeatable."),
+    ] = None,
     *,
     scheduler: Scheduler,
 ) -> None:
-    """Grade a folder of submissions: grades.csv, and a page of feedback for each student."""
+    """Grade a folder of submissions: tables of grades, and a page of feedback for each student."""
     from advlab.classroom import course as classroom
 
     kept = files.results_folder(output or files.home() / "outputs" / "grades")
-    mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks, seed=seed)
-    table = mark(folder, kept, scheduler=scheduler, console=console)
+    mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks, seed=seed, due=due)
+    asked: dict[str, Any] = {"exported": gradebook or (), "keep": str(keep)}
+    table = mark(folder, kept, **asked, scheduler=scheduler, console=console)
     totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()
     console.print(totals.to_string(), markup=False, highlight=False)
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advlab import files
-from advlab.classroom import RefusedError, course, grading, sandbox, submissions
+from advlab.classroom import RefusedError, course, grading, sandbox
 from advlab.cli import app
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.tasks import StoppedError
@@ -889,23 +889,6 @@ def test_answers_graded_by_hand_wait_for_a_mark(tmp_path, monkeypatch):
     assert "3.5 of 5 points, and 5 to be read" in page_of(tmp_path, "None")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("student,cell\none,x", "it needs the columns student, assignment, cell, score"),
-        ("student,assignment,cell,score\none,a1,x,good", "could not convert"),
-        ("student,assignment,cell,score\none,a1,y,1", "mark 1 for y of a1 of one: there is no"),
-        ("student,assignment,cell,score\none,a1,x,9", "mark 9 for x of .*: the cell has 0 to 4"),
-        ("student,assignment,cell,score\none,a1,x,", "the cell has 0 to 4"),
-    ],
-)
-def test_marks_without_a_place_are_refused(rows, message, tmp_path):
-    (tmp_path / "marks.csv").write_text(rows)
-    graded = {submissions.Submission("one", "a1", tmp_path): {"cells": {"x": {"points": 4}}}}
-    with pytest.raises(course.CourseError, match=message):
-        submissions.give_marks(graded, submissions.read_marks(tmp_path / "marks.csv"))
-
-
 def test_what_was_graded_is_not_run_again(tmp_path, monkeypatch):
     put(tmp_path / "in", "one", "a1", source("a1"))
     before, _ = grades(tmp_path)
@@ -1202,90 +1185,7 @@ def test_a_sandbox_that_does_not_hold_is_told_of(tmp_path, monkeypatch, removed,
     put(tmp_path / "in", "one", "a1", source("a1"))
     with pytest.raises(course.CourseError, match=told):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
-    assert not (tmp_path / "out").exists()
-
-
-LAID = {  # below the class's folder: whose it is; None for what is left out
-    "flat_a1.ipynb": ("flat", "a1"),
-    "nested/a2/a2.ipynb": ("nested", "a2"),
-    "BEN_A2.ipynb": ("BEN", "a2"),
-    "eva/a1/A1.IPYNB": ("eva", "a1"),
-    "Jo\u0308rg_a1.ipynb": ("J\u00f6rg", "a1"),  # as macOS writes it
-    "Ada Lovelace_123_assignsubmission_file_a1.ipynb": ("Ada Lovelace", "a1"),  # Moodle
-    "Ada Lovelace_456_assignsubmission_file_/mine_a2.ipynb": ("Ada Lovelace", "a2"),
-    "Ada Lovelace_789_assignsubmission_file_ada_a3.ipynb": ("Ada Lovelace", "a3"),
-    "notes.txt": None,
-    "x_a9.ipynb": None,
-    "eva/a1/a2.ipynb": None,
-    "eva/a2.ipynb": None,
-    "._flat_a1.ipynb": None,  # macOS puts such files into zips
-    ".._a1.ipynb": None,  # a student whose folder would be outside
-    "m\udcfcller_a1.ipynb": None,  # no UTF-8: Windows puts such names into zips
-    "_9_assignsubmission_file_a2.ipynb": None,  # of nobody
-    "=1+1_a1.ipynb": None,  # a formula, in a table
-    f"{'x' * 246}_a1.ipynb": None,  # its page would have no name
-}
-
-
-def test_both_layouts_are_found_and_other_files_named(tmp_path):
-    for name in LAID:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "link_a1.ipynb").symlink_to("/etc/passwd")
-    found, others = submissions.collect(tmp_path, NAMES)
-    whose = {str(one.path.relative_to(tmp_path)): (one.student, one.assignment) for one in found}
-    assert whose == {name: one for name, one in LAID.items() if one}
-    left_out = {name for name, one in LAID.items() if not one} | {"link_a1.ipynb"}
-    assert {str(path.relative_to(tmp_path)) for path in others} == left_out
-
-
-def test_a_submission_that_is_there_twice_is_named(tmp_path):
-    put(tmp_path, "anna", "a1", source("a1"))
-    (tmp_path / "anna" / "a1").mkdir(parents=True)
-    (tmp_path / "anna" / "a1" / "a1.ipynb").touch()
-    both = "a1 of anna is there twice: .*a1.ipynb and .*a1.ipynb; remove one, or give it another"
-    with pytest.raises(course.CourseError, match=both):
-        submissions.collect(tmp_path, NAMES)
-
-
-def test_what_is_no_file_is_left_out_and_never_waited_for(tmp_path):
-    put(tmp_path, "one", "a1", source("a1"))
-    pipe, link = tmp_path / "pipe_a1.ipynb", tmp_path / "link_a1.ipynb"
-    os.mkfifo(pipe)
-    link.symlink_to("one_a1.ipynb")
-    found, others = course.collect(tmp_path, NAMES)
-    assert [one.student for one in found] == ["one"]
-    assert set(others) == {pipe, link}
-    # One may become the other after it was found.
-    with pytest.raises(RefusedError, match="no regular file"):
-        submissions.read_regular(pipe, 10)
-    with pytest.raises(OSError, match="symbolic links"):
-        submissions.read_regular(link, 10)
-    with pytest.raises(RefusedError, match="the file has 0 MB"):
-        submissions.read_regular(tmp_path / "one_a1.ipynb", 10)
-
-
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    put(tmp_path, "anna", "a1", source("a1"))
-    (tmp_path / "lea" / "a1").mkdir(parents=True)
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path).name == "lea":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    found, others = submissions.collect(tmp_path, NAMES)
-    assert [one.student for one in found] == ["anna"]
-    assert others == [tmp_path / "lea"]
-
-
-def test_a_folder_that_holds_nothing_is_refused(tmp_path):
-    with pytest.raises(course.CourseError, match="holds no submission"):
-        submissions.collect(tmp_path, NAMES)
-    with pytest.raises(course.CourseError, match="there is no folder"):
-        submissions.collect(tmp_path / "none", NAMES)
+    assert not (tmp_path / "out" / "graded").exists()
 
 
 def test_without_bubblewrap_it_says_so(tmp_path, monkeypatch):

@@ -9,23 +9,34 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import nbformat
 import pandas as pd
 from distributed import Future, as_completed
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import track
 
 from advlab import files
-from advlab.classroom import RefusedError, feedback, grading
+from advlab.classroom import RefusedError, feedback, gradebooks, grading, lateness
 from advlab.classroom.grading import Hidden
-from advlab.classroom.submissions import CourseError, Submission, collect, give_marks, read_marks
+from advlab.classroom.submissions import (
+    CourseError,
+    Submission,
+    best,
+    collect,
+    give_marks,
+    read_marks,
+)
 from advlab.machine import cores
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.processes import environment
+
+P = ParamSpec("P")
 
 
 def sources() -> dict[str, Path]:
@@ -89,6 +100,28 @@ def build(output: Path) -> list[Path]:
     return zips
 
 
+def _alone(
+    grade: Callable[Concatenate[Path, Path, P], pd.DataFrame],
+) -> Callable[Concatenate[Path, Path, P], pd.DataFrame]:
+    """Let `grade` run only where no other process grades into the same folder."""
+
+    @wraps(grade)
+    def guarded(folder: Path, output: Path, *args: P.args, **kwargs: P.kwargs) -> pd.DataFrame:
+        files.make_folder(output)
+        lock = FileLock(output / ".lock", timeout=0)  # it goes with its process
+        try:
+            held = lock.acquire()
+        except Timeout as error:
+            raise CourseError(
+                f"another run is grading into {output}; wait for it, or choose another --output"
+            ) from error
+        with held:
+            return grade(folder, output, *args, **kwargs)
+
+    return guarded
+
+
+@_alone
 def grade(
     folder: Path,
     output: Path,
@@ -97,6 +130,9 @@ def grade(
     jobs: int | None = None,
     marks: Path | None = None,
     seed: int | None = None,
+    due: Path | None = None,
+    exported: Sequence[Path] = (),
+    keep: str = "last",
     scheduler: Scheduler | None = None,
     console: Console | None = None,
 ) -> pd.DataFrame:
@@ -104,11 +140,15 @@ def grade(
 
     Args:
         folder: See `collect`.
-        output: Gets grades.csv, and feedback/STUDENT.html with a page per student.
+        output: Gets grades.csv, totals.csv (see `gradebooks.totals`), feedback/STUDENT.html with a
+            page per student, and what of `exported` was filled in.
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time, on this machine's own cluster; None for one a core.
         marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
         seed: Of what the tests draw, to repeat an earlier run; None draws one for each submission.
+        due: What late work loses, see `lateness.Policy`; None for nothing.
+        exported: Gradebooks of Canvas's or Moodle's to fill in, see `gradebooks.read`.
+        keep: "last" or "best", of what a student handed in more than once (see `collect`).
         scheduler: See `cluster.connect`.
 
     Returns:
@@ -117,19 +157,23 @@ def grade(
 
     Raises:
         CourseError: without nbgrader; if a worker cannot grade (see `grading.check_worker`); if
-            the folder is not as in `collect`; a mark has no place; or, when all else is written,
-            some could not be graded.
+            the folder is not as in `collect`; a mark has no place; `due` or `exported` cannot be
+            used; another process grades into `output`; or, when all else is written, some could
+            not be graded.
         ClusterError: see `cluster.connect`.
     """
     grading.need_nbgrader()
     console = console or Console()
-    found, others = collect(folder, sources())
+    policy = None if due is None else lateness.read(due, sources())
+    books = gradebooks.read(exported, _points()) if exported else []
+    people = gradebooks.people(books)
+    handed = collect(folder, sources(), people, newest=keep == "last")
+    found = handed.submissions
     given = None if marks is None else read_marks(marks)
     hidden = _hidden(folder, output, found) if sandbox else None
-    for path in others:
-        name = str(path.relative_to(folder))
-        name = name if name.isprintable() else ascii(name)
-        console.print(f"not a submission, left out: {name}", style="yellow", markup=False)
+    told = [f"not a submission, left out: {line}" for line in handed.left_out]
+    for line in (*told, *handed.notes, *(lateness.strangers(found, policy) if policy else ())):
+        console.print(line, style="yellow", markup=False)
     graded = {
         one: grading.earlier(one, sources()[one.assignment], output, sandboxed=sandbox, seed=seed)
         or {}
@@ -141,6 +185,7 @@ def grade(
             files.make_folder(output)
             results = _results(cluster, missing, output, hidden, seed)
             graded |= track(results, "grading", len(missing), console=console)
+    graded = best(graded)
     if given is not None:
         give_marks(graded, given)
     table = _table(graded)
@@ -149,7 +194,9 @@ def grade(
     for student in dict.fromkeys(table["student"]):
         own = {one: scores for one, scores in graded.items() if one.student == student}
         feedback.write(student, own, output)
-    _report(graded, len(others), output / "grades.csv", console)
+    late = lateness.judge(graded, policy, gradebooks.times(books)) if policy else {}
+    gradebooks.write(books, graded, late, output, console)
+    _report(graded, len(handed.left_out), output / "grades.csv", console)
     if again := [f"{one.assignment} of {one.student}" for one in graded if graded[one]["again"]]:
         raise CourseError(
             f"{len(again)} of {len(graded)} could not be graded, for no fault of their own: "
@@ -157,6 +204,17 @@ def grade(
             "gone"
         )
     return table
+
+
+def _points() -> dict[str, float]:
+    """Return the points of each assignment."""
+    from advlab.classroom.merging import no_points  # needs nbgrader, maybe not installed
+
+    read = {name: nbformat.read(path, as_version=4) for name, path in sources().items()}
+    return {
+        name: sum(result["points"] for result in no_points(notebook, "").values())
+        for name, notebook in read.items()
+    }
 
 
 def _hidden(folder: Path, output: Path, found: Sequence[Submission]) -> Hidden:
@@ -236,7 +294,9 @@ def _report(
             console.print(line, style="yellow", markup=False)
     console.print(f"{len(graded)} submissions graded: {written}", markup=False)
     if left_out:
-        line = "left out (above); a submission is STUDENT_a2.ipynb or STUDENT/a2/a2.ipynb"
+        line = (
+            "left out (above); a submission is STUDENT_a2.ipynb, STUDENT/a2/a2.ipynb or a download"
+        )
         console.print(f"{left_out} {line}", style="yellow", markup=False)
     times = pd.DataFrame(
         {"assignment": one.assignment, "seconds": scores["seconds"]}

@@ -33,7 +33,7 @@ import advlab
 from advlab import files
 from advlab.classroom import RefusedError, page, sandbox
 from advlab.classroom.probe import PID_NAMESPACE
-from advlab.classroom.submissions import CourseError, Submission, read_regular
+from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
 from advlab.upkeep import tasks
 from advlab.upkeep.kernels import short_folder
@@ -139,7 +139,7 @@ def pack(one: Submission, source: Path, seed: int | None = None) -> Work:
         RefusedError: if the submission is too large to be one of ours, or no file.
     """
     seed = randbelow(SEEDS) if seed is None else seed
-    return Work(source.read_bytes(), read_regular(one.path, LARGEST_FILE), seed)
+    return Work(source.read_bytes(), one.read(LARGEST_FILE), seed)
 
 
 def earlier(
