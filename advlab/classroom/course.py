@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from rich.console import Console
 from rich.progress import track
 
 from advlab import files
-from advlab.classroom import RefusedError, feedback, grading
+from advlab.classroom import RefusedError, feedback, grading, statistics
 from advlab.classroom.grading import Hidden
 from advlab.classroom.submissions import CourseError, Submission, collect, give_marks, read_marks
 from advlab.machine import cores
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.processes import environment
+
+LONGEST_TABLE = 40  # rows of changes that are printed
 
 
 def sources() -> dict[str, Path]:
@@ -45,10 +48,11 @@ def sources() -> dict[str, Path]:
 
 
 def build(output: Path) -> list[Path]:
-    """Write the student version of each assignment, and a zip of each.
+    """Write the student version of each assignment, a zip of each, and one of each solution.
 
     Args:
-        output: Gets release/NAME/NAME.ipynb, NAME.zip and gradebook.db (nbgrader's).
+        output: Gets release/NAME/NAME.ipynb, NAME.zip, solutions/NAME_solution.zip and gradebook.db
+            (nbgrader's).
 
     Returns:
         The zips.
@@ -80,13 +84,32 @@ def build(output: Path) -> list[Path]:
             told = "\n".join(filter(None, (result.get("error"), result.get("log"))))
             raise CourseError(f"{name}: {told}")
         released = output / "release" / name / f"{name}.ipynb"
-        with (
-            files.atomic_write(output / f"{name}.zip") as temporary,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed,
-        ):
-            packed.write(released, f"{name}/{name}.ipynb")
         zips.append(output / f"{name}.zip")
+        _pack(released.read_bytes(), f"{name}/{name}.ipynb", zips[-1])
+        zips.append(output / "solutions" / f"{name}_solution.zip")
+        # A name of its own: unpacked beside a student's work, it replaces nothing.
+        _pack(_solution(source).encode(), f"{name}/{name}_solution.ipynb", zips[-1])
     return zips
+
+
+def _pack(content: bytes, name: str, path: Path) -> None:
+    """Write a zip with one file in it."""
+    with (
+        files.atomic_write(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        packed.writestr(name, content)
+
+
+def _solution(source: Path) -> str:
+    """Return an assignment with its answers and outputs, as students may see it afterwards."""
+    from advlab.classroom import merging  # needs nbgrader
+
+    notebook = nbformat.read(source, as_version=4)
+    merging.hide_tests(notebook)
+    for cell in notebook.cells:
+        cell.source = merging.without_markers(cell.source)
+    return nbformat.writes(notebook)
 
 
 def grade(
@@ -95,7 +118,7 @@ def grade(
     *,
     sandbox: bool = True,
     jobs: int | None = None,
-    marks: Path | None = None,
+    marks: Sequence[Path] = (),
     seed: int | None = None,
     scheduler: Scheduler | None = None,
     console: Console | None = None,
@@ -104,10 +127,13 @@ def grade(
 
     Args:
         folder: See `collect`.
-        output: Gets grades.csv, and feedback/STUDENT.html with a page per student.
+        output: Gets grades.csv; feedback/STUDENT.html with a page per student;
+            reading/NAME-CELL.html with a page per answer that a person reads (see `reading`);
+            statistics.csv, changes.csv (see `statistics`) and similar.csv (see `similarity`).
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time, on this machine's own cluster; None for one a core.
-        marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
+        marks: CSVs with marks given by hand (see `read_marks`); they replace the scores, and
+            later ones those of earlier files.
         seed: Of what the tests draw, to repeat an earlier run; None draws one for each submission.
         scheduler: See `cluster.connect`.
 
@@ -124,7 +150,7 @@ def grade(
     grading.need_nbgrader()
     console = console or Console()
     found, others = collect(folder, sources())
-    given = None if marks is None else read_marks(marks)
+    given = [read_marks(path) for path in marks]
     hidden = _hidden(folder, output, found) if sandbox else None
     for path in others:
         name = str(path.relative_to(folder))
@@ -141,14 +167,15 @@ def grade(
             files.make_folder(output)
             results = _results(cluster, missing, output, hidden, seed)
             graded |= track(results, "grading", len(missing), console=console)
-    if given is not None:
-        give_marks(graded, given)
+    for one in given:
+        give_marks(graded, one)
     table = _table(graded)
-    with files.atomic_write(output / "grades.csv") as temporary:
-        table.to_csv(temporary, index=False, encoding="utf-8-sig")  # Excel takes it for Latin else
+    _tell_changes(table, output, console)
+    statistics.write(table, output / "grades.csv")
     for student in dict.fromkeys(table["student"]):
         own = {one: scores for one, scores in graded.items() if one.student == student}
         feedback.write(student, own, output)
+    _tell_class(graded, table, output, console)
     _report(graded, len(others), output / "grades.csv", console)
     if again := [f"{one.assignment} of {one.student}" for one in graded if graded[one]["again"]]:
         raise CourseError(
@@ -217,13 +244,51 @@ def _table(graded: Mapping[Submission, dict[str, Any]]) -> pd.DataFrame:
             "student": one.student,
             "assignment": one.assignment,
             "cell": cell,
-            **result,
+            **{name: result[name] for name in ("points", "score", "reason")},
             "seed": scores.get("seed"),
         }
         for one, scores in graded.items()
         for cell, result in scores["cells"].items()
     ]
     return pd.DataFrame(rows).sort_values(["student", "assignment"], kind="stable")
+
+
+def _tell_changes(table: pd.DataFrame, output: Path, console: Console) -> None:
+    """Print the scores that are not those of the grades.csv that is there, and keep them."""
+    try:
+        found = statistics.changes(output / "grades.csv", table)
+    except (OSError, ValueError) as error:
+        told = f"whose score changed cannot be told: {error}"
+        console.print(told, style="yellow", markup=False)
+        return
+    if found.empty:
+        return
+    when = datetime.now().astimezone().isoformat(timespec="seconds")
+    statistics.keep_changes(found, output / "changes.csv", when)
+    told = f"{len(found)} scores are not those of the last run, kept in {output / 'changes.csv'}:"
+    console.print(told, markup=False)
+    shown = found.fillna({"old": "-", "new": "-"}).to_string(index=False, max_rows=LONGEST_TABLE)
+    console.print(shown, markup=False)
+
+
+def _tell_class(
+    graded: Mapping[Submission, dict[str, Any]], table: pd.DataFrame, output: Path, console: Console
+) -> None:
+    """Write what is told of the whole class: its questions, what to read, what is alike."""
+    from advlab.classroom import reading, similarity  # need nbgrader
+
+    questions = statistics.of_questions(table)
+    statistics.write(questions, output / "statistics.csv")
+    shown = questions.drop(columns="reason").round({"mean": 2})
+    console.print(shown.to_string(index=False, na_rep="-"), markup=False)
+    for path in reading.write(graded, sources(), output):
+        console.print(f"to be read by a person: {path}", markup=False)
+    alike = similarity.pairs(graded, sources(), output)
+    statistics.write(alike, output / "similar.csv")
+    if len(alike):
+        told = f"{len(alike)} pairs of answers are much alike: {output / 'similar.csv'}. "
+        told += "That is a hint to read both, and no verdict: some things have one good answer"
+        console.print(told, markup=False)
 
 
 def _report(

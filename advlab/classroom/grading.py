@@ -48,7 +48,16 @@ PROBE_SECONDS = 300  # to try the sandbox; importing torch may take most of a mi
 LOOK = 0.2  # seconds between two looks at what a process does
 LARGEST_FILE = 100_000_000  # bytes; saved outputs, which nobody reads, may be most of them
 # The modules whose code decides a score, or how it is shown.
-GRADER = ["examining", "grading", "merging", "page", "remote", "run_submission", "sandbox"]
+GRADER = [
+    "examining",
+    "grading",
+    "merging",
+    "page",
+    "remote",
+    "run_submission",
+    "sandbox",
+    "tokens",
+]
 GRADER = [*(f"classroom/{name}" for name in GRADER), "upkeep/kernels", "upkeep/processes"]
 
 
@@ -56,7 +65,8 @@ def need_nbgrader() -> None:
     """Raise a CourseError where a package of the extra "course" is not installed."""
     for name in ("nbgrader", "latex2mathml"):
         if find_spec(name) is None:
-            raise CourseError(f'assignments need {name}; install it with: pip install -e ".[course]"')
+            told = f"assignments need {name}; install it with"
+            raise CourseError(f'{told}: pip install -e ".[course]"')
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Number, String, Text
 
+from advlab.classroom import tokens
 from advlab.classroom.merging import grade_id
 
 MEMORY = 4 << 30  # bytes of addresses
@@ -32,8 +33,8 @@ LONGEST_TEXT = 10_000  # characters of an output: longer ones take minutes to dr
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
 COLOURED = (Comment, Keyword, Number, String)
 # Not href, class or style, which TeX can set.
-FORMULA = {"display", "xmlns", "accent", "columnalign", "displaystyle", "fence", "form"}
-FORMULA |= {"linethickness", "mathvariant", "maxsize", "minsize", "scriptlevel", "stretchy", "width"}
+FORMULA = {"accent", "columnalign", "display", "displaystyle", "fence", "form", "linethickness"}
+FORMULA |= {"mathvariant", "maxsize", "minsize", "scriptlevel", "stretchy", "width", "xmlns"}
 
 
 class _Renderer(mistune.HTMLRenderer):
@@ -122,19 +123,26 @@ def _output(output: NotebookNode) -> str:
     return _text(data.get("text/plain", "[an output that is no text and no picture]"))
 
 
+def draw_cell(cell: NotebookNode) -> str:
+    """Return a cell as HTML, with its outputs."""
+    drawn = _code(cell.source) if cell.cell_type == "code" else markdown(cell.source)
+    return drawn + "".join(map(_output, cell.get("outputs", [])))
+
+
 def draw(notebook: NotebookNode) -> list[dict[str, Any]]:
     """Return the cells of an executed notebook; none if it was refused.
 
     Returns:
         For each cell name (nbgrader's; None for a student's own cell), answer (whether the student
-        wrote it) and html.
+        wrote it), html, and tokens (of an answer; see `tokens`).
     """
     cells = []
     for cell in notebook.cells:
         name = grade_id(cell)
-        drawn = _code(cell.source) if cell.cell_type == "code" else markdown(cell.source)
-        drawn += "".join(map(_output, cell.get("outputs", [])))
-        cells.append({"name": name, "answer": name is None or is_solution(cell), "html": drawn})
+        drawn = {"name": name, "answer": name is None or is_solution(cell), "html": draw_cell(cell)}
+        if name and is_solution(cell):
+            drawn["tokens"] = tokens.of_answer(cell.source, cell.cell_type)
+        cells.append(drawn)
     return cells
 
 

@@ -25,6 +25,7 @@ LAYOUTS = [
 MOODLE = re.compile(r"_\d+_assignsubmission_file(_.*)?$")
 LONGEST = 200  # bytes of a student's name; of a file's, systems take 255
 MARKS = ["student", "assignment", "cell", "score"]
+BY_HAND = "marked by hand"
 
 
 class CourseError(RuntimeError):
@@ -129,16 +130,22 @@ def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def read_marks(path: Path) -> pd.DataFrame:
-    """Return the marks that a person gave: a row for a cell, with the columns `MARKS`.
+    """Return the marks that a person gave: a row for a cell, with the columns `MARKS`, and comment.
+
+    A file without comments gives empty ones.
 
     Raises:
         CourseError: if it cannot be read, or has other columns or a score that is no number.
     """
     try:
         # A student may be called None.
-        marks = pd.read_csv(
-            path, dtype={"student": str}, keep_default_na=False, na_values={"score": ""}
-        )[MARKS]
+        found = pd.read_csv(
+            path,
+            dtype={"student": str, "comment": str},
+            keep_default_na=False,
+            na_values={"score": ""},
+        )
+        marks = found[MARKS].assign(comment=found.get("comment", ""))
         marks["score"] = marks["score"].astype(float)
     except (OSError, ValueError, KeyError) as error:
         raise CourseError(
@@ -161,4 +168,4 @@ def give_marks(graded: Mapping[Submission, dict[str, Any]], marks: pd.DataFrame)
             raise CourseError(f"{told}: there is no such cell in this folder")
         if not 0 <= row.score <= result["points"]:
             raise CourseError(f"{told}: the cell has 0 to {result['points']:g} points")
-        result.update(score=row.score, reason="marked by hand")
+        result.update(score=row.score, reason=BY_HAND, comment=row.comment.strip())
