@@ -48,17 +48,9 @@ PROBE_SECONDS = 300  # to try the sandbox; importing torch may take most of a mi
 LOOK = 0.2  # seconds between two looks at what a process does
 LARGEST_FILE = 100_000_000  # bytes; saved outputs, which nobody reads, may be most of them
 # The modules whose code decides a score, or how it is shown.
-GRADER = [
-    "examining",
-    "grading",
-    "merging",
-    "page",
-    "remote",
-    "run_submission",
-    "sandbox",
-    "tokens",
-]
-GRADER = [*(f"classroom/{name}" for name in GRADER), "upkeep/kernels", "upkeep/processes"]
+GRADER = ["examining", "grading", "merging", "page", "remote", "run_submission", "sandbox"]
+GRADER = [f"classroom/{name}" for name in [*GRADER, "tokens"]]
+GRADER += ["upkeep/kernels", "upkeep/processes"]
 
 
 def need_nbgrader() -> None:
