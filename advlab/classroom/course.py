@@ -265,9 +265,9 @@ def _tell_changes(table: pd.DataFrame, output: Path, console: Console) -> None:
         return
     when = datetime.now().astimezone().isoformat(timespec="seconds")
     statistics.keep_changes(found, output / "changes.csv", when)
-    told = f"{len(found)} scores are not those of the last run, kept in {output / 'changes.csv'}:"
+    told = f"other scores than in the last run: {len(found)}, in {output / 'changes.csv'}"
     console.print(told, markup=False)
-    shown = found.fillna({"old": "-", "new": "-"}).to_string(index=False, max_rows=LONGEST_TABLE)
+    shown = found.to_string(index=False, na_rep="-", max_rows=LONGEST_TABLE)
     console.print(shown, markup=False)
 
 
@@ -286,7 +286,7 @@ def _tell_class(
     alike = similarity.pairs(graded, sources(), output)
     statistics.write(alike, output / "similar.csv")
     if len(alike):
-        told = f"{len(alike)} pairs of answers are much alike: {output / 'similar.csv'}. "
+        told = f"pairs of answers that are much alike: {len(alike)}, in {output / 'similar.csv'}. "
         told += "That is a hint to read both, and no verdict: some things have one good answer"
         console.print(told, markup=False)
 

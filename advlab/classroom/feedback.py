@@ -86,13 +86,13 @@ PAGE = """<!doctype html>
 </table>
 {% if cells %}
 <h3>The notebook of {{ name }}, as it ran</h3>
-<p class="note">All in this frame is the notebook's own, and gives no points. What the student wrote
-has a blue line.</p>
+<p class="note">All in this frame is the notebook's own, and gives no points.</p>
 <div class="notebook">
 {% for cell in cells %}
 <div class="cell{{ " answer" if cell.answer }}"
 {%- if cell.name %} id="{{ name }}-{{ cell.name }}"{% endif %}>
-{% if cell.name in scores.cells %}<p class="whose">{{ cell.name }}</p>{% endif %}
+{% if cell.answer %}<p class="whose">written by the student</p>
+{% elif cell.name in scores.cells %}<p class="whose">{{ cell.name }}</p>{% endif %}
 {{ cell.html | safe }}</div>
 {% endfor %}
 </div>

@@ -25,6 +25,7 @@ STYLE = f"""{feedback.STYLE}
 .mark {{ display: flex; gap: 1rem; align-items: flex-start; flex-wrap: wrap; margin: .6rem 0 2rem }}
 textarea {{ width: 36rem; max-width: 100%; height: 4.5em; font: inherit; display: block }}
 input[type=number] {{ width: 6rem; font: inherit; display: block }}
+details {{ margin: .6rem 0 }}
 button {{ font: inherit; padding: .3rem 1rem }}
 body:has(#hide:checked) .student {{ visibility: hidden }}
 @media print {{ .bar {{ display: none }} }}

@@ -59,8 +59,8 @@ def changes(before: Path, table: pd.DataFrame) -> pd.DataFrame:
         table: What is to replace it; see `course.grade`.
 
     Returns:
-        student, assignment, cell, old and new (scores; empty where there is none), reason (of the
-        new one), for cells that both have, and those that were handed in no longer.
+        student, assignment, cell, old and new (scores; new is empty where there is none now) and
+        reason (of the new one). A first score is no change.
 
     Raises:
         ValueError: if it is no grades.csv.
@@ -69,20 +69,17 @@ def changes(before: Path, table: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=[*KEYS, "old", "new", "reason"])
     # A student may be called None, or 007.
     old = pd.read_csv(
-        before,
-        dtype=dict.fromkeys(KEYS, str),
-        keep_default_na=False,
-        na_values={"score": ""},
-        float_precision="round_trip",
+        before, dtype=dict.fromkeys(KEYS, str), keep_default_na=False, na_values={"score": ""}
     )
     if missing := {*KEYS, "score"} - set(old.columns):
         raise ValueError(f"{before} has no column {', '.join(sorted(missing))}")
-    old = old[[*KEYS, "score"]].rename(columns={"score": "old"})
+    old = old[[*KEYS, "score"]].rename(columns={"score": "old"}).dropna(subset="old")
     both = old.merge(table[[*KEYS, "score", "reason"]], on=KEYS, how="left", indicator=True)
     both = both.rename(columns={"score": "new"})
     both["reason"] = both["reason"].where(both["_merge"] == "both", "not handed in any more")
-    same = (both["old"] == both["new"]) | (both["old"].isna() & both["new"].isna())
-    return both.loc[~same | (both["_merge"] != "both"), [*KEYS, "old", "new", "reason"]]
+    # A number that was written and read again may differ in its last digit.
+    same = (both["old"] - both["new"]).abs() < 1e-9
+    return both.loc[~same, [*KEYS, "old", "new", "reason"]]
 
 
 def keep_changes(found: pd.DataFrame, path: Path, when: str) -> None:
