@@ -267,7 +267,7 @@ def _tell_changes(table: pd.DataFrame, output: Path, console: Console) -> None:
     statistics.keep_changes(found, output / "changes.csv", when)
     told = f"other scores than in the last run: {len(found)}, in {output / 'changes.csv'}"
     console.print(told, markup=False)
-    shown = found.to_string(index=False, na_rep="-", max_rows=LONGEST_TABLE)
+    shown = found.to_string(index=False, na_rep="-", max_rows=LONGEST_TABLE, max_colwidth=60)
     console.print(shown, markup=False)
 
 

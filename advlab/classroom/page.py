@@ -15,12 +15,12 @@ from xml.etree import ElementTree
 
 import mistune
 import nbformat
+import pygments
 from latex2mathml.converter import convert_to_element
 from nbconvert.filters.ansi import strip_ansi
 from nbconvert.filters.markdown_mistune import MarkdownWithMath
 from nbformat import NotebookNode
 from nbgrader.utils import is_solution
-from pygments import format, lex
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Number, String, Text
@@ -71,9 +71,13 @@ def formula(tex: str, display: str) -> str:
         display: "block" or "inline".
     """
     try:
-        drawn = convert_to_element(tex.strip(), display=display)
+        return _mathml(tex.strip(), display)
     except Exception:  # many kinds, an IndexError among them
         return f"<code>${html.escape(tex)}$</code>"
+
+
+def _mathml(tex: str, display: str) -> str:
+    drawn = convert_to_element(tex, display=display)
     for element in drawn.iter():
         # What it leaves to be escaped holds entities of its own.
         element.text = html.unescape(element.text or "")
@@ -91,11 +95,11 @@ def markdown(text: str) -> str:
 
 def _code(source: str) -> str:
     # A span for each name would be most of the page.
-    tokens = (
+    parts = (
         (kind if any(kind in coloured for coloured in COLOURED) else Text, text)
-        for kind, text in lex(source, PythonLexer())
+        for kind, text in pygments.lex(source, PythonLexer())
     )
-    return f"<pre>{format(tokens, HtmlFormatter(nowrap=True))}</pre>\n"
+    return f"<pre>{pygments.format(parts, HtmlFormatter(nowrap=True))}</pre>\n"
 
 
 def _text(text: Any) -> str:

@@ -146,6 +146,7 @@ def read_marks(path: Path) -> pd.DataFrame:
             na_values={"score": ""},
         )
         marks = found[MARKS].assign(comment=found.get("comment", ""))
+        marks["comment"] = marks["comment"].fillna("")  # of a row that ends before it
         marks["score"] = marks["score"].astype(float)
     except (OSError, ValueError, KeyError) as error:
         raise CourseError(
