@@ -123,7 +123,7 @@ class Ran:
     scores: dict[str, Any] | None
     reason: str
     executed: bytes = b""
-    page: bytes = b""
+    page: bytes = b"[]"
     log: bytes = b""
 
 
