@@ -429,7 +429,8 @@ def grade(
     sandbox: Annotated[bool, typer.Option(help="Run the notebooks under bubblewrap.")] = True,
     jobs: Annotated[int | None, typer.Option(min=1, help="Own workers; else one a core.")] = None,
     marks: Annotated[
-        Path | None, typer.Option(help="CSV: student, assignment, cell, score given by hand.")
+        list[Path] | None,
+        typer.Option(help="CSV: student, assignment, cell, score given by hand, comment."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Let the tests draw again as in grades.csv.")
@@ -449,8 +450,8 @@ def grade(
     from advlab.classroom import course as classroom
 
     kept = files.results_folder(output or files.home() / "outputs" / "grades")
-    mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks, seed=seed, due=due)
-    asked: dict[str, Any] = {"exported": gradebook or (), "keep": str(keep)}
+    mark = partial(classroom.grade, sandbox=sandbox, jobs=jobs, marks=marks or (), seed=seed)
+    asked: dict[str, Any] = {"due": due, "exported": gradebook or (), "keep": str(keep)}
     table = mark(folder, kept, **asked, scheduler=scheduler, console=console)
     totals = table.groupby(["student", "assignment"])[["score", "points"]].sum()
     console.print(totals.to_string(), markup=False, highlight=False)

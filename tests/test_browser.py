@@ -210,3 +210,34 @@ def test_lesson_02_runs_from_top_to_bottom_without_an_error(page, lab):
     assert [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
     page.locator(".jp-Notebook .widget-html", has_text="L-inf").first.scroll_into_view_if_needed()
     page.screenshot(path=artefact("lesson02.png"))
+
+
+def test_marks_given_in_the_page_for_reading_are_marks_for_the_grader(page, tmp_path):
+    pytest.importorskip("nbgrader", reason='needs the extra "course"')
+    from advlab.classroom import course, merging, reading, submissions
+
+    path = course.sources()["a5"]
+    cells = merging.no_points(nbformat.read(path, as_version=4), "to be read", None)
+    names = ("Anna-Lena", "Jörg O'Neil", "Zoë")
+    graded = {submissions.Submission(name, "a5", tmp_path): {"cells": cells} for name in names}
+    drawn = [{"name": "claim", "html": "<script>document.title = 'x'</script><p>my claim</p>"}]
+    for one in graded:
+        files.write_bytes(one.kept(tmp_path) / "page.json", json.dumps(drawn).encode())
+    (written,) = reading.write(graded, {"a5": path}, tmp_path)
+    errors = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.goto(written.as_uri())
+    assert page.title() == "a5: claim of 3 students", "no script runs but the page's own"
+    assert len(errors) == 3
+    page.get_by_label("Comment").nth(1).fill('=good, "but"\nwhich n?')
+    page.get_by_role("button").click()  # a comment without a mark is not let go
+    page.get_by_label("Points").nth(1).fill("7.5")
+    page.get_by_label("Points").nth(2).fill("10")
+    page.get_by_text("2 of 3 have a mark").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button").click()
+    assert download.value.suggested_filename == "marks-a5-claim.csv"
+    marks = submissions.read_marks(download.value.path())
+    assert marks["student"].tolist() == ["Jörg O'Neil", "Zoë"]
+    assert marks["score"].tolist() == [7.5, 10]
+    assert [text.strip() for text in marks["comment"]] == ['=good, "but"\nwhich n?', ""]

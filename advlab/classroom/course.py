@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from advlab import files
-from advlab.classroom import RefusedError, feedback, gradebooks, grading, lateness
+from advlab.classroom import RefusedError, feedback, gradebooks, grading, lateness, statistics
 from advlab.classroom.grading import Hidden
 from advlab.classroom.submissions import (
     CourseError,
@@ -37,6 +38,7 @@ from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.processes import environment
 
 P = ParamSpec("P")
+LONGEST_TABLE = 40  # rows of changes that are printed
 
 
 def sources() -> dict[str, Path]:
@@ -56,10 +58,11 @@ def sources() -> dict[str, Path]:
 
 
 def build(output: Path) -> list[Path]:
-    """Write the student version of each assignment, and a zip of each.
+    """Write the student version of each assignment, a zip of each, and one of each solution.
 
     Args:
-        output: Gets release/NAME/NAME.ipynb, NAME.zip and gradebook.db (nbgrader's).
+        output: Gets release/NAME/NAME.ipynb, NAME.zip, solutions/NAME_solution.zip and gradebook.db
+            (nbgrader's).
 
     Returns:
         The zips.
@@ -91,13 +94,32 @@ def build(output: Path) -> list[Path]:
             told = "\n".join(filter(None, (result.get("error"), result.get("log"))))
             raise CourseError(f"{name}: {told}")
         released = output / "release" / name / f"{name}.ipynb"
-        with (
-            files.atomic_write(output / f"{name}.zip") as temporary,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed,
-        ):
-            packed.write(released, f"{name}/{name}.ipynb")
         zips.append(output / f"{name}.zip")
+        _pack(released.read_bytes(), f"{name}/{name}.ipynb", zips[-1])
+        zips.append(output / "solutions" / f"{name}_solution.zip")
+        # A name of its own: unpacked beside a student's work, it replaces nothing.
+        _pack(_solution(source).encode(), f"{name}/{name}_solution.ipynb", zips[-1])
     return zips
+
+
+def _pack(content: bytes, name: str, path: Path) -> None:
+    """Write a zip with one file in it."""
+    with (
+        files.atomic_write(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        packed.writestr(name, content)
+
+
+def _solution(source: Path) -> str:
+    """Return an assignment with its answers and outputs, as students may see it afterwards."""
+    from advlab.classroom import merging  # needs nbgrader
+
+    notebook = nbformat.read(source, as_version=4)
+    merging.hide_tests(notebook)
+    for cell in notebook.cells:
+        cell.source = merging.without_markers(cell.source)
+    return nbformat.writes(notebook)
 
 
 def _alone(
@@ -128,7 +150,7 @@ def grade(
     *,
     sandbox: bool = True,
     jobs: int | None = None,
-    marks: Path | None = None,
+    marks: Sequence[Path] = (),
     seed: int | None = None,
     due: Path | None = None,
     exported: Sequence[Path] = (),
@@ -140,11 +162,14 @@ def grade(
 
     Args:
         folder: See `collect`.
-        output: Gets grades.csv, totals.csv (see `gradebooks.totals`), feedback/STUDENT.html with a
-            page per student, and what of `exported` was filled in.
+        output: Gets grades.csv; totals.csv (see `gradebooks.totals`), and what of `exported` was
+            filled in; feedback/STUDENT.html with a page per student; reading/NAME-CELL.html with a
+            page per answer that a person reads (see `reading`); statistics.csv, changes.csv (see
+            `statistics`) and similar.csv (see `similarity`).
         sandbox: Run each kernel under bubblewrap: no network, nothing writable but its own folder.
         jobs: Submissions at a time, on this machine's own cluster; None for one a core.
-        marks: CSV with marks given by hand (see `read_marks`); they replace the scores.
+        marks: CSVs with marks given by hand (see `read_marks`); they replace the scores, and
+            later ones those of earlier files.
         seed: Of what the tests draw, to repeat an earlier run; None draws one for each submission.
         due: What late work loses, see `lateness.Policy`; None for nothing.
         exported: Gradebooks of Canvas's or Moodle's to fill in, see `gradebooks.read`.
@@ -169,7 +194,7 @@ def grade(
     people = gradebooks.people(books)
     handed = collect(folder, sources(), people, newest=keep == "last")
     found = handed.submissions
-    given = None if marks is None else read_marks(marks)
+    given = [read_marks(path) for path in marks]
     hidden = _hidden(folder, output, found) if sandbox else None
     told = [f"not a submission, left out: {line}" for line in handed.left_out]
     for line in (*told, *handed.notes, *(lateness.strangers(found, policy) if policy else ())):
@@ -186,14 +211,15 @@ def grade(
             results = _results(cluster, missing, output, hidden, seed)
             graded |= track(results, "grading", len(missing), console=console)
     graded = best(graded)
-    if given is not None:
-        give_marks(graded, given)
+    for one in given:
+        give_marks(graded, one)
     table = _table(graded)
-    with files.atomic_write(output / "grades.csv") as temporary:
-        table.to_csv(temporary, index=False, encoding="utf-8-sig")  # Excel takes it for Latin else
+    _tell_changes(table, output, console)
+    statistics.write(table, output / "grades.csv")
     for student in dict.fromkeys(table["student"]):
         own = {one: scores for one, scores in graded.items() if one.student == student}
         feedback.write(student, own, output)
+    _tell_class(graded, table, output, console)
     late = lateness.judge(graded, policy, gradebooks.times(books)) if policy else {}
     gradebooks.write(books, graded, late, output, console)
     _report(graded, len(handed.left_out), output / "grades.csv", console)
@@ -275,13 +301,51 @@ def _table(graded: Mapping[Submission, dict[str, Any]]) -> pd.DataFrame:
             "student": one.student,
             "assignment": one.assignment,
             "cell": cell,
-            **result,
+            **{name: result[name] for name in ("points", "score", "reason")},
             "seed": scores.get("seed"),
         }
         for one, scores in graded.items()
         for cell, result in scores["cells"].items()
     ]
     return pd.DataFrame(rows).sort_values(["student", "assignment"], kind="stable")
+
+
+def _tell_changes(table: pd.DataFrame, output: Path, console: Console) -> None:
+    """Print the scores that are not those of the grades.csv that is there, and keep them."""
+    try:
+        found = statistics.changes(output / "grades.csv", table)
+    except (OSError, ValueError) as error:
+        told = f"whose score changed cannot be told: {error}"
+        console.print(told, style="yellow", markup=False)
+        return
+    if found.empty:
+        return
+    when = datetime.now().astimezone().isoformat(timespec="seconds")
+    statistics.keep_changes(found, output / "changes.csv", when)
+    told = f"other scores than in the last run: {len(found)}, in {output / 'changes.csv'}"
+    console.print(told, markup=False)
+    shown = found.to_string(index=False, na_rep="-", max_rows=LONGEST_TABLE, max_colwidth=60)
+    console.print(shown, markup=False)
+
+
+def _tell_class(
+    graded: Mapping[Submission, dict[str, Any]], table: pd.DataFrame, output: Path, console: Console
+) -> None:
+    """Write what is told of the whole class: its questions, what to read, what is alike."""
+    from advlab.classroom import reading, similarity  # need nbgrader
+
+    questions = statistics.of_questions(table)
+    statistics.write(questions, output / "statistics.csv")
+    shown = questions.drop(columns="reason").round({"mean": 2})
+    console.print(shown.to_string(index=False, na_rep="-"), markup=False)
+    for path in reading.write(graded, sources(), output):
+        console.print(f"to be read by a person: {path}", markup=False)
+    alike = similarity.pairs(graded, sources(), output)
+    statistics.write(alike, output / "similar.csv")
+    if len(alike):
+        told = f"pairs of answers that are much alike: {len(alike)}, in {output / 'similar.csv'}. "
+        told += "That is a hint to read both, and no verdict: some things have one good answer"
+        console.print(told, markup=False)
 
 
 def _report(

@@ -6,6 +6,7 @@ its answers, is on no disk there: it goes to that process through a pipe.
 """
 
 import asyncio
+import html
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from distributed import Worker, get_worker
 
 import advlab
 from advlab import files
-from advlab.classroom import RefusedError, page, sandbox
+from advlab.classroom import RefusedError, sandbox
 from advlab.classroom.probe import PID_NAMESPACE
 from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
@@ -48,13 +49,16 @@ LOOK = 0.2  # seconds between two looks at what a process does
 LARGEST_FILE = 100_000_000  # bytes; saved outputs, which nobody reads, may be most of them
 # The modules whose code decides a score, or how it is shown.
 GRADER = ["examining", "grading", "merging", "page", "remote", "run_submission", "sandbox"]
-GRADER = [*(f"classroom/{name}" for name in GRADER), "upkeep/kernels", "upkeep/processes"]
+GRADER = [f"classroom/{name}" for name in [*GRADER, "tokens"]]
+GRADER += ["upkeep/kernels", "upkeep/processes"]
 
 
 def need_nbgrader() -> None:
-    """Raise a CourseError where nbgrader is not installed."""
-    if find_spec("nbgrader") is None:
-        raise CourseError('assignments need nbgrader; install it with: pip install -e ".[course]"')
+    """Raise a CourseError where a package of the extra "course" is not installed."""
+    for name in ("nbgrader", "latex2mathml"):
+        if find_spec(name) is None:
+            told = f"assignments need {name}; install it with"
+            raise CourseError(f'{told}: pip install -e ".[course]"')
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,14 @@ class Ran:
         scores: See `land`; None if it could not be run.
         reason: Why not.
         executed: The notebook as it ran.
-        page: The same, drawn.
+        page: The same, drawn (see `page.draw`), as JSON.
         log: What was printed beside.
     """
 
     scores: dict[str, Any] | None
     reason: str
     executed: bytes = b""
-    page: bytes = b""
+    page: bytes = b"[]"
     log: bytes = b""
 
 
@@ -181,7 +185,7 @@ def land(one: Submission, output: Path, identity: str, ran: Ran) -> dict[str, An
     if ran.scores is None:
         raise OSError(ran.reason)
     files.write_bytes(kept / "executed.ipynb", ran.executed)
-    files.write_bytes(kept / "page.html", ran.page)
+    files.write_bytes(kept / "page.json", ran.page)
     scores = ran.scores | {"identity": identity, "again": False}
     files.write_bytes(kept / "scores.json", json.dumps(scores, indent=2).encode())
     return scores
@@ -332,12 +336,15 @@ def run(work: Work, hidden: Hidden | None) -> Ran:
 
 
 def _draw(executed: bytes) -> tuple[bytes, bytes]:
-    """Return the page of a notebook, or one that says why there is none, and what was logged."""
+    """Return a notebook's cells, drawn, or one that says why there are none; and the log."""
     command = [sys.executable, "-m", "advlab.classroom.page"]
     reason, drawn, log = _run_limited(command, executed, PAGE_SECONDS)
     if not reason and len(drawn) > LARGEST_PAGE:
         reason = f"its page would have {len(drawn) / 1e6:.0f} MB"
-    return (page.NOT_SHOWN.format(reason).encode() if reason else drawn), log
+    if reason:
+        told = html.escape(f"The notebook cannot be shown: {reason}")
+        drawn = json.dumps([{"name": None, "answer": False, "html": told}]).encode()
+    return drawn, log
 
 
 def _send(pipe: int, given: bytes) -> None:

@@ -10,6 +10,8 @@ from nbgrader.utils import is_grade, is_solution
 from advlab.classroom import RefusedError
 
 MISSING = 'raise NotImplementedError("the cell for the answer {} is missing")'
+MARKERS = re.compile(r"^ *### (?:BEGIN|END) (?:SOLUTION|MARK SCHEME) *\n?", re.MULTILINE)
+SOLUTION = re.compile("### BEGIN SOLUTION.*?### END SOLUTION", re.DOTALL)
 HIDDEN_TESTS = re.compile("### BEGIN HIDDEN TESTS.*?### END HIDDEN TESTS", re.DOTALL)
 DEFINED = re.compile(r"^(?:def|class) +(\w+)", re.MULTILINE)
 
@@ -123,6 +125,11 @@ def no_points(
         for cell in source.cells
         if is_grade(cell) and (name := grade_id(cell))
     }
+
+
+def without_markers(text: str) -> str:
+    """Return the text of an answer of a source without the lines that nbgrader finds it by."""
+    return MARKERS.sub("", text).rstrip("\n")
 
 
 def hide_tests(notebook: NotebookNode) -> dict[str, str]:

@@ -50,7 +50,8 @@ SYSTEM_FILES = {".ds_store", "desktop.ini", "thumbs.db", "timestamp.txt"}
 SYSTEM_FOLDERS = {".ipynb_checkpoints", "__macosx", ".git"}
 LONGEST = 200  # bytes of a student's name; of a file's, systems take 255
 LARGEST_ZIP = 100_000_000  # bytes of a student's zip in the class's
-MARKS = ["student", "assignment", "cell", "score"]
+MARKS, COMMENT = ["student", "assignment", "cell", "score"], "comment"
+BY_HAND = "marked by hand"
 
 
 class CourseError(RuntimeError):
@@ -565,10 +566,11 @@ def best(graded: Mapping[Submission, dict[str, Any]]) -> dict[Submission, dict[s
 
 
 def read_marks(path: Path) -> pd.DataFrame:
-    """Return the marks that a person gave: a row for a cell, with the columns `MARKS`.
+    """Return the marks that a person gave: a row for a cell, with the columns `MARKS` and `COMMENT`.
 
     The index is the number of the row in the file. Columns may be in any order and among others,
-    separated by commas, semicolons or tabs; scores may have a decimal comma.
+    separated by commas, semicolons or tabs; scores may have a decimal comma. A file without
+    comments gives empty ones.
 
     Raises:
         CourseError: if it cannot be read, has no such columns, a score that is no number, or two
@@ -578,6 +580,7 @@ def read_marks(path: Path) -> pd.DataFrame:
         sheet = spreadsheets.read(path)
         found = {name: sheet.column(name) for name in MARKS}
         places = {name: place for name, place in found.items() if place is not None}
+        comments = sheet.column(COMMENT)
         if len(places) < len(MARKS):
             raise ValueError(f"it needs the columns {', '.join(MARKS)}")
     except (OSError, ValueError) as error:
@@ -600,8 +603,9 @@ def read_marks(path: Path) -> pd.DataFrame:
             raise CourseError(
                 f"{path}: rows {before} and {row} give {one[2]} of {one[1]} of {one[0]} two scores"
             )
-        marks[row] = dict(zip(MARKS, (*one, score), strict=True))
-    return pd.DataFrame.from_dict(marks, orient="index", columns=MARKS)
+        told = "" if comments is None else "".join(cells[comments : comments + 1]).strip()
+        marks[row] = dict(zip((*MARKS, COMMENT), (*one, score, told), strict=True))
+    return pd.DataFrame.from_dict(marks, orient="index", columns=[*MARKS, COMMENT])
 
 
 def give_marks(graded: Mapping[Submission, dict[str, Any]], marks: pd.DataFrame) -> None:
@@ -621,4 +625,4 @@ def give_marks(graded: Mapping[Submission, dict[str, Any]], marks: pd.DataFrame)
             raise CourseError(f"{told}: there is no such cell in this folder")
         if not 0 <= row.score <= result["points"]:
             raise CourseError(f"{told}: the cell has 0 to {result['points']:g} points")
-        result.update(score=row.score, reason="marked by hand")
+        result.update(score=row.score, reason=BY_HAND, comment=row.comment)
