@@ -7,7 +7,10 @@ its code in a sandbox, with limits of time, memory and output; no submission sto
 
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from advlab import files
-from advlab.classroom import RefusedError, feedback, grading
+from advlab.classroom import RefusedError, feedback, grading, selfcheck
 from advlab.classroom.grading import Hidden
 from advlab.classroom.submissions import CourseError, Submission, collect, give_marks, read_marks
 from advlab.machine import cores
@@ -45,17 +48,18 @@ def sources() -> dict[str, Path]:
 
 
 def build(output: Path) -> list[Path]:
-    """Write the student version of each assignment, and a zip of each.
+    """Write the student version of each assignment, and a zip of each, with advlab in it.
 
     Args:
-        output: Gets release/NAME/NAME.ipynb, NAME.zip and gradebook.db (nbgrader's).
+        output: Gets release/NAME/NAME.ipynb, NAME.zip, advlab's wheel, and gradebook.db
+            (nbgrader's).
 
     Returns:
         The zips.
 
     Raises:
-        CourseError: without nbgrader; if it refuses an assignment; or for a cell that `grade` does
-            not know.
+        CourseError: without nbgrader; if it refuses an assignment; for a cell that `grade` does
+            not know; or if advlab cannot be packed.
     """
     grading.need_nbgrader()
     from nbgrader.apps import NbGraderAPI
@@ -68,7 +72,7 @@ def build(output: Path) -> list[Path]:
     config.CourseDirectory.root = str(output.absolute())
     config.CourseDirectory.source_directory = str(files.home() / "notebooks" / "assignments")
     api = NbGraderAPI(config=config)
-    zips = []
+    zips, wheel = [], _wheel(output)
     # nbgrader starts `alembic`, which is beside this Python and may not be on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for name, source in names.items():
@@ -80,13 +84,32 @@ def build(output: Path) -> list[Path]:
             told = "\n".join(filter(None, (result.get("error"), result.get("log"))))
             raise CourseError(f"{name}: {told}")
         released = output / "release" / name / f"{name}.ipynb"
+        notebook = nbformat.read(released, as_version=4)
+        selfcheck.hand_out(notebook)
+        files.write_bytes(released, nbformat.writes(notebook).encode())
         with (
             files.atomic_write(output / f"{name}.zip") as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed,
         ):
             packed.write(released, f"{name}/{name}.ipynb")
+            packed.write(wheel, f"{name}/{wheel.name}")
         zips.append(output / f"{name}.zip")
     return zips
+
+
+def _wheel(output: Path) -> Path:
+    """Write the package to `output` as students install it: without notebooks, and no clone."""
+    pack = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    with tempfile.TemporaryDirectory() as folder:  # setuptools leaves files where it works
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(files.home() / name, folder)
+        left_out = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(files.home() / "advlab", Path(folder, "advlab"), ignore=left_out)
+        command = [sys.executable, "-c", pack, str(output.absolute())]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise CourseError(f"advlab cannot be packed for the students: {done.stderr.strip()}")
+    return output / done.stdout.split()[-1]
 
 
 def grade(
