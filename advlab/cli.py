@@ -425,7 +425,8 @@ def check(
 
     ready = True
     for path in notebooks:
-        report = selfcheck.check(path)
+        with errors.status("running the notebook from top to bottom"):
+            report = selfcheck.check(path)
         _say(f"{report}\n")
         ready = ready and not report.costs
     if not ready:

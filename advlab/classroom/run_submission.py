@@ -126,7 +126,8 @@ class Runner(NotebookClient):
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> Any:
         """Take a message of the kernel, but no output once the notebook has printed too much.
 
-        Why a cell failed is still taken. Later changes of what is shown, and what widgets say, are not taken.
+        Why a cell failed is taken all the same, once. Later changes of what is shown, and what
+        widgets say, are not.
         """
         kind, content = msg["msg_type"], {**msg["content"]}
         content.pop("transient", None)
@@ -139,13 +140,11 @@ class Runner(NotebookClient):
         self.count(size)
         if kind in ("status", "execute_input", "clear_output"):
             return super().process_message(msg, cell, cell_index)
-        first_error = kind == "error" and not any(o.output_type == kind for o in cell.outputs)
-        if first_error and before > LARGEST_OUTPUT:
-            return super().process_message(msg, cell, cell_index)
-        if kind not in OUTPUTS or before > LARGEST_OUTPUT:
+        failed = any(output.output_type == "error" for output in cell.get("outputs", []))
+        if kind not in OUTPUTS or (before > LARGEST_OUTPUT and (kind != "error" or failed)):
             return None
         self.printed += size
-        if self.printed > LARGEST_OUTPUT:  # this one is too much
+        if self.printed > LARGEST_OUTPUT and kind != "error":  # this one is too much
             text = {"msg_type": "stream"}
             msg = {**msg, **text, "header": {**msg["header"], **text}}
             msg["content"] = {"name": "stderr", "text": CUT}
