@@ -144,7 +144,7 @@ class Runner(NotebookClient):
         if kind not in OUTPUTS or (before > LARGEST_OUTPUT and (kind != "error" or failed)):
             return None
         self.printed += size
-        if self.printed > LARGEST_OUTPUT and kind != "error":  # this one is too much
+        if before <= LARGEST_OUTPUT < self.printed:  # this one is too much
             text = {"msg_type": "stream"}
             msg = {**msg, **text, "header": {**msg["header"], **text}}
             msg["content"] = {"name": "stderr", "text": CUT}

@@ -112,22 +112,13 @@ def check(path: Path) -> Report:
     """
     report = Report(path)
     try:
-        _check(path, report)
+        content = _content(path)
+        submitted, given = merging.read(content), _handed_out(content)
+        found, _ = merging.match(given, submitted)
+        merged = merging.merge(deepcopy(given), submitted)
     except (RefusedError, OSError) as error:
         report.costs.append(f"It cannot be graded: {error}.")
-    return report
-
-
-def _check(path: Path, report: Report) -> None:
-    size = path.stat().st_size
-    if size > grading.LARGEST_FILE:
-        raise RefusedError(
-            f"the file has {size / 1e6:.0f} MB, and more than {grading.LARGEST_FILE / 1e6:.0f} MB "
-            "are refused. Clear its outputs, and save it"
-        )
-    content = path.read_bytes()
-    submitted, given = merging.read(content), _handed_out(content)
-    found, _ = merging.match(given, submitted)
+        return report
     names = {id(cell): name for name, cell in found.items()}
     places = {
         id(cell): _place(number, names.get(id(cell)), cell)
@@ -135,7 +126,7 @@ def _check(path: Path, report: Report) -> None:
     }
     where = [
         places.get(id(found.get(name := grade_id(cell) or "", cell)), f"The cell {name}")
-        for cell in merging.merge(deepcopy(given), submitted).cells
+        for cell in merged.cells
     ]
     _compare(given, found, places, report)
     theirs = [name for name, cell in merging.named(given).items() if is_locked(cell)]
@@ -145,6 +136,23 @@ def _check(path: Path, report: Report) -> None:
     executed, scores = _run(given, content)
     _judge(executed, where, scores, report)
     _score(given, scores, report)
+    return report
+
+
+def _content(path: Path) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        OSError: if it cannot be read.
+        RefusedError: if the grader would not read it.
+    """
+    size, largest = path.stat().st_size / 1e6, grading.LARGEST_FILE / 1e6
+    if size > largest:
+        raise RefusedError(
+            f"the file has {size:.0f} MB, and more than {largest:.0f} MB are refused. Clear its "
+            "outputs, and save it"
+        )
+    return path.read_bytes()
 
 
 def _place(number: int, name: str | None, cell: NotebookNode) -> str:
@@ -278,10 +286,10 @@ def _judge(
                 "grader's machine may be slower."
             )
     if scores["reason"]:
-        at_last = [place for place, cell in cells if "execution" in cell.metadata][-1]
+        begun = [place for place, cell in cells if "execution" in cell.metadata]
         report.costs.append(
-            f"{at_last} is where the grader would stop: {scores['reason']}. What comes after it "
-            "gets no points."
+            f"{['The start', *begun][-1]} is where the grader would stop: {scores['reason']}. What "
+            "comes after it gets no points."
         )
 
 
