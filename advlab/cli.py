@@ -114,7 +114,10 @@ app = typer.Typer(
 )
 challenge = typer.Typer(help="The open challenge of lesson 08.", no_args_is_help=True)
 app.add_typer(challenge, name="challenge")
-course = typer.Typer(help="Assignments: student versions, and grading.", no_args_is_help=True)
+course = typer.Typer(
+    help="Assignments: student versions, checks before they are handed in, and grading.",
+    no_args_is_help=True,
+)
 app.add_typer(course, name="course")
 
 
@@ -413,6 +416,23 @@ def build(
         files.results_folder(output or files.home() / "outputs" / "course")
     ):
         _say(f"Written: {path}")
+
+
+@course.command()
+def check(
+    notebooks: Annotated[list[Path], typer.Argument(help="Yours, such as a2.ipynb; as saved.")],
+) -> None:
+    """For students: say what would cost points, and which tests pass; exit code 1 if any would."""
+    from advlab.classroom import selfcheck
+
+    ready = True
+    for path in notebooks:
+        with errors.status("running the notebook from top to bottom"):
+            report = selfcheck.check(path)
+        _say(f"{report}\n")
+        ready = ready and not report.costs
+    if not ready:
+        raise typer.Exit(1)
 
 
 @course.command()

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace as altered
@@ -144,8 +145,9 @@ def test_source_is_valid(name):
 def test_release_is_zipped_fails_its_tests_and_holds_no_answer(name, released):
     path = released / "release" / name / f"{name}.ipynb"
     assert validate(path, invert=True) == {}
+    [wheel] = released.glob("*.whl")
     with zipfile.ZipFile(released / f"{name}.zip") as packed:
-        assert packed.namelist() == [f"{name}/{name}.ipynb"]
+        assert packed.namelist() == [f"{name}/{name}.ipynb", f"{name}/{wheel.name}"]
     text = path.read_text()
     assert not re.search("BEGIN (SOLUTION|HIDDEN|MARK)", text)
     answers = {c.metadata.nbgrader.grade_id: c.source for c in solutions(source(name))}
@@ -175,7 +177,14 @@ def test_a_solution_has_a_zip_of_its_own_without_hidden_tests(name, released):
 @pytest.mark.parametrize("name", NAMES)
 def test_assignment_states_aims_points_and_time(name):
     first, cells = source(name).cells[0].source, source(name).cells
-    for words in ("Aims:", "Points:", "Time:", "Runs in:", "hidden"):
+    version = tomllib.loads((files.repository() / "pyproject.toml").read_text())["project"][
+        "version"
+    ]
+    commands = (
+        f"`pip install advlab-{version}-py3-none-any.whl`",
+        f"`advlab course check {name}.ipynb`",
+    )
+    for words in ("Aims:", "Points:", "Time:", "Runs in:", "hidden", *commands):
         assert words in first
     points = sum(c.metadata.nbgrader.points for c in cells if c.metadata.nbgrader.grade)
     assert f"**Points:** {points}" in first
@@ -712,17 +721,11 @@ def test_a_large_notebook_reaches_a_process_that_starts_slowly():
 @pytest.mark.parametrize("hidden", [None, []])
 def test_a_kernel_that_does_not_start_is_no_students_fault(hidden, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "sandboxed", lambda work, hidden: ["false"])
-    limits = {"cell_seconds": 9, "seconds": 9, "megabytes": MEGABYTES}
+    how = {"km": run_submission.manager(tmp_path, hidden, ["false"], MEGABYTES)}
+    how |= {"sandboxed": hidden is not None, "cell_seconds": 9, "seconds": 9}
+    submission = nbformat.writes(source("a1")).encode()
     with pytest.raises((OSError, RuntimeError)):
-        run_submission.score(
-            source("a1"),
-            nbformat.writes(source("a1")).encode(),
-            tmp_path,
-            hidden,
-            ["false"],
-            0,
-            **limits,
-        )
+        run_submission.score(source("a1"), submission, tmp_path, 0, **how)
 
 
 LEAVES = "import subprocess\nsubprocess.Popen(['setsid', 'sh', '-c', 'sleep {} & sleep 1'])"
@@ -767,6 +770,39 @@ def with_own_names(notebook):
     return notebook
 
 
+# What is left in notebooks, and ends in an error or does nothing where they are graded.
+LEFTOVERS = [
+    "exit()",
+    "quit",
+    "import sys\nsys.exit(1)",
+    "name = input('Who are you? ')",
+    "!pip install ./nosuch\n%pip install ./nosuch",
+    "from google.colab import drive\ndrive.mount('/content/drive')",
+    "import matplotlib\nmatplotlib.use('TkAgg')",
+    "import torch\nimages = torch.rand(500, 3, 8, 8)\nprint(images.tolist())",
+    "images.requires_grad = True",
+]
+
+
+def with_leftovers(notebook):
+    cells = [nbformat.v4.new_code_cell(code) for code in LEFTOVERS]
+    long = nbformat.v4.new_output("stream", text="y" * 21_000_000)
+    cells[0].outputs.append(long)
+    notebook.cells[:0] = cells
+    return notebook
+
+
+def with_answers_elsewhere(notebook):
+    """Leave an answer cell as it was handed out, or take it away, and write it behind."""
+    kept, removed = solutions(notebook)[:2]
+    for cell in (kept, removed):
+        own = nbformat.v4.new_code_cell(cell.source)
+        notebook.cells.insert(notebook.cells.index(cell) + 1, own)
+    kept.source = kept.source.split("### BEGIN")[0] + "raise NotImplementedError()"
+    notebook.cells.remove(removed)
+    return notebook
+
+
 def with_own_cells(notebook):
     notebook.cells += [nbformat.v4.new_code_cell(str(i)) for i in range(600)]
     return notebook
@@ -777,6 +813,7 @@ def test_a_slip_costs_what_it_is_about(released, tmp_path):
         "deletes": without(source("a1"), "build-solution"),
         "loses": without_names(source("a1")),
         "adds": with_own_cells(with_own_names(source("a1"))),
+        "leaves": with_leftovers(with_answers_elsewhere(source("a1"))),
     }
     for student, notebook in made.items():
         put(tmp_path / "in", student, "a1", notebook)
@@ -1039,7 +1076,10 @@ def test_no_process_of_a_submission_is_left(how, tmp_path):
     put(tmp_path / "in", "one", "a1", notebook)
     command = [sys.executable, "-m", "advlab", "course", "grade", str(tmp_path / "in")]
     command += ["--output", str(tmp_path / "out"), STOPPED[how] if SANDBOX else "--no-sandbox"]
-    main = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    long = tmp_path / ("t" * (103 - len(str(tmp_path))))  # no socket has such a path
+    long.mkdir()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    main = psutil.Popen(command, env=os.environ | {"TMPDIR": str(long)}, **quiet)
 
     def begun():
         started = main.children(recursive=True)

@@ -7,7 +7,10 @@ its code in a sandbox, with limits of time, memory and output; no submission sto
 
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,7 +26,16 @@ from rich.console import Console
 from rich.progress import track
 
 from advlab import files
-from advlab.classroom import RefusedError, feedback, gradebooks, grading, lateness, statistics
+from advlab.classroom import (
+    RefusedError,
+    feedback,
+    gradebooks,
+    grading,
+    lateness,
+    merging,
+    selfcheck,
+    statistics,
+)
 from advlab.classroom.grading import Hidden
 from advlab.classroom.submissions import (
     CourseError,
@@ -61,15 +73,15 @@ def build(output: Path) -> list[Path]:
     """Write the student version of each assignment, a zip of each, and one of each solution.
 
     Args:
-        output: Gets release/NAME/NAME.ipynb, NAME.zip, solutions/NAME_solution.zip and gradebook.db
-            (nbgrader's).
+        output: Gets release/NAME/NAME.ipynb; NAME.zip, with advlab's wheel in it;
+            solutions/NAME_solution.zip; and gradebook.db (nbgrader's).
 
     Returns:
         The zips.
 
     Raises:
-        CourseError: without nbgrader; if it refuses an assignment; or for a cell that `grade` does
-            not know.
+        CourseError: without nbgrader; if it refuses an assignment; for a cell that `grade` does
+            not know; or if advlab cannot be packed.
     """
     grading.need_nbgrader()
     from nbgrader.apps import NbGraderAPI
@@ -82,7 +94,7 @@ def build(output: Path) -> list[Path]:
     config.CourseDirectory.root = str(output.absolute())
     config.CourseDirectory.source_directory = str(files.home() / "notebooks" / "assignments")
     api = NbGraderAPI(config=config)
-    zips = []
+    zips, wheel = [], _wheel(output)
     # nbgrader starts `alembic`, which is beside this Python and may not be on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for name, source in names.items():
@@ -94,32 +106,51 @@ def build(output: Path) -> list[Path]:
             told = "\n".join(filter(None, (result.get("error"), result.get("log"))))
             raise CourseError(f"{name}: {told}")
         released = output / "release" / name / f"{name}.ipynb"
+        notebook = nbformat.read(released, as_version=4)
+        selfcheck.hand_out(notebook)
+        text = nbformat.writes(notebook)
+        files.write_bytes(released, text.encode())
         zips.append(output / f"{name}.zip")
-        _pack(released.read_bytes(), f"{name}/{name}.ipynb", zips[-1])
+        own = {f"{name}/{name}.ipynb": text.encode(), f"{name}/{wheel.name}": wheel.read_bytes()}
+        _pack(own, zips[-1])
         zips.append(output / "solutions" / f"{name}_solution.zip")
         # A name of its own: unpacked beside a student's work, it replaces nothing.
-        _pack(_solution(source).encode(), f"{name}/{name}_solution.ipynb", zips[-1])
+        _pack({f"{name}/{name}_solution.ipynb": _solution(source).encode()}, zips[-1])
     return zips
 
 
-def _pack(content: bytes, name: str, path: Path) -> None:
-    """Write a zip with one file in it."""
+def _pack(contents: Mapping[str, bytes], path: Path) -> None:
+    """Write a zip of files, by their names in it."""
     with (
         files.atomic_write(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed,
     ):
-        packed.writestr(name, content)
+        for name, content in contents.items():
+            packed.writestr(name, content)
 
 
 def _solution(source: Path) -> str:
     """Return an assignment with its answers and outputs, as students may see it afterwards."""
-    from advlab.classroom import merging  # needs nbgrader
-
     notebook = nbformat.read(source, as_version=4)
     merging.hide_tests(notebook)
     for cell in notebook.cells:
         cell.source = merging.without_markers(cell.source)
     return nbformat.writes(notebook)
+
+
+def _wheel(output: Path) -> Path:
+    """Write the package to `output` as students install it: without notebooks, and no clone."""
+    pack = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    with tempfile.TemporaryDirectory() as folder:  # setuptools leaves files where it works
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(files.home() / name, folder)
+        left_out = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(files.home() / "advlab", Path(folder, "advlab"), ignore=left_out)
+        command = [sys.executable, "-c", pack, str(output.absolute())]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise CourseError(f"advlab cannot be packed for the students: {done.stderr.strip()}")
+    return output / done.stdout.split()[-1]
 
 
 def _alone(
@@ -234,11 +265,9 @@ def grade(
 
 def _points() -> dict[str, float]:
     """Return the points of each assignment."""
-    from advlab.classroom.merging import no_points  # needs nbgrader, maybe not installed
-
     read = {name: nbformat.read(path, as_version=4) for name, path in sources().items()}
     return {
-        name: sum(result["points"] for result in no_points(notebook, "").values())
+        name: sum(result["points"] for result in merging.no_points(notebook, "").values())
         for name, notebook in read.items()
     }
 
@@ -332,7 +361,7 @@ def _tell_class(
     graded: Mapping[Submission, dict[str, Any]], table: pd.DataFrame, output: Path, console: Console
 ) -> None:
     """Write what is told of the whole class: its questions, what to read, what is alike."""
-    from advlab.classroom import reading, similarity  # need nbgrader
+    from advlab.classroom import reading, similarity  # need latex2mathml
 
     questions = statistics.of_questions(table)
     statistics.write(questions, output / "statistics.csv")

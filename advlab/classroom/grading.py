@@ -33,6 +33,7 @@ from distributed import Worker, get_worker
 import advlab
 from advlab import files
 from advlab.classroom import RefusedError, sandbox
+from advlab.classroom.merging import clean, no_points
 from advlab.classroom.probe import PID_NAMESPACE
 from advlab.classroom.submissions import CourseError, Submission
 from advlab.store import code_hash
@@ -55,7 +56,7 @@ GRADER += ["upkeep/kernels", "upkeep/processes"]
 
 def need_nbgrader() -> None:
     """Raise a CourseError where a package of the extra "course" is not installed."""
-    for name in ("nbgrader", "latex2mathml"):
+    for name in ("nbgrader", "latex2mathml", "setuptools"):
         if find_spec(name) is None:
             told = f"assignments need {name}; install it with"
             raise CourseError(f'{told}: pip install -e ".[course]"')
@@ -196,8 +197,6 @@ def not_graded(source: Path, error: Exception) -> dict[str, Any]:
 
     They are empty, as a fault of the machine is no mark, unless the file itself is to blame.
     """
-    from advlab.classroom.merging import clean, no_points  # needs nbgrader, maybe not installed
-
     refused = isinstance(error, RefusedError)
     kind = "" if refused or isinstance(error, OSError) else f"{type(error).__name__}: "
     reason = clean(f"{kind}{error}")
@@ -317,7 +316,8 @@ def run(work: Work, hidden: Hidden | None) -> Ran:
             "assignment": work.assignment.decode(),
             "work": str(folder),
             "hidden": [str(path) for path in hidden.here(own).folders] if hidden else None,
-            "limits": {"cell_seconds": CELL_SECONDS, "seconds": SECONDS, "megabytes": MEGABYTES},
+            "limits": {"cell_seconds": CELL_SECONDS, "seconds": SECONDS},
+            "megabytes": MEGABYTES,
             "scope": sandbox.scope(MEGABYTES),
             "seed": work.seed,
             "parent": os.getpid(),

@@ -5,7 +5,6 @@ from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
-from nbgrader.utils import is_grade, is_solution
 
 from advlab.classroom import RefusedError
 
@@ -36,11 +35,15 @@ def read(content: bytes) -> NotebookNode:
 
 def _only_text(cell: NotebookNode) -> NotebookNode:
     """Return a new cell with the text of `cell`, and what nbgrader knows it by."""
+    name = grade_id(cell)
+    metadata = {"nbgrader": {"grade_id": name}} if name else {}
+    return new_cell(cell.cell_type, cell.source, metadata)
+
+
+def new_cell(kind: str, source: str, metadata: dict[str, Any]) -> NotebookNode:
+    """Return a cell that has not run."""
     kinds = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
-    new = kinds.get(cell.cell_type, nbformat.v4.new_raw_cell)(cell.source)
-    if name := grade_id(cell):
-        new.metadata.nbgrader = {"grade_id": name}
-    return new
+    return kinds.get(kind, nbformat.v4.new_raw_cell)(source, metadata=metadata)
 
 
 def grade_id(cell: NotebookNode) -> str | None:
@@ -50,20 +53,42 @@ def grade_id(cell: NotebookNode) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
-    """Return the assignment with the answers of a submission.
+def named(assignment: NotebookNode) -> dict[str, NotebookNode]:
+    """Return the cells of an assignment, by name."""
+    return {name: cell for cell in assignment.cells if (name := grade_id(cell))}
 
-    Text and tests are those of `source`, whatever the submission made of them; a student's own
-    cells, copies of answers and tests among them, stay behind the cell that they were written
-    after. A cell that lost its name is known by what it says; an answer that is not there is
-    replaced by a cell that says so.
 
-    Raises:
-        RefusedError: if there is no cell of this assignment.
+# nbgrader has these three, but students do not have nbgrader.
+def is_solution(cell: NotebookNode) -> bool:
+    """Return whether a cell of an assignment is an answer."""
+    return bool(cell.metadata.get("nbgrader", {}).get("solution"))
+
+
+def is_grade(cell: NotebookNode) -> bool:
+    """Return whether a cell of an assignment has points: it holds tests, or a person grades it."""
+    return bool(cell.metadata.get("nbgrader", {}).get("grade"))
+
+
+def is_locked(cell: NotebookNode) -> bool:
+    """Return whether a cell of an assignment is given: a student is not to change it."""
+    locked = is_grade(cell) or bool(cell.metadata.get("nbgrader", {}).get("locked"))
+    return locked and not is_solution(cell)
+
+
+def match(
+    source: NotebookNode, submitted: NotebookNode
+) -> tuple[dict[str, NotebookNode], dict[str | None, list[NotebookNode]]]:
+    """Return which cells of a submission are the assignment's.
+
+    A cell that lost its name is known by what it says.
+
+    Returns:
+        These, by name; and a student's own, by the name of the cell that they stand behind (None
+        at the start), copies of answers and tests among them.
     """
-    answers: dict[str, NotebookNode] = {}
+    found: dict[str, NotebookNode] = {}
     own: dict[str | None, list[NotebookNode]] = {}
-    known = {name: cell for cell in source.cells if (name := grade_id(cell))}
+    known = named(source)
     there = {grade_id(cell) for cell in submitted.cells}
     unnamed = {name: cell for name, cell in known.items() if name not in there}
     last = None
@@ -71,18 +96,34 @@ def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
         name = grade_id(cell)
         if name not in known:
             name = next((n for n, given in unnamed.items() if _is_alike(given, cell)), None)
-        if name is None or name in answers:
-            cell.metadata.pop("nbgrader", None)
+        if name is None or name in found:
             own.setdefault(last, []).append(cell)
-            continue
-        answers[name], last = cell, name
+        else:
+            found[name], last = cell, name
+    return found, own
+
+
+def merge(source: NotebookNode, submitted: NotebookNode) -> NotebookNode:
+    """Return the assignment with the answers of a submission.
+
+    Text and tests are those of `source`, whatever the submission made of them; a student's own
+    cells stay behind the cell that they were written after. An answer that is not there is replaced
+    by a cell that says so.
+
+    Raises:
+        RefusedError: if there is no cell of this assignment.
+    """
+    found, own = match(source, submitted)
+    for added in own.values():
+        for cell in added:
+            cell.metadata.pop("nbgrader", None)
     cells = list(own.get(None, []))
-    for name, cell in known.items():
+    for name, cell in named(source).items():
         if is_solution(cell):
-            if not answers:
+            if not found:
                 raise RefusedError("it has no cell of this assignment: is it another's notebook?")
-            if name in answers:
-                cell.source = answers[name].source
+            if name in found:
+                cell.source = found[name].source
             else:
                 cell.source = MISSING.format(name) if cell.cell_type == "code" else ""
         if cell.cell_type == "code":

@@ -20,13 +20,12 @@ from latex2mathml.converter import convert_to_element
 from nbconvert.filters.ansi import strip_ansi
 from nbconvert.filters.markdown_mistune import MarkdownWithMath
 from nbformat import NotebookNode
-from nbgrader.utils import is_solution
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Number, String, Text
 
 from advlab.classroom import tokens
-from advlab.classroom.merging import grade_id
+from advlab.classroom.merging import grade_id, is_solution
 
 MEMORY = 4 << 30  # bytes of addresses
 LONGEST_TEXT = 10_000  # characters of an output: longer ones take minutes to draw

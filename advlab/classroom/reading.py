@@ -13,7 +13,6 @@ import nbformat
 from jinja2 import Environment
 from markupsafe import Markup
 from nbformat import NotebookNode
-from nbgrader.utils import is_grade, is_solution
 
 from advlab.classroom import feedback, merging, page
 from advlab.classroom.submissions import BY_HAND, Submission
@@ -149,7 +148,7 @@ def _before(source: NotebookNode, index: int) -> list[str]:
     """Return the texts between the answer or test before a cell, and that cell."""
     texts: list[str] = []
     for cell in reversed(source.cells[:index]):
-        if is_grade(cell) or is_solution(cell):
+        if merging.is_grade(cell) or merging.is_solution(cell):
             break
         if cell.cell_type == "markdown":
             texts.insert(0, cell.source)

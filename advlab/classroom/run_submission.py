@@ -10,7 +10,6 @@ import asyncio
 import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -27,11 +26,10 @@ from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from nbgrader.utils import is_grade, is_locked
 
 from advlab.classroom import RefusedError, merging, sandbox
 from advlab.classroom.examining import Ended, Examiner
-from advlab.classroom.merging import clean, grade_id
+from advlab.classroom.merging import clean, grade_id, is_grade, is_locked
 from advlab.classroom.remote import PREFIX
 from advlab.upkeep.kernels import OwnKernel
 from advlab.upkeep.processes import kill_children
@@ -51,6 +49,8 @@ PUT_ASIDE = """
 import builtins as _b
 _own = {_n: globals().pop(_n) for _n in [*globals()] if _n[0] != "_" and hasattr(_b, _n)}
 """
+# Run first: `exit()` in a cell would end the kernel, and the tests behind it with it.
+STAY = "get_ipython().ask_exit = lambda: None"
 PUT_BACK = "globals().update(_own)"
 SERVE = "__import__('advlab.classroom.remote', fromlist=['serve']).serve(get_ipython())"
 LARGEST_MESSAGE = 100_000_000  # characters that a function may return
@@ -126,7 +126,8 @@ class Runner(NotebookClient):
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> Any:
         """Take a message of the kernel, but no output once the notebook has printed too much.
 
-        Later changes of what is shown, and what widgets say, are not taken.
+        Why a cell failed is taken all the same, once. Later changes of what is shown, and what
+        widgets say, are not.
         """
         kind, content = msg["msg_type"], {**msg["content"]}
         content.pop("transient", None)
@@ -139,10 +140,11 @@ class Runner(NotebookClient):
         self.count(size)
         if kind in ("status", "execute_input", "clear_output"):
             return super().process_message(msg, cell, cell_index)
-        if kind not in OUTPUTS or before > LARGEST_OUTPUT:
+        failed = any(output.output_type == "error" for output in cell.get("outputs", []))
+        if kind not in OUTPUTS or (before > LARGEST_OUTPUT and (kind != "error" or failed)):
             return None
         self.printed += size
-        if self.printed > LARGEST_OUTPUT:  # this one is too much
+        if before <= LARGEST_OUTPUT < self.printed:  # this one is too much
             text = {"msg_type": "stream"}
             msg = {**msg, **text, "header": {**msg["header"], **text}}
             msg["content"] = {"name": "stderr", "text": CUT}
@@ -158,19 +160,26 @@ def _cut(error: dict[str, Any]) -> dict[str, Any]:
     return {**error, **texts, "traceback": [lines]}
 
 
-def _manager(
+def manager(
     work: Path, hidden: Sequence[Path] | None, scope: Sequence[str], megabytes: int
 ) -> OwnKernel:
-    """Return a kernel manager whose kernel is limited, and talks through a file in `work`."""
-    manager = OwnKernel(transport="ipc", connection_file=str(sandbox.connection_file(work)))
-    manager.ip = str(sandbox.sockets(work) / "k")
+    """Return a kernel manager whose kernel is limited, and talks through a file in `work`.
+
+    Args:
+        work: The grader's folder for this kernel.
+        hidden: What its sandbox covers; None for no sandbox.
+        scope: Words before its command; see `sandbox.scope`.
+        megabytes: That it may ask for.
+    """
+    made = OwnKernel(transport="ipc", connection_file=str(sandbox.connection_file(work)))
+    made.ip = str(sandbox.sockets(work) / "k")
     limits = f"-v {megabytes * 1024}", "-f 200000", "-n 1024", "-c 0"
     limit = "; ".join(f"ulimit {one}" for one in limits) + '; exec "$@"'
     covers = [] if hidden is None else sandbox.sandboxed(work, hidden)
     if hidden is None:
         sandbox.sockets(work).mkdir()
-    manager.words = [*scope, "/bin/sh", "-c", limit, "sh", *covers]
-    return manager
+    made.words = [*scope, "/bin/sh", "-c", limit, "sh", *covers]
+    return made
 
 
 class Line:
@@ -299,6 +308,7 @@ async def _run(
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     async with runner.async_setup_kernel(**quiet):
         runner.started = True
+        await _error_of(runner, 0, STAY)
         line = Line(runner)
         examiner = Examiner(line.exchange, seed)
 
@@ -344,16 +354,7 @@ def _end_with(parent: int) -> None:
 
 
 def score(
-    source: NotebookNode,
-    submission: bytes,
-    work: Path,
-    hidden: Sequence[Path] | None,
-    scope: Sequence[str],
-    seed: int,
-    *,
-    cell_seconds: int,
-    seconds: int,
-    megabytes: int,
+    source: NotebookNode, submission: bytes, work: Path, seed: int, **more: Any
 ) -> tuple[NotebookNode, dict[str, Any]]:
     """Return the executed notebook, and its scores: a reason for all, and a result per cell.
 
@@ -361,11 +362,8 @@ def score(
         source: The assignment.
         submission: The student's file.
         work: A folder through which the kernel is spoken to.
-        hidden: What the kernel's sandbox covers; None for no sandbox.
-        scope: Words before its command; see `sandbox.scope`.
         seed: Of what the tests draw.
-        cell_seconds, seconds: That a cell and the notebook may take.
-        megabytes: That the kernel may ask for.
+        more: For `Runner`: its limits, and the kernel's manager.
 
     Raises:
         Exception: of any kind, if the kernel could not be started.
@@ -376,19 +374,13 @@ def score(
         notebook = merging.merge(source, merging.read(submission))
         merging.leave_to_a_person(notebook, results)
         tests = merging.hide_tests(notebook)
-        runner = Runner(
-            notebook,
-            work,
-            sandboxed=hidden is not None,
-            cell_seconds=cell_seconds,
-            seconds=seconds,
-            km=_manager(work, hidden, scope, megabytes),
-        )
+        runner = Runner(notebook, work, **more)
         asyncio.run(_run(runner, notebook, results, tests, answers, seed))
     except RefusedError as error:
         reason = str(error)
     except CellTimeoutError:
-        reason = f"took longer than {cell_seconds} s a cell, or {seconds} s in all"
+        limits = f"{more['cell_seconds']} s a cell, or {more['seconds']} s in all"
+        reason = f"took longer than {limits}"
     except DeadKernelError:
         reason = "the kernel died (crashed, or ran out of memory)"
         if runner is not None and runner.sent > FLOOD:
@@ -405,6 +397,8 @@ def score(
 
 def main(job: dict[str, Any], submission: bytes) -> dict[str, Any]:
     """Do a `job` as `grading.run` describes it; return the scores, and the notebook as it ran."""
+    import resource  # not on Windows, where nothing is graded
+
     # A soft limit, of this process alone: the kernel gets its own.
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -414,10 +408,10 @@ def main(job: dict[str, Any], submission: bytes) -> dict[str, Any]:
     threading.Thread(target=_end_with, args=(job["parent"],), daemon=True).start()
     hidden = None if job["hidden"] is None else [Path(path) for path in job["hidden"]]
     assignment = nbformat.reads(job["assignment"], as_version=4)
+    how = {"km": manager(work, hidden, job["scope"], job["megabytes"]), **job["limits"]}
+    how["sandboxed"] = hidden is not None
     try:
-        notebook, scores = score(
-            assignment, submission, work, hidden, job["scope"], job["seed"], **job["limits"]
-        )
+        notebook, scores = score(assignment, submission, work, job["seed"], **how)
     finally:
         kill_children()  # a kernel that was started, and to which nobody could speak
     executed = nbformat.writes(notebook)

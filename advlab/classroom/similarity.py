@@ -14,10 +14,9 @@ from typing import TypeAlias
 import nbformat
 import pandas as pd
 from nbformat import NotebookNode
-from nbgrader.utils import is_solution
 
 from advlab.classroom import feedback, tokens
-from advlab.classroom.merging import SOLUTION, grade_id
+from advlab.classroom.merging import SOLUTION, grade_id, is_solution
 from advlab.classroom.submissions import Submission
 
 RUN = 8  # tokens, or words, that are compared at once

@@ -566,7 +566,7 @@ def best(graded: Mapping[Submission, dict[str, Any]]) -> dict[Submission, dict[s
 
 
 def read_marks(path: Path) -> pd.DataFrame:
-    """Return the marks that a person gave: a row for a cell, with the columns `MARKS` and `COMMENT`.
+    """Return the marks that a person gave: for each cell a row with `MARKS` and `COMMENT`.
 
     The index is the number of the row in the file. Columns may be in any order and among others,
     separated by commas, semicolons or tabs; scores may have a decimal comma. A file without

@@ -7,6 +7,7 @@ speak TLS, too, unless its user says that it need not.
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -207,12 +208,26 @@ def connect(asked: Scheduler | None = None, jobs: int | None = None) -> Iterator
 
 
 @contextmanager
+def _short_folder() -> Iterator[None]:
+    """Make temporary files inside in a folder whose path is short enough for sockets."""
+    from advlab.upkeep.kernels import short_folder  # with Jupyter, which few commands need
+
+    usual = tempfile.gettempdir()
+    tempfile.tempdir = short_folder(usual)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = usual
+
+
+@contextmanager
 def _own(workers: int) -> Iterator[Client]:
     with dask.config.set(LOCAL), environment(**ENVIRONMENT):
         if FORK:
             get_mp_context()  # sets what Dask would import there
             forkserver.set_forkserver_preload(["distributed", "torch._dynamo", tasks.__name__])
-            forkserver.ensure_running()
+            with _short_folder():  # its socket lies in the one for temporary files
+                forkserver.ensure_running()
         started = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
