@@ -437,6 +437,25 @@ def check(
 
 @course.command()
 @on_cluster
+def rehearse(
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/rehearsal.")] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write figures/grading.csv, and the guide's table.")
+    ] = False,
+    *,
+    scheduler: Scheduler,
+) -> None:
+    """Grade the assignments' own solutions: they must get all points. Says how long it takes."""
+    from advlab.classroom import course as classroom
+
+    kept = files.results_folder(output or files.home() / "outputs" / "rehearsal")
+    on: dict[str, Any] = {"scheduler": scheduler, "console": console}
+    table = classroom.rehearse(kept, publish=publish, **on)
+    console.print(table.to_string(index=False), markup=False, highlight=False)
+
+
+@course.command()
+@on_cluster
 def grade(
     folder: Annotated[
         Path,

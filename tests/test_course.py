@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 from advlab import files
 from advlab.classroom import RefusedError, course, grading, sandbox
 from advlab.cli import app
+from advlab.upkeep import readme
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.tasks import StoppedError
 
@@ -204,6 +205,64 @@ def test_an_assignment_that_cannot_be_graded_is_refused(tmp_path, empty_home):
     shutil.rmtree(folder)
     with pytest.raises(course.CourseError, match="a7: no task cells"):
         course.build(tmp_path / "out")
+
+
+# --- rehearsal
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """Grade nothing: each cell has its points, and `claim` waits for a person."""
+    seen = []
+
+    def graded(folder, output, **options):
+        rows = []
+        for one in course.collect(folder, NAMES).submissions:
+            seen.append(one.assignment)
+            kept = one.kept(output)
+            kept.mkdir(parents=True)
+            (kept / "scores.json").write_text(json.dumps({"seconds": 1.5 * len(seen)}))
+            cells = merging.no_points(source(one.assignment), "")
+            for cell, result in cells.items():
+                score = None if cell == "claim" else result["points"]
+                place = {"student": one.student, "assignment": one.assignment, "cell": cell}
+                rows.append(place | result | {"score": score})
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(course, "grade", graded)
+    return seen
+
+
+def test_the_solutions_are_graded_and_timed(rehearsed, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    guide = home / readme.GUIDE
+    guide.parent.mkdir(parents=True)
+    guide.write_text("Before\n<!-- grading: generated -->\n<!-- end of grading -->\nAfter\n")
+    found = course.sources()
+    monkeypatch.setattr(course, "sources", lambda: found)
+    monkeypatch.setattr(files, "home", lambda: home)
+    (tmp_path / "out" / "graded" / "solutions" / "a1").mkdir(parents=True)  # of an earlier one
+    table = course.rehearse(tmp_path / "out", publish=True).set_index("assignment")
+    assert rehearsed == list(NAMES)
+    assert table["seconds"].tolist() == [1.5, 3.0, 4.5, 6.0, 7.5, 9.0]
+    assert table["by_hand"].tolist() == [0, 0, 0, 0, 10, 0]
+    assert table.loc["a5", "points"] == 24
+    lines = [re.sub(" +", " ", line) for line in guide.read_text().splitlines()]
+    assert lines[0] == "Before"
+    assert "| a5 | 24 | 10 | 7.5 s |" in lines
+
+
+def test_a_solution_that_loses_points_is_named(rehearsed, tmp_path, monkeypatch):
+    whole = course.grade
+
+    def graded(*given, **options):
+        table = whole(*given, **options)
+        table.loc[3, ["score", "reason"]] = 0.5, "it is wrong"
+        return table
+
+    monkeypatch.setattr(course, "grade", graded)
+    with pytest.raises(course.CourseError, match=r"loses points: \S+ of a1 \(it is wrong\)"):
+        course.rehearse(tmp_path / "out")
 
 
 # --- grades

@@ -18,7 +18,7 @@ OLD_TIME = readme.time_line(99, 9)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "data/README.md", readme.GUIDE])
 def test_local_links_and_pictures_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#\s]+)", text)
@@ -35,6 +35,8 @@ def test_make_targets_that_it_names_exist():
 
 def test_measured_blocks_are_what_the_committed_results_give():
     assert readme.refreshed(README, ROOT) == README
+    guide = (ROOT / readme.GUIDE).read_text(encoding="utf-8")
+    assert readme.refreshed(guide, ROOT, readme.GUIDE_BLOCKS) == guide
 
 
 def test_new_lesson_is_listed_before_it_was_timed(empty_home, monkeypatch):

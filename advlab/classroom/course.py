@@ -5,6 +5,7 @@ The assignments are nbgrader notebooks (`notebooks/assignments`), so its own com
 its code in a sandbox, with limits of time, memory and output; no submission stops the others.
 """
 
+import json
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ from advlab.classroom.submissions import (
     read_marks,
 )
 from advlab.machine import cores
+from advlab.upkeep import readme
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect
 from advlab.upkeep.processes import environment
 
@@ -90,6 +92,9 @@ def build(output: Path) -> list[Path]:
 
     files.make_folder(output)
     names, config = sources(), Config()
+    for name, source in names.items():
+        if any(is_task(cell) for cell in nbformat.read(source, as_version=4).cells):
+            raise CourseError(f"{name}: no task cells; use a manually graded answer")
     config.CourseDirectory.course_id = "advlab"
     config.CourseDirectory.root = str(output.absolute())
     config.CourseDirectory.source_directory = str(files.home() / "notebooks" / "assignments")
@@ -98,8 +103,6 @@ def build(output: Path) -> list[Path]:
     # nbgrader starts `alembic`, which is beside this Python and may not be on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for name, source in names.items():
-        if any(is_task(cell) for cell in nbformat.read(source, as_version=4).cells):
-            raise CourseError(f"{name}: no task cells; use a manually graded answer")
         with environment(PATH=path):
             result = api.generate_assignment(name, force=True)
         if not result["success"]:
@@ -261,6 +264,51 @@ def grade(
             "gone"
         )
     return table
+
+
+def rehearse(
+    output: Path,
+    *,
+    publish: bool = False,
+    scheduler: Scheduler | None = None,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Grade the assignments' own solutions, as a class's notebooks, and tell how long each takes.
+
+    Args:
+        output: Emptied, and then what `grade` writes.
+        publish: Write figures/grading.csv of the repository, and the instructor's guide, too.
+        scheduler: See `cluster.connect`.
+
+    Returns:
+        A row for each assignment: assignment, points, by_hand (of these, what a person gives),
+        seconds.
+
+    Raises:
+        CourseError, ClusterError: see `grade`; or if a solution does not get all its points.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    names = sources()
+    with tempfile.TemporaryDirectory() as made:
+        for name, source in names.items():
+            copy = Path(made, "solutions", name, source.name)
+            copy.parent.mkdir(parents=True)
+            shutil.copy(source, copy)
+        table = grade(Path(made), output, scheduler=scheduler, console=console)
+        one = {name: Submission("solutions", name, Path(made)).kept(output) for name in names}
+    if (lost := table[table["score"] < table["points"]]).size:
+        told = ", ".join(
+            f"{row.cell} of {row.assignment} ({row.reason})" for row in lost.itertuples()
+        )
+        raise CourseError(f"a solution loses points: {told}. Mend the assignment before you use it")
+    cells = table.assign(by_hand=table["points"].where(table["score"].isna(), 0))
+    found = cells.groupby("assignment")[["points", "by_hand"]].sum().reset_index()
+    took = {name: json.loads((kept / "scores.json").read_text()) for name, kept in one.items()}
+    found["seconds"] = [took[name]["seconds"] for name in found["assignment"]]
+    if publish:
+        files.write_table(files.home() / "figures" / "grading.csv", found)
+        readme.refresh_guide(files.home())
+    return found
 
 
 def _points() -> dict[str, float]:

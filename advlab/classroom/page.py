@@ -142,7 +142,8 @@ def draw(notebook: NotebookNode) -> list[dict[str, Any]]:
     cells = []
     for cell in notebook.cells:
         name = grade_id(cell)
-        drawn = {"name": name, "answer": name is None or is_solution(cell), "html": draw_cell(cell)}
+        drawn: dict[str, Any] = {"name": name, "html": draw_cell(cell)}
+        drawn["answer"] = name is None or is_solution(cell)
         if name and is_solution(cell):
             drawn["tokens"] = tokens.of_answer(cell.source, cell.cell_type)
         cells.append(drawn)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,19 @@ def bench_block(home: Path) -> str:
     )
 
 
+def grading_block(home: Path) -> str:
+    """Return how long each assignment takes to grade."""
+    found = pd.read_csv(home / "figures" / "grading.csv")
+    hand = found["by_hand"].map("{:g}".format).where(found["by_hand"] > 0, "")
+    shown = {
+        "assignment": found["assignment"],
+        "points": found["points"].map("{:g}".format),
+        "of these by hand": hand,
+        "graded in": found["seconds"].map("{:.1f} s".format),
+    }
+    return markdown(pd.DataFrame(shown))
+
+
 BLOCKS = {
     "results": results_block,
     "speed": speed_block,
@@ -206,16 +220,19 @@ BLOCKS = {
 }
 
 
-def refreshed(text: str, home: Path) -> str:
-    """Return the README's `text` with each block between its marks made anew.
+GUIDE, GUIDE_BLOCKS = "notebooks/assignments/README.md", {"grading": grading_block}
+
+
+def refreshed(text: str, home: Path, blocks: Mapping[str, Callable[[Path], str]] = BLOCKS) -> str:
+    """Return the `text` of a page with each of `blocks` made anew between its marks.
 
     Raises:
         ValueError: if the marks of a block are not there.
     """
-    for name, make in BLOCKS.items():
+    for name, make in blocks.items():
         start, end = f"<!-- {name}: generated -->", f"<!-- end of {name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md needs one pair of marks {start} ... {end}")
+            raise ValueError(f"the page needs one pair of marks {start} ... {end}")
         before, rest = text.split(start)
         text = f"{before}{start}\n{make(home)}\n{end}{rest.split(end)[1]}"
     return text
@@ -234,6 +251,13 @@ def refresh(home: Path) -> None:
     refresh_headers(home)
     readme = home / "README.md"
     files.write_bytes(readme, refreshed(readme.read_text(encoding="utf-8"), home).encode())
+
+
+def refresh_guide(home: Path) -> None:
+    """Write the measured numbers into the instructor's guide."""
+    guide = home / GUIDE
+    made = refreshed(guide.read_text(encoding="utf-8"), home, GUIDE_BLOCKS)
+    files.write_bytes(guide, made.encode())
 
 
 def refresh_headers(home: Path) -> None:
