@@ -211,13 +211,21 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and in_hardware
 
 
+class _Bar(tqdm):
+    """A bar that only threads of its own process share."""
+
+
+# Else it is the system's semaphore, which a worker that is killed leaves behind.
+_Bar.set_lock(threading.RLock())
+
+
 def progress_bar(label: str | None, total: int, unit: str) -> tqdm:
     """Return a progress bar; none is shown for `label` None.
 
     It is text on standard output, in notebooks too: a bar made of widgets would leave state behind
     that some viewers refuse, and standard error would look like a warning.
     """
-    return tqdm(
+    return _Bar(
         total=total,
         desc=label,
         disable=label is None,
