@@ -28,7 +28,7 @@ def handed_out(tmp_path_factory):
     a1 = course.sources()["a1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(course, "sources", lambda: {"a1": a1})
-        [zipped] = course.build(folder)
+        zipped, _ = course.build(folder)  # and the solution
     with zipfile.ZipFile(zipped) as packed:
         packed.extractall(folder / "unpacked")
     return folder / "unpacked" / "a1"

@@ -247,14 +247,14 @@ def grade(
     graded = best(graded)
     for one in given:
         give_marks(graded, one)
+    late = lateness.judge(graded, policy, gradebooks.times(books)) if policy else {}
     table = _table(graded)
     _tell_changes(table, output, console)
     statistics.write(table, output / "grades.csv")
     for student in dict.fromkeys(table["student"]):
         own = {one: scores for one, scores in graded.items() if one.student == student}
-        feedback.write(student, own, output)
+        feedback.write(student, own, late, output)
     _tell_class(graded, table, output, console)
-    late = lateness.judge(graded, policy, gradebooks.times(books)) if policy else {}
     gradebooks.write(books, graded, late, output, console)
     _report(graded, len(handed.left_out), output / "grades.csv", console)
     if again := [f"{one.assignment} of {one.student}" for one in graded if graded[one]["again"]]:

@@ -12,6 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from advlab import files
+from advlab.classroom.lateness import Late
 from advlab.classroom.submissions import Submission
 from advlab.store import code_hash
 
@@ -59,10 +60,11 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <h1>{{ student }}</h1>
-{% for name, points, scores, cells in assignments %}
+{% for name, points, scores, late, cells in assignments %}
 <section>
 <h2>{{ name }}: {{ points }}</h2>
 {% if scores.reason %}<p>{{ scores.reason }}</p>{% endif %}
+{% if late %}<p>{{ late }} (the points here are those before that)</p>{% endif %}
 <table>
 <caption>Points of {{ name }}</caption>
 <thead>
@@ -145,12 +147,17 @@ def write_changed(path: Path, made_of: str, render: Callable[[str], str]) -> Non
     files.write_bytes(path, render(made_of).encode(errors="replace"))
 
 
-def write(student: str, graded: Mapping[Submission, dict[str, Any]], output: Path) -> None:
-    """Write feedback/STUDENT.html from the scores of a student's submissions."""
+def write(
+    student: str,
+    graded: Mapping[Submission, dict[str, Any]],
+    late: Mapping[Submission, Late],
+    output: Path,
+) -> None:
+    """Write feedback/STUDENT.html from the scores of a student's submissions, and what was late."""
     digest = sha256(f"{student} {code_hash('classroom/feedback')}".encode())
     pages = {one: drawn(one, output) for one in graded}
     for one, scores in graded.items():
-        digest.update(f"{one.assignment} {json.dumps(scores)}".encode())
+        digest.update(f"{one.assignment} {json.dumps(scores)} {late.get(one)}".encode())
         digest.update(sha256(pages[one]).digest())
 
     def render(made_of: str) -> str:
@@ -159,6 +166,7 @@ def write(student: str, graded: Mapping[Submission, dict[str, Any]], output: Pat
                 one.assignment,
                 "not graded yet" if scores["again"] else points_of(scores["cells"].values()),
                 scores,
+                late[one].reason if one in late else "",
                 json.loads(pages[one]),
             )
             for one, scores in graded.items()
