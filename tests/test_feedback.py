@@ -271,6 +271,20 @@ def test_only_what_changed_is_written_again(school, tmp_path):
     assert "22 of 24 points" in school.page("Bo")
 
 
+def test_a_page_says_what_being_late_costs(school):
+    school.hand_in("anna", "a2")
+    due = school.folder / "due.toml"
+    due.write_text(
+        "percent_per_day = 10\n[due]\na2 = 2026-10-19T23:59:00+02:00\n"
+        "[submitted.a2]\nanna = 2026-10-20T08:15:00+02:00\n"
+    )
+    school.grade()
+    assert "late" not in school.page("anna")
+    school.grade(due=due)
+    assert "10 % off (the points here are those before that)" in school.page("anna")
+    assert school.read("totals.csv")["a2"].tolist() == [22.5]
+
+
 # --- reading by hand
 
 

@@ -105,7 +105,7 @@ MOODLE_TIME = {("a1", "7"): (DUE + timedelta(days=4)).replace(tzinfo=None)}
         (handed("x", None, system="github"), None, "nothing says when it came"),
         (handed("x", None, system="moodle", number="7"), 0.8, "4 days late by Moodle's worksheet"),
         (handed("x", 3, system="nbgrader", stamped=True), 0.9, "late by nbgrader's timestamp"),
-        (handed("lea", None, "a2", system="github"), 1.0, "1 day late by your file"),
+        (handed("lea", None, "a2", system="github"), 1.0, "1 day late by the course's record"),
     ],
 )
 def test_a_time_that_nothing_says_is_never_guessed(one, share, told, tmp_path):

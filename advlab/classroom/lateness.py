@@ -200,7 +200,7 @@ def _handed_in(
 ) -> tuple[datetime | None, str]:
     """Return when `one` was handed in, or None, and what says so."""
     if time := policy.submitted.get(one.assignment, {}).get(one.student):
-        return time, "your file"
+        return time, "the course's record"
     if one.system == "moodle" and (time := times.get((one.assignment, one.number))):
         return time.replace(tzinfo=due.tzinfo), "Moodle's worksheet"
     return one.time, "nbgrader's timestamp" if one.stamped else "the time of the file"
