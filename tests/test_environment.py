@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from itertools import chain
 
@@ -98,3 +99,11 @@ def test_ci_runs_the_commands_of_the_readme():
         assert command in readme
         assert f"run: {command}" in workflow
     assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("module", ["advlab.upkeep.runs", "advlab.classroom.page"])
+def test_who_reads_notebooks_builds_no_grammar_of_addresses(module):
+    code = f"import sys, {module}, nbformat; print(sys.modules['rfc3987_syntax'])"
+    code += "; nbformat.validate(nbformat.v4.new_notebook())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
