@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from advlab import datasets, files, paper, plots
 from advlab.bench import busy, footprint, parts, picture, rivals
@@ -53,37 +54,41 @@ def measure(
     """
     lesson = footprint.open_lesson(dataset, root)
     images, zoo = lesson.data, lesson.zoo
-    robust = lesson.settings.adversarial["robust"]
-    baselines = {arch: zoo.get(arch) for arch in ("cnn", "cnn-lstm")}
-    plain = {arch: checkpoint.model for arch, checkpoint in baselines.items()}
-    networks = {"standard CNN": (plain["cnn"], 4.0)}
-    networks |= {f"robust {arch}": (zoo.get(arch, robust).model, 1.5) for arch in plain}
+    archs, recipe = ("cnn", "cnn-lstm"), lesson.settings.adversarial["robust"]
+
+    # Asked for by the parts that need them: where nothing is shipped, they are trained then.
+    def plain(arch: str) -> nn.Module:
+        return zoo.get(arch).model
+
+    def robust(arch: str) -> nn.Module:
+        return zoo.get(arch, recipe).model
+
+    def networks() -> dict[str, tuple[nn.Module, float]]:
+        hard = {f"robust {arch}": (robust(arch), 1.5) for arch in archs}
+        return {"standard CNN": (plain("cnn"), 4.0), **hard}
+
     rows: list[Row] = []
     jobs: dict[str, Callable[[], list[Row]]] = {
         "what the machine can do": partial(parts.machine_part, rounds),
         "training": partial(parts.training_part, images, rounds),
         "training, by operator": partial(parts.profile_part, images),
-    }
-    for arch, made in baselines.items():
-        jobs[f"crafting, {arch}"] = partial(parts.crafting_part, images, made, rounds)
-    jobs |= {
-        "evaluation": partial(parts.evaluation_part, images, [*baselines.values()], rounds),
-        "attacks": partial(parts.attacks_part, images, plain["cnn"], rounds),
-        "FGSM": partial(rivals.fgsm_part, images, plain["cnn"], rounds),
-        "PGD": partial(rivals.pgd_part, images, networks, rounds),
-        "a busy machine": partial(
-            busy.busy_part, images, networks["robust cnn"][0], dataset, root, rounds
-        ),
+        "crafting, cnn": lambda: parts.crafting_part(images, zoo.get("cnn"), rounds),
+        "crafting, cnn-lstm": lambda: parts.crafting_part(images, zoo.get("cnn-lstm"), rounds),
+        "evaluation": lambda: parts.evaluation_part(images, [*map(zoo.get, archs)], rounds),
+        "attacks": lambda: parts.attacks_part(images, plain("cnn"), rounds),
+        "FGSM": lambda: rivals.fgsm_part(images, plain("cnn"), rounds),
+        "PGD": lambda: rivals.pgd_part(images, networks(), rounds),
+        "a busy machine": lambda: busy.busy_part(images, robust("cnn"), dataset, root, rounds),
         "memory": partial(footprint.memory_part, dataset, root),
         "start": partial(footprint.start_part, rounds),
-        "explorer": partial(footprint.explorer_part, plain, images),
-        "workers": partial(scale_part, images, networks["robust cnn"][0]),
+        "explorer": lambda: footprint.explorer_part({a: plain(a) for a in archs}, images),
+        "workers": lambda: scale_part(images, robust("cnn")),
     }
     if images.papers:
-        ten = product(paper.TABLES, paper.TABLE_TRAIN_EPS)
-        papers = {f"{arch} eps={eps:g}": zoo.get(arch, eps).model for arch, eps in ten}
-        cnn = networks["robust cnn"][0]
-        jobs["AutoAttack"] = partial(strongest_part, images, cnn, papers)
+        ten = list(product(paper.TABLES, paper.TABLE_TRAIN_EPS))
+        jobs["AutoAttack"] = lambda: strongest_part(
+            images, robust("cnn"), {f"{a} eps={eps:g}": zoo.get(a, eps).model for a, eps in ten}
+        )
         jobs["whole paper"] = lambda: whole_part([*known, *rows], files.home())
     names = ", ".join(jobs)
     jobs = {name: job for name, job in jobs.items() if not only or name.startswith(tuple(only))}
