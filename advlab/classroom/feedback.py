@@ -48,14 +48,17 @@ img { max-width: 100% }
 """
 # Names, reasons and notebooks are a student's words: all are escaped (see `page`), no script runs,
 # and nothing is fetched. What they wrote stays in its frame.
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <meta name="viewport" content="width=device-width">
 <meta name="made-of" content="{{ made_of }}">
-<title>{{ assignments | map(attribute=0) | join(", ") }}: {{ student }}</title>
+"""
+PAGE = (
+    HEAD
+    + """<title>{{ assignments | map(attribute=0) | join(", ") }}: {{ student }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
@@ -104,6 +107,7 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
+)
 TEMPLATE = Environment(autoescape=True).from_string(PAGE)
 
 

@@ -60,14 +60,9 @@ document.getElementById("save").addEventListener("click", () => {
 count();
 """
 # As in `feedback`, what students wrote is escaped; the one script that runs is known by its hash.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
-<meta name="viewport" content="width=device-width">
-<meta name="made-of" content="{{ made_of }}">
-<title>{{ assignment }}: {{ cell }} of {{ answers | length }} students</title>
+PAGE = (
+    feedback.HEAD
+    + """<title>{{ assignment }}: {{ cell }} of {{ answers | length }} students</title>
 <style>{{ style }}</style>
 </head>
 <body>
@@ -117,6 +112,7 @@ on. A mark without a number is left out.</p>
 </body>
 </html>
 """
+)
 TEMPLATE = Environment(autoescape=True).from_string(PAGE)
 
 
