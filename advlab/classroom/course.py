@@ -222,11 +222,11 @@ def grade(
         ClusterError: see `cluster.connect`.
     """
     grading.need_nbgrader()
-    console = console or Console()
-    policy = None if due is None else lateness.read(due, sources())
+    console, names = console or Console(), sources()
+    policy = None if due is None else lateness.read(due, names)
     books = gradebooks.read(exported, _points()) if exported else []
     people = gradebooks.people(books)
-    handed = collect(folder, sources(), people, newest=keep == "last")
+    handed = collect(folder, names, people, newest=keep == "last")
     found = handed.submissions
     given = [read_marks(path) for path in marks]
     hidden = _hidden(folder, output, found) if sandbox else None
@@ -234,14 +234,12 @@ def grade(
     for line in (*told, *handed.notes, *(lateness.strangers(found, policy) if policy else ())):
         console.print(line, style="yellow", markup=False)
     graded = {
-        one: grading.earlier(one, sources()[one.assignment], output, sandboxed=sandbox, seed=seed)
-        or {}
+        one: grading.earlier(one, names[one.assignment], output, sandboxed=sandbox, seed=seed) or {}
         for one in found
     }
     if missing := [one for one, scores in graded.items() if not scores]:
         with connect(scheduler, min(jobs or cores(), len(missing))) as cluster:
             _check_workers(cluster, hidden)
-            files.make_folder(output)
             results = _results(cluster, missing, output, hidden, seed)
             graded |= track(results, "grading", len(missing), console=console)
     graded = best(graded)

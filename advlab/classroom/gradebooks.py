@@ -19,7 +19,7 @@ import pandas as pd
 from rich.console import Console
 
 from advlab import files
-from advlab.classroom import spreadsheets
+from advlab.classroom import spreadsheets, statistics
 from advlab.classroom.lateness import Late
 from advlab.classroom.spreadsheets import Sheet, plain
 from advlab.classroom.submissions import CourseError, Person, Submission, printable
@@ -217,8 +217,7 @@ def write(
 ) -> None:
     """Write totals.csv and the filled gradebooks into `output`; print what is not in them."""
     points = earned(graded, late)
-    with files.atomic_write(output / "totals.csv") as temporary:
-        totals(points, late).to_csv(temporary, index=False, encoding="utf-8-sig")
+    statistics.write(totals(points, late), output / "totals.csv")
     for one, judged in late.items():
         if judged.share is None:
             line = f"{one.assignment} of {one.student}: {judged.reason}"
