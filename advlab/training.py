@@ -165,8 +165,20 @@ def attack_batch(
     return x
 
 
+def _soft_labels(averaged: nn.Module, images: Tensor, labels: Tensor, soft: float) -> Tensor:
+    """Return the labels (N, classes) of `Recipe.soft`, float32: true class and averaged answer."""
+    with torch.no_grad(), eval_mode(averaged):
+        answer = averaged(images).float().softmax(1)
+    return F.one_hot(labels, answer.shape[1]).float().lerp(answer, soft)
+
+
 def _loss(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    averaged: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch and the logits by which training accuracy is counted."""
     if not recipe.on_the_fly:
@@ -175,7 +187,10 @@ def _loss(
     attacked = attack_batch(model, images, labels, recipe, generator)
     if recipe.adversary != "trades":
         logits = model(attacked).float()
-        return F.cross_entropy(logits, labels), logits
+        target = labels
+        if averaged is not None and recipe.soft:
+            target = _soft_labels(averaged, images, labels, recipe.soft)
+        return F.cross_entropy(logits, target), logits
     clean, logits = model(torch.cat([images, attacked])).float().chunk(2)
     gap = F.kl_div(
         F.log_softmax(logits, 1), F.log_softmax(clean, 1), reduction="batchmean", log_target=True
@@ -340,7 +355,8 @@ class _Run:
         labels = labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             now = self.recipe.at_step(self.schedule.last_epoch, self.recipe.epochs * self.steps)
-            loss, logits = _loss(self.model, images, labels, now, generator)
+            averaged = self.averaged.module if self.averaged else None
+            loss, logits = _loss(self.model, images, labels, now, generator, averaged)
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
