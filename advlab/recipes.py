@@ -134,13 +134,13 @@ RS_FGSM = Recipe(
 FGSM = replace(
     RS_FGSM, name="fgsm", adversary="fgsm", eps=32 / 255, alpha=32 / 255, early_stopping=False
 )
-# The best that we found for these networks in two hours on two cores (lesson 07): two steps, an
+# The best that we found for these networks in an hour on two cores (lesson 07): two steps, an
 # attack a little larger than the one to withstand, the average of the last weights, half of the
 # label from that average, and more weight decay.
 ROBUST = replace(
     RS_FGSM,
     name="robust",
-    epochs=60,
+    epochs=40,
     weight_decay=2e-3,
     soft=0.5,
     adversary="pgd",
