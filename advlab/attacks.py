@@ -337,6 +337,7 @@ def pgd(
     targeted: Tensor | None = None,
     norm: str = "linf",
     loss: str = "ce",
+    eot: int = 1,
     seed: int = 0,
 ) -> Tensor:
     """Attack `images` with many small steps that stay within `eps` (Madry et al. 2018, 1706.06083).
@@ -346,7 +347,7 @@ def pgd(
     batch as soon as the model gets it wrong, so weak models are attacked in a fraction of the time;
     the others keep the point of highest loss over all steps and restarts.
 
-    Twelve parameters: those by which every attack library of the field calls PGD.
+    Thirteen parameters: those by which every attack library of the field calls PGD.
 
     Args:
         model, images, labels: As in `input_gradient`.
@@ -359,6 +360,10 @@ def pgd(
         targeted: (N,) int64, classes to reach, not the true ones; None: any wrong class will do.
         norm: "linf" or "l2".
         loss: As in `attack_loss`.
+        eot: How often the model is asked at each step; its gradients and losses are averaged
+            (expectation over transformation; Athalye et al. 2018, 1707.07397). For a model that
+            answers at random, give 10 or more: above 1 no image leaves the batch, because a wrong
+            answer may have been chance.
         seed: Of the random starts.
 
     Returns:
@@ -373,7 +378,7 @@ def pgd(
     check_eps(eps, "eps", norm, images.shape[1:])
     if not check_eps(alpha, "alpha", norm, images.shape[1:]) > 0:
         raise ValueError(f"alpha is {alpha}; a step must have a size above 0")
-    for name, count in (("steps", steps), ("restarts", restarts)):
+    for name, count in (("steps", steps), ("restarts", restarts), ("eot", eot)):
         check_integer(name, count, 1)
     if restarts > 1 and not random_start:
         raise ValueError(
@@ -387,7 +392,7 @@ def pgd(
         ball = _Ball(images.detach().float().clone(), eps, alpha, norm)
         goal = _Goal(labels.clone(), aim, loss)
         generator = torch.Generator().manual_seed(seed) if random_start else None
-        made = _walk(model, ball, goal, steps, restarts, generator)
+        made = _walk(model, ball, goal, steps, restarts, eot, generator)
         return _round_towards(images.detach(), made)
 
 
@@ -397,6 +402,7 @@ def _walk(
     goal: _Goal,
     steps: int,
     restarts: int,
+    eot: int,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Return the worst points that `restarts` walks of `steps` steps find, float32."""
@@ -406,15 +412,22 @@ def _walk(
     share = sharing(model, worst)
 
     def go_on(x: Tensor, last: bool, part: Tensor) -> Tensor:
-        """Judge the images numbered by `part`, let them take a step; return those that hold."""
+        """Judge the images numbered by `part`, let them take a step; return those that go on."""
         now = x[part].requires_grad_(not last)
-        logits = check_outputs(ask(model, now), goal.labels[part])
-        losses, broken = goal.judge(logits, part)
-        worse = broken | (losses.detach() > highest[part])
+        found, gradient = torch.zeros_like(highest[part]), torch.zeros(())
+        for _ in range(eot):
+            logits = check_outputs(ask(model, now), goal.labels[part])
+            losses, broken = goal.judge(logits, part)
+            found = found + losses.detach()
+            if not last:  # one answer's graph at a time
+                gradient = gradient + gradient_of(losses.sum(), now)
+        if eot > 1:
+            broken = torch.zeros_like(broken)
+        worse = broken | (found > highest[part])
         worst[part[worse]] = now.detach()[worse]
-        highest[part[worse]] = losses.detach()[worse]
+        highest[part[worse]] = found[worse]
         if not last:
-            x[part] = ball.step(now.detach(), gradient_of(losses.sum(), now), part)
+            x[part] = ball.step(now.detach(), gradient, part)
         return part[~broken]
 
     for _ in range(restarts):

@@ -435,6 +435,7 @@ def test_direction_of_other_images_is_refused(batch):
             {"restarts": 2, "random_start": False},
             "restarts is 2 .*; give 1: without",
         ),
+        ({"eot": 0}, "eot is 0; it must be an integer from 1"),
         ({"norm": "l1"}, "unknown norm 'l1'; choose one of linf, l2"),
         ({"loss": "mse"}, "unknown loss 'mse'; choose one of ce, dlr, margin"),
         ({"norm": "l2", "eps": 128}, "eps is 128; as an L2 length .* 0 to 55.4.* divided by 255"),
@@ -572,6 +573,51 @@ def test_image_that_stands_keeps_its_point_of_highest_loss(alpha, steps, best):
 
     attacked = pgd(model, images, labels, 0.2, alpha=alpha, steps=steps, random_start=False)
     assert torch.allclose(attacked, torch.full_like(images, best), rtol=0, atol=1e-6)
+
+
+class Alternating:
+    """A model of two classes that answers by two rules in turn; true class 0 in one rule alone."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        first, second = x[:, 0].mean((1, 2)), x[:, 1].mean((1, 2))
+        # Channel 0 pulls one way in every second answer, three times as strongly in the others.
+        other = 3 * first + second - 1 if self.calls % 2 else second - first
+        return torch.stack([torch.zeros(len(x)), other], 1)
+
+
+def test_gradients_of_several_answers_are_averaged():
+    images, labels = torch.full((2, 3, 8, 8), 0.2), torch.zeros(2, dtype=torch.int64)
+    options = {"alpha": 0.1, "steps": 1, "random_start": False, "loss": "margin"}
+    model = Alternating()
+    model.calls = 1  # the first answer is the weak one, which pulls channel 0 the wrong way
+    assert torch.equal(pgd(model, images, labels, 0.1, **options), images)
+    model = Alternating()
+    several = pgd(model, images, labels, 0.1, eot=4, **options)
+    assert torch.allclose(several[:, :2], torch.tensor(0.3), atol=1e-6)
+    assert model.calls == 8  # four answers at the start, four after the only step
+
+
+def test_an_image_that_was_wrong_by_chance_stays_in_the_batch():
+    images, labels = torch.full((2, 3, 8, 8), 0.45), torch.zeros(2, dtype=torch.int64)
+    options = {"alpha": 0.01, "steps": 5, "random_start": False, "loss": "margin"}
+    # Its first answer is wrong: 3 * 0.45 + 0.45 - 1 is above 0.
+    assert torch.equal(pgd(Alternating(), images, labels, 0.1, **options), images)
+    moved = pgd(Alternating(), images, labels, 0.1, eot=2, **options)
+    assert torch.allclose(moved[:, :2], torch.tensor(0.5), atol=1e-6)
+
+
+def test_asking_more_often_changes_nothing_for_a_model_that_answers_the_same(undecided):
+    model, images, labels = undecided
+    options = {"alpha": UNDECIDED_EPS / 8, "steps": 2, "random_start": False}
+    once = pgd(model, images, labels, UNDECIDED_EPS, **options)
+    twice = pgd(model, images, labels, UNDECIDED_EPS, eot=2, **options)
+    standing = is_right(model, once, labels)
+    assert 10 < standing.sum() < len(images)
+    assert torch.equal(once[standing], twice[standing])
 
 
 def test_broken_image_leaves_at_its_first_wrong_point(undecided):
