@@ -85,8 +85,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
         if self.soft and (not self.average or self.adversary not in ("fgsm", "rs-fgsm", "pgd")):
             raise ValueError(
-                f"soft is {self.soft}; it needs the average of the weights, whose answers it takes, "
-                f'and one of the adversaries "fgsm", "rs-fgsm" and "pgd"'
+                f"soft is {self.soft}; it needs an average of the weights, whose answers it takes, "
+                'and the adversary "fgsm", "rs-fgsm" or "pgd"'
             )
 
     @property

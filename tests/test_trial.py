@@ -15,7 +15,7 @@ from advlab.data import ImageData
 from advlab.lab import Lab
 from advlab.recipes import Profile
 from advlab.store import Store
-from advlab.upkeep import trial
+from advlab.upkeep import readme, trial
 
 
 @pytest.fixture
@@ -87,12 +87,49 @@ def test_the_swept_model_is_attacked_at_every_size(house, monkeypatch):
     assert list(sizes["test_eps"]) == [*trial.SWEEP, trial.EPS]
 
 
-def test_the_best_model_gets_twice_as_many_images(house, monkeypatch):
-    monkeypatch.setattr(trial, "BEST", "cnn eps=0.1")
-    table, text = run(auto_n=15)
-    auto = table[table["attack"] == "autoattack"].set_index("model")["n"]
-    assert auto.to_dict() == {"cnn baseline": 15, "cnn eps=0.1": 30}
-    assert "15 to 30" in text
+def test_pairs_are_compared_on_the_same_images_and_written(house):
+    _, text = run(auto_n=20)
+    assert "25.0 (11.2 to 46.9)" in text  # 5 of 20, and the interval
+    pairs = pd.read_csv(files.home() / "outputs" / "audit" / "audit_pairs.csv")
+    columns = ["model", "other", "model_only", "other_only", "n", "p", "p_corrected"]
+    assert list(pairs) == columns
+    assert pairs.iloc[0].tolist() == ["cnn baseline", "cnn eps=0.1", 0, 0, 20, 1.0, 1.0]
+
+
+def held(*right, n=40):
+    """Return which of `n` images hold: those numbered."""
+    found = torch.zeros(n, dtype=torch.bool)
+    found[list(right)] = True
+    return found
+
+
+def test_models_are_compared_two_by_two_the_best_first():
+    found = {"none": held(), "b": held(*range(20)), "a": held(*range(30)), "c": held(*range(5, 25))}
+    table = trial.compare(found)
+    assert list(zip(table["model"], table["other"], strict=True)) == [
+        ("a", "b"),
+        ("a", "c"),
+        ("b", "c"),
+    ]
+    assert list(table["model_only"]) == [10, 10, 5]
+    assert list(table["other_only"]) == [0, 0, 5]
+    assert table["p"].tolist() == pytest.approx([2 * 0.5**10, 2 * 0.5**10, 1.0])
+    assert table["p_corrected"].tolist() == pytest.approx([6 * 0.5**10, 6 * 0.5**10, 1.0])
+    assert readme.pairs_text(table) == (
+        "Under AutoAttack on the same 40 images, two by two (McNemar's exact test, corrected for 3 "
+        "pairs after Holm): `a` is ahead of `b` (10 images against 0, p = 0.0059); `b` cannot be "
+        "told from `c` (5 images against 5, p = 1)."
+    )
+
+
+def test_a_column_of_other_numbers_of_images_is_refused(house):
+    table, _ = run(auto_n=20)
+    first = (table["model"] == "cnn baseline") & (table["attack"] == "autoattack")
+    table.loc[first, "n"] = 10
+    with pytest.raises(
+        ValueError, match="autoattack was measured on 10 images of one model and 20"
+    ):
+        readme.board_table(table)
 
 
 def test_unknown_model_is_refused_by_name_without_a_traceback(house):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,47 @@ def mean_difference(rows: pd.DataFrame) -> str:
 
 
 def board_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies of `evaluation.board` in %: texts, with the number of images."""
+    """Return the accuracies of `evaluation.board` in %: texts, with the number of images.
+
+    The last column has each accuracy's 95 % interval, too.
+
+    Raises:
+        ValueError: if an attack saw other numbers of images for one model than for another.
+    """
     board, counts = evaluation.board(rows), rows.groupby("attack")["n"].agg(["min", "max"])
     heads = {}
     for attack in board:
         low, high = counts.loc[attack]
-        heads[attack] = f"{attack} (n = {low:,}{f' to {high:,}' if high > low else ''})"
-    return (100 * board).map("{:.1f}".format).rename(columns=heads)
+        if low < high:
+            raise ValueError(
+                f"{attack} was measured on {low:,} images of one model and {high:,} of another; a "
+                "column compares them, so measure both on the same: advlab audit"
+            )
+        heads[attack] = f"{attack} (n = {low:,})"
+    texts = (100 * board).map("{:.1f}".format)
+    last = board.columns[-1]
+    at_eps = rows[(rows["attack"] == last) & (rows["test_eps"] == rows["test_eps"].max())]
+    bounds = 100 * at_eps.set_index("model")[["low", "high"]]
+    texts[last] += bounds.apply(" ({low:.1f} to {high:.1f})".format_map, axis=1)
+    return texts.rename(columns=heads)
+
+
+def pairs_text(pairs: pd.DataFrame) -> str:
+    """Return which models of the trial are ahead of the next ones, by `trial.compare`'s table."""
+    ranked = list(dict.fromkeys([*pairs["model"], *pairs["other"]]))
+    found = pairs.set_index(["model", "other"])
+    parts = []
+    for model, other in pairwise(ranked):
+        row = found.loc[(model, other)]
+        verdict = "is ahead of" if row["p_corrected"] < 0.05 else "cannot be told from"
+        parts.append(
+            f"`{model}` {verdict} `{other}` ({row['model_only']} images against "
+            f"{row['other_only']}, p = {row['p_corrected']:.2g})"
+        )
+    return (
+        f"Under AutoAttack on the same {pairs['n'].max():,} images, two by two (McNemar's exact "
+        f"test, corrected for {len(pairs)} pairs after Holm): {'; '.join(parts)}."
+    )
 
 
 def _seeds(home: Path, arch: str) -> pd.DataFrame:
@@ -160,8 +195,10 @@ def trial_block(home: Path) -> str:
     rows = rows[rows["architecture"].isin(TABLES) & known]
     return (
         "Accuracy in % on CIFAR-10, seed 0, L-inf, eps 8/255, every model attacked with its own "
-        "gradient; pgd-50x3 is 50 steps from three random starts on cross entropy and margin."
+        "gradient; pgd-50x3 is 50 steps from three random starts on cross entropy and margin. "
+        "In brackets: the 95 % interval."
         f"\n\n{markdown(board_table(rows).reset_index())}"
+        f"\n\n{pairs_text(pd.read_csv(home / 'figures' / 'audit_pairs.csv'))}"
     )
 
 

@@ -5,16 +5,19 @@ the cache, so a run that was interrupted goes on from there, and a second one is
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from torch import Tensor
 
 from advlab import autoattack, evaluation, files
 from advlab.checkpoints import Checkpoint, load
+from advlab.comparison import holm, mcnemar
 from advlab.lab import Lab
 from advlab.store import Store
 from advlab.upkeep import readme, tasks
@@ -26,8 +29,6 @@ from advlab.upkeep.tasks import Options
 EPS = 8 / 255
 # The paper's best CNN is attacked at smaller sizes too: lesson 06 draws the curve.
 SWEPT, SWEEP = "cnn eps=0.2", (1 / 255, 2 / 255, 4 / 255)
-# The model that the README's claim is about gets twice as many images for AutoAttack.
-BEST = "cnn robust"
 
 
 def run(
@@ -44,15 +45,17 @@ def run(
 ) -> pd.DataFrame:
     """Measure the shipped models under white-box attacks at eps = 8/255; print and write a table.
 
-    A row of what is printed is a model, the best under AutoAttack first.
+    A row of what is printed is a model, the best under AutoAttack first. A second table says which
+    of them a paired test tells apart (see `compare`).
 
     Args:
         names: File names of checkpoints, or beginnings of them ("cnn-eps"); all for none.
         dataset, data_dir, device: As in `lab.start`.
-        auto_n: Images for AutoAttack and for PGD with restarts, the first of the test split (twice
-            as many for the model `BEST`); 0 leaves both out.
+        auto_n: Images for AutoAttack and for PGD with restarts, the first of the test split; the
+            same for all models. 0 leaves both out.
         test_n: Images for FGSM and PGD-20; None for all.
-        publish: Write figures/audit.csv of the repository, not outputs/audit/audit.csv.
+        publish: Write audit.csv and audit_pairs.csv into the repository's figures, not into
+            outputs/audit.
         scheduler: Which cluster measures; see `cluster.connect`.
 
     Raises:
@@ -77,12 +80,37 @@ def run(
     table = pd.concat([trial.rows(known) for trial in trials], ignore_index=True)
     folder = files.home() / ("figures" if publish else "outputs/audit")
     files.write_table(folder / "audit.csv", table)
+    if auto_n:
+        held = {trial.checkpoint.name: trial.held(EPS, known) for trial in trials}
+        files.write_table(folder / "audit_pairs.csv", compare(held))
     title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
     texts = readme.board_table(table)
     texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
     print_table(title, texts, console)
     console.print(f"Written: {folder / 'audit.csv'}", soft_wrap=True, markup=False)
     return table
+
+
+def compare(held: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Compare the models two by two, each pair on the same images (McNemar's exact test).
+
+    Args:
+        held: By model, which images AutoAttack leaves right: (N,) bool, in one order. Models that
+            hold none are left out: nothing is to be told apart among them.
+
+    Returns:
+        A row a pair, the model that holds more first: model, other, model_only and other_only
+        (images that only one of the two holds), n, p, and p_corrected for all pairs (Holm).
+    """
+    names = sorted((name for name in held if held[name].any()), key=lambda name: -held[name].sum())
+    rows = []
+    for model, other in combinations(names, 2):
+        model_only, other_only, p = mcnemar(held[model], held[other])
+        n = len(held[model])
+        rows.append((model, other, model_only, other_only, n, p))
+    columns = ["model", "other", "model_only", "other_only", "n", "p"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(p_corrected=holm(table["p"].tolist()))
 
 
 def choose_models(names: Sequence[str]) -> list[Path]:
@@ -111,8 +139,7 @@ class _Trial:
     @property
     def n(self) -> int:
         """Images for AutoAttack."""
-        n = 2 * self.auto_n if self.checkpoint.name == BEST else self.auto_n
-        return min(n, len(self.opened.data.test))
+        return min(self.auto_n, len(self.opened.data.test))
 
     def attacks(self) -> dict[str, int | None]:
         """Return how many images each attack of the catalogue gets."""
@@ -128,7 +155,7 @@ class _Trial:
             each: As in `autoattack.auto_attack`.
         """
         checkpoint, data, parts = self.checkpoint, self.opened.data, []
-        model = checkpoint.model.to(self.opened.device)
+        checkpoint.model.to(self.opened.device)
         for attack, count in self.attacks().items():
             some = replace(data, test=data.test.first(count))
             parts.append(
@@ -138,12 +165,7 @@ class _Trial:
             )
         swept = (*SWEEP, EPS) if checkpoint.name == SWEPT else (EPS,)
         for eps in swept if self.auto_n else ():
-            batch = data.test.first(self.n).batch(slice(None))
-            label = f"{checkpoint.name}, AutoAttack"
-            held = autoattack.auto_attack(
-                model, *batch, eps, store=store, progress=label, each=each
-            )
-            found = int(held.sum()), math.nan
+            found = int(self.held(eps, store, each).sum()), math.nan
             row = evaluation.result_row(
                 checkpoint, data.name, eps, "autoattack", evaluation.WHITE_BOX, found, self.n
             )
@@ -151,6 +173,12 @@ class _Trial:
         measured = pd.concat(parts, ignore_index=True)
         measured.loc[measured["test_eps"] == 0, "attack"] = "clean"
         return measured
+
+    def held(self, eps: float, store: Store, each: autoattack.Each = map) -> Tensor:
+        """Return which of the first `n` test images AutoAttack leaves right: (n,) bool."""
+        batch = self.opened.data.test.first(self.n).batch(slice(None))
+        model, label = self.checkpoint.model, f"{self.checkpoint.name}, AutoAttack"
+        return autoattack.auto_attack(model, *batch, eps, store=store, progress=label, each=each)
 
     def is_measured(self, known: Store) -> bool:
         """Tell whether a store that computes nothing has all of it."""
