@@ -92,12 +92,11 @@ def test_fgsm_equation(shapes):
 
 
 def test_a_model_looks_the_same_in_every_figure(table):
-    names = [
-        f"cnn {how}" for how in ("baseline", "robust", "rs-fgsm", "eps=0.1", "eps=0.2", "eps=0.3")
-    ]
+    hows = ("baseline", "robust", "robust-soft", "rs-fgsm", "eps=0.1", "eps=0.2", "eps=0.3")
+    names = [f"cnn {how}" for how in hows]
     looks = [plots.model_look(name) for name in names]
-    assert len({str(look["color"]) for look in looks}) == len({x["marker"] for x in looks}) == 6
-    assert plots.model_look("cnn-lstm eps=0.2") == looks[4] | {"linestyle": "--"}
+    assert len({str(look["color"]) for look in looks}) == len({x["marker"] for x in looks}) == 7
+    assert plots.model_look("cnn-lstm eps=0.2") == looks[5] | {"linestyle": "--"}
     table["model"] = ["cnn " + paper.eps_label(eps).replace(" ", "") for eps in table["train_eps"]]
     for hue in ("train_eps", "model"):
         for rows in (table, table[table["train_eps"] > 0]):

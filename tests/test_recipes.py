@@ -32,6 +32,9 @@ def test_augmented_set_has_its_own_number_of_epochs_and_no_flip():
     assert PAPER.for_augmented_set() == replace(PAPER, flip=False)
 
 
+PGD = {"adversary": "pgd", "eps": 0.1, "alpha": 0.1}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -45,6 +48,9 @@ def test_augmented_set_has_its_own_number_of_epochs_and_no_flip():
         ({"optimiser": "lion"}, "unknown optimiser 'lion'; choose one of adam, sgd"),
         ({"warm_up": 1.0}, "warm_up is 1.0"),
         ({"average": 1.0}, "average is 1.0; it must be from 0 to below 1"),
+        ({"soft": 1.0, "average": 0.9, **PGD}, "soft is 1.0; it must be from 0 to below 1"),
+        ({"soft": 0.5, **PGD}, "soft is 0.5; it needs an average of the weights"),
+        ({"soft": 0.5, "average": 0.9}, 'soft is 0.5; .* the adversary "fgsm", "rs-fgsm" or "pgd"'),
         ({"adversary": "noise"}, "unknown adversary 'noise'; choose one of fixed, fgsm, rs-fgsm"),
         ({"adversary": "pgd"}, r"eps is 0.0 and alpha 0.0; pgd needs both above 0"),
         ({"adversary": "pgd", "eps": 8}, "eps is 8; it must be a number from 0 to 1"),
@@ -100,7 +106,7 @@ def test_models_are_those_of_the_lessons(profile):
     for arch in ("cnn", "cnn-lstm", "cnn-lstm-positions"):  # the directions are the baseline's
         assert min(wanted.index(m) for m in wanted if m[0] == arch) == wanted.index((arch, 0.0))
     adversarial = profile.adversarial_models()
-    assert len(adversarial) == len(set(adversarial)) == 7
+    assert len(adversarial) == len(set(adversarial)) == 8
     assert {recipe.name for arch, recipe in adversarial if arch == "cnn"} == {*profile.adversarial}
 
 

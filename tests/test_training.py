@@ -233,6 +233,7 @@ def killed(split, path, batch, **options):
         (FOUR, False),
         (replace(FOUR, one_cycle=True), False),
         (replace(FOUR, average=0.9, one_cycle=True, optimiser="sgd", **TRADES), True),
+        (replace(FOUR, average=0.9, soft=0.5, adversary="pgd", eps=0.05, alpha=0.06), False),
     ],
 )
 @pytest.mark.parametrize("batch", [11, 13])  # of five an epoch: the third's first, and its middle
@@ -490,6 +491,29 @@ def test_average_of_the_weights_is_the_result(tiny_shapes):
         expected = decay * expected + (1 - decay) * weights
     torch.testing.assert_close(next(averaged.parameters()).detach(), expected)
     assert weights_hash(plain) != weights_hash(averaged)
+
+
+def test_soft_labels_are_half_of_the_averaged_answer_to_the_clean_images(shapes):
+    model, averaged = make_small_cnn().train(), make_small_cnn(1).train()
+    images, labels = shapes.train.batch(slice(0, 20))
+    before = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
+    recipe = adversarial("pgd", average=0.9, soft=0.25)
+    twin = copy.deepcopy(model)
+    loss, _ = training._loss(model, images, labels, recipe, generator(), averaged)
+    assert averaged.training
+    assert_same_state(averaged, before)
+    made = attack_batch(twin, images, labels, recipe, generator())
+    true = torch.nn.functional.one_hot(labels, 10)
+    expected = 0.75 * true + 0.25 * averaged.eval()(images).softmax(1)
+    wanted = -(expected * twin(made).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_soft_labels_come_from_the_average_of_the_weights_in_training(tiny_shapes):
+    recipe = adversarial("pgd", average=0.9)
+    hard, _ = fitted(tiny_shapes.train, recipe=recipe)
+    soft, _ = fitted(tiny_shapes.train, recipe=replace(recipe, soft=0.5))
+    assert weights_hash(hard) != weights_hash(soft)
 
 
 def test_validation_keeps_the_best_epoch(shapes, monkeypatch):

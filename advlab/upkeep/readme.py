@@ -104,8 +104,8 @@ def pairs_text(pairs: pd.DataFrame) -> str:
         row = found.loc[(model, other)]
         verdict = "is ahead of" if row["p_corrected"] < 0.05 else "cannot be told from"
         parts.append(
-            f"`{model}` {verdict} `{other}` ({row['model_only']} images against "
-            f"{row['other_only']}, p = {row['p_corrected']:.2g})"
+            f"`{model}` {verdict} `{other}` ({row['model_only']:.0f} images against "
+            f"{row['other_only']:.0f}, p = {row['p_corrected']:.2g})"
         )
     return (
         f"Under AutoAttack on the same {pairs['n'].max():,} images, two by two (McNemar's exact "
