@@ -96,9 +96,9 @@ class Lab:
             engine: Any = figure.get_layout_engine()
             if engine is not None:
                 engine.set(rect=(0, foot, 1, 1 - foot))
-            figure.text(
-                0.99, 0.01, self.caption(n, recipe), ha="right", va="bottom", size=8, color="0.3"
-            )
+            size = max(8.0, figure.get_figwidth())  # a page shows a wide figure reduced
+            style: dict[str, Any] = {"ha": "right", "va": "bottom", "size": size, "color": "0.3"}
+            figure.text(0.99, 0.01, self.caption(n, recipe), **style)
             files.write_bytes(folder / f"{name}.png", _render(figure))
         if table is not None:
             files.write_table(folder / f"{name}.csv", table)

@@ -21,7 +21,19 @@ from torch import Tensor
 from advlab import paper
 
 MARKERS = "osD^vPX*h<>"
+DODGE = 0.0009  # of test eps, between neighbouring bars over seeds
 
+
+# One attack has one look in all lessons, by its name in the catalogue.
+ATTACKS = {
+    "clean": ("black", "o"),  # no attack at all
+    "fgsm-per-image": ("#0173B2", "o"),  # the paper's
+    "fgsm": ("#DE8F05", "s"),
+    "pgd-20": ("#029E73", "D"),
+    "pgd-10": ("#029E73", "D"),
+    "autoattack": ("#D55E00", "^"),
+    "noise": ("#949494", "v"),
+}
 
 # One model has one look in all lessons: its training gives colour and marker, its architecture the
 # line. Those that were trained with an eps go from purple to yellow as it grows.
@@ -38,10 +50,16 @@ TRAININGS = {
 LINES = {"cnn": "-", "cnn-lstm": "--", "cnn-lstm-positions": "-."}
 
 
+def attack_look(name: str) -> dict[str, Any]:
+    """Return color and marker of an attack, by its name ("pgd-20"); nothing for an unknown one."""
+    return dict(zip(("color", "marker"), ATTACKS.get(name, ()), strict=False))
+
+
 def model_look(name: str) -> dict[str, Any]:
     """Return color, marker and linestyle of a model, by its name ("cnn eps=0.2").
 
-    Nothing is returned for a name that none of our models has.
+    The markers of networks that read positions are hollow. Nothing is returned for a name that none
+    of our models has.
     """
     arch, _, training = name.partition(" ")
     how, _, size = training.partition("=")
@@ -56,7 +74,8 @@ def model_look(name: str) -> dict[str, Any]:
         marker = MARKERS[known.index(eps)] if eps in known else "."
     else:
         return {}
-    return {"color": colour, "marker": marker, "linestyle": LINES.get(arch, "-")}
+    look = {"color": colour, "marker": marker, "linestyle": LINES.get(arch, "-")}
+    return look | ({"fillstyle": "none"} if arch == "cnn-lstm-positions" else {})
 
 
 def use_style() -> None:
@@ -185,6 +204,24 @@ def confusion_matrix(counts: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+def class_accuracies(table: pd.DataFrame, overall: float) -> Figure:
+    """Draw a bar for each class, with its 95 % interval, and a line at the accuracy of them all.
+
+    Args:
+        table: Rows with class, accuracy, low and high (fractions).
+        overall: Accuracy over all classes, a fraction.
+    """
+    figure, axis = plt.subplots(figsize=(max(8, len(table) / 5), 3.6))
+    height, low, high = (100 * table[column] for column in ("accuracy", "low", "high"))
+    axis.bar(table["class"], height, yerr=[height - low, high - height], capsize=4, width=0.65)
+    axis.axhline(100 * overall, color="black", linestyle="--", linewidth=1, label="all classes")
+    axis.set(ylabel="clean accuracy (%)", ylim=(0, 105))
+    axis.tick_params(axis="x", rotation=30)
+    axis.grid(False, axis="x")
+    axis.legend(loc="upper left", fontsize="small")
+    return figure
+
+
 def curves(
     table: pd.DataFrame,
     *,
@@ -200,9 +237,10 @@ def curves(
     Args:
         table: Tidy rows; accuracies carry their 95 % interval (low, high) as a band.
         value: "accuracy" (drawn in percent) or "loss".
-        hue: Column that tells the lines apart; "model" and "train_eps" get the look of the model.
+        hue: Column that tells the lines apart; "model" and "train_eps" get the look of the model,
+            other lines that of their attack, if no two have the same.
         beside: The paper's rows, drawn dotted in the same colours.
-        seeds: Rows of `advlab sweep`: the band of a line that they have then reaches from the
+        seeds: Rows of `advlab sweep`: a line that they have gets a bar at each test eps, from the
             lowest to the highest seed, and undefended networks of other seeds, under the same
             attack, get a line of their own.
         title: Of the figure.
@@ -211,6 +249,8 @@ def curves(
     scale = 100 if value == "accuracy" else 1
     by_model = hue in ("model", "train_eps")
     groups = list(table.groupby(hue, sort=hue == "train_eps"))
+    attacks = [] if by_model else [str(rows["attack"].iloc[0]) for _, rows in groups]
+    by_attack = len(set(attacks)) == len(groups)
     palette = sns.color_palette("colorblind", len(groups))
     own, others = _own_and_others(seeds, table)
     figure, axis = plt.subplots(figsize=(7.2, 4.0))
@@ -221,21 +261,27 @@ def curves(
             name = f"{rows['architecture'].iloc[0]} {label.replace(' ', '')}"
         look: dict[str, Any] = {"color": palette[i], "marker": MARKERS[i % len(MARKERS)]}
         look |= model_look(name) if by_model else {}
+        look |= attack_look(attacks[i]) if by_attack else {}
         x, colour = rows["test_eps"], look["color"]
         axis.plot(x, scale * rows[value], markersize=5, label=label, **look)
-        alike = own[own[hue].eq(key) & own["architecture"].isin(rows["architecture"])]
-        if len(alike):
-            _band_over_seeds(axis, alike, scale, value, colour)
-        elif value == "accuracy":
+        if value == "accuracy":
             low, high = scale * rows["low"], scale * rows["high"]
             axis.fill_between(x, low, high, color=colour, alpha=0.2)
+        alike = own[own[hue].eq(key) & own["architecture"].isin(rows["architecture"])]
+        if len(alike):
+            _bars_over_seeds(axis, alike, scale, value, colour, (i - len(groups) / 2) * DODGE)
         if beside is not None:
             theirs = beside[beside[hue] == key].dropna(subset=[value])
             axis.plot(theirs["test_eps"], scale * theirs[value], ":", color=colour, linewidth=2)
     for arch, rows in others.groupby("architecture"):
         look = model_look(f"{arch} other seeds")
-        means = _band_over_seeds(axis, rows, scale, value, look["color"])
+        shift = len(groups) / 2 * DODGE
+        means = _bars_over_seeds(axis, rows, scale, value, look["color"], shift)
         axis.plot(means, markersize=5, label=f"no defence, other seeds ({arch})", **look)
+    if len(own):
+        axis.vlines([], 0, 0, color="0.3", linewidth=3, alpha=0.5, label="lowest to highest seed")
+    if value == "accuracy":
+        axis.fill_between([], [], color="0.3", alpha=0.2, label="95 % interval")
     if beside is not None:
         axis.plot([], [], ":", color="0.3", linewidth=2, label="the paper's (dotted)")
     axis.set(xlabel="test eps (pixel range [0, 1])", ylabel="loss (cross entropy)", title=title)
@@ -255,21 +301,25 @@ def curves(
 def gains(table: pd.DataFrame) -> Figure:
     """Draw gains in accuracy against test eps, a bar for each architecture (Figure 3).
 
+    They have the colour of the eps = 0.2 networks, and an edge like those networks' lines.
+
     Args:
         table: Tidy rows with architecture, test_eps and gain (points). Drawn where they are there:
             "paper", hatched bars; "lowest" and "highest" of several seeds, a thin line;
             "undefended", a cross: what a network without a defence gains by being another one.
     """
-    groups, hatched = list(table.groupby("architecture")), "paper" in table
-    places, width = np.arange(table["test_eps"].nunique()), 0.4 / (1 + hatched)
-    figure, axis = plt.subplots(figsize=(7.6, 3.8))
+    groups, with_paper = list(table.groupby("architecture")), "paper" in table
+    places, width = np.arange(table["test_eps"].nunique()), 0.4 / (1 + with_paper)
+    figure, axis = plt.subplots(figsize=(9.0, 3.8))
     for i, (arch, rows) in enumerate(groups):
-        colour, at = f"C{2 * i}", places + 0.4 * (i - 1) + width / 2
-        axis.bar(at, rows["gain"], width, color=colour, label=arch)
+        look, at = model_look(f"{arch} eps=0.2"), places + 0.4 * (i - 1) + width / 2
+        style: dict[str, Any] = {"edgecolor": look["color"], "linestyle": look["linestyle"]}
+        pale = (look["color"][:3], 0.3) if i else look["color"]
+        axis.bar(at, rows["gain"], width, color=pale, label=arch, linewidth=1.5, **style)
         if "lowest" in table:
             axis.vlines(at, rows["lowest"], rows["highest"], color="black")
-        if hatched:
-            style: dict[str, Any] = {"color": "white", "edgecolor": colour, "hatch": "////"}
+        if with_paper:
+            style |= {"color": "white", "hatch": "////"}
             axis.bar(at + width, rows["paper"], width, label=f"{arch}, the paper's", **style)
         if "undefended" in table:
             axis.plot(at, rows["undefended"], "X", color="white", markeredgecolor="black")
@@ -281,7 +331,7 @@ def gains(table: pd.DataFrame) -> Figure:
     axis.axhline(0, color="0.3", linewidth=1)
     axis.set_xticks(places, [f"{eps:g}" for eps in sorted(set(table["test_eps"]))])
     axis.set(xlabel="test eps (pixel range [0, 1])", ylabel="gain (points)")
-    axis.legend(loc="upper left", fontsize="small")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
     return figure
 
 
@@ -296,12 +346,17 @@ def _own_and_others(
     return seeds.query("source_seed == seed"), seeds.query("source_seed != seed")
 
 
-def _band_over_seeds(
-    axis: Axes, rows: pd.DataFrame, scale: float, value: str, colour: Any
+def _bars_over_seeds(
+    axis: Axes, rows: pd.DataFrame, scale: float, value: str, colour: Any, shift: float
 ) -> "pd.Series[float]":
-    """Draw a band from the lowest to the highest seed at each test eps; return the means."""
+    """Draw a bar from the lowest to the highest seed, `shift` beside each test eps.
+
+    Returns:
+        The mean over seeds at each test eps.
+    """
     found = scale * rows.groupby("test_eps")[value].agg(["mean", "min", "max"])
-    axis.fill_between(found.index, found["min"], found["max"], color=colour, alpha=0.2)
+    look: dict[str, Any] = {"color": colour, "linewidth": 3, "alpha": 0.5}
+    axis.vlines(found.index + shift, found["min"], found["max"], **look)
     return found["mean"]
 
 
@@ -332,16 +387,20 @@ def over_seeds(table: pd.DataFrame) -> Figure:
 
 
 def difference_map(comparison: pd.DataFrame, title: str = "") -> Figure:
-    """Draw ours minus the paper's, in points, for every entry (`paper.compare`)."""
+    """Draw ours minus the paper's, in points, for every entry (`paper.compare`).
+
+    Each entry has its number, so there is no scale of colours.
+    """
     architectures = list(dict.fromkeys(comparison["architecture"]))
     figure, axes = plt.subplots(
-        1, len(architectures), figsize=(5.2 * len(architectures), 3.2), squeeze=False
+        1, len(architectures), figsize=(4.6 * len(architectures), 3.0), squeeze=False, sharey=True
     )
     limit = max(2.0, float(np.ceil(comparison["difference"].abs().max())))
     for axis, arch in zip(axes[0], architectures, strict=True):
         entries = paper.wide(comparison[comparison["architecture"] == arch], "difference")
-        scale = {"cmap": "PuOr_r", "center": 0, "vmin": -limit, "vmax": limit}
-        _heat_map(axis, entries, "ours - paper (points)", arch, fmt="+.1f", **scale)
+        scale = {"cmap": "PuOr_r", "center": 0, "vmin": -limit, "vmax": limit, "cbar": False}
+        _heat_map(axis, entries, "", arch, fmt="+.1f", annot_kws={"size": 13}, **scale)
+        axis.label_outer()
     figure.suptitle(title)
     return figure
 

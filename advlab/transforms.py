@@ -1,14 +1,36 @@
-"""FGSM as a torchvision transform, for a chain of data augmentations (paper, section 6.1)."""
+"""FGSM as a torchvision transform, for a chain of data augmentations (paper, section 6.1).
+
+`Pictures` is a data set for such a chain to work on.
+"""
 
 from numbers import Real
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from advlab._torchvision import tv_tensors, v2
 from advlab.attacks import check_eps, fgsm
-from advlab.data import check_batch
+from advlab.data import Split, check_batch
 from advlab.forward import Classifier
+
+
+class Pictures(torch.utils.data.Dataset[tuple[Image, int]]):
+    """A split as torchvision's data sets give theirs: at an index, a PIL picture and its label.
+
+    Args:
+        split: On any device.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        picture = v2.functional.to_pil_image(self.split.images[index].cpu())
+        return picture, int(self.split.labels[index])
 
 
 class FGSMTransform(v2.Transform):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import make_batch
 from matplotlib import pyplot as plt
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from advlab import paper, plots
+from advlab import catalogue, paper, plots
 from advlab.bench import picture
 from advlab.evaluation import confusion, wilson
 
@@ -97,6 +98,8 @@ def test_a_model_looks_the_same_in_every_figure(table):
     looks = [plots.model_look(name) for name in names]
     assert len({str(look["color"]) for look in looks}) == len({x["marker"] for x in looks}) == 7
     assert plots.model_look("cnn-lstm eps=0.2") == looks[5] | {"linestyle": "--"}
+    hollow = {"linestyle": "-.", "fillstyle": "none"}
+    assert plots.model_look("cnn-lstm-positions eps=0.2") == looks[5] | hollow
     table["model"] = ["cnn " + paper.eps_label(eps).replace(" ", "") for eps in table["train_eps"]]
     for hue in ("train_eps", "model"):
         for rows in (table, table[table["train_eps"] > 0]):
@@ -136,6 +139,18 @@ def test_confusion_matrix_of_any_number_of_classes(classes):
     assert len(figure.axes[0].texts) == (4 if classes == 2 else 0)  # 10,201 could not be read
 
 
+def test_class_accuracies():
+    table = pd.DataFrame(
+        {"class": ["cat", "ship"], "accuracy": [0.5, 0.9], "low": [0.4, 0.88], "high": [0.6, 0.95]}
+    )
+    (axis,) = plots.class_accuracies(table, 0.7).axes
+    assert [bar.get_height() for bar in axis.patches] == [50, 90]
+    (intervals,) = axis.collections
+    ranges = [segment[:, 1].tolist() for segment in intervals.get_segments()]
+    assert np.allclose(ranges, [[40, 60], [88, 95]])
+    assert [70.0, 70.0] in [list(line.get_ydata()) for line in axis.lines]
+
+
 @pytest.mark.parametrize("value", ["accuracy", "loss"])
 @pytest.mark.parametrize("log_x", [False, True])
 def test_curves(table, value, log_x):
@@ -145,12 +160,13 @@ def test_curves(table, value, log_x):
     assert labels_of(figure) == [("test eps (pixel range [0, 1])", unit)]
     assert axis.get_title() == "title"
     names = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert names == ["baseline", "eps = 0.005", "eps = 0.01", "eps = 0.015", "eps = 0.2"]
+    assert names[:5] == ["baseline", "eps = 0.005", "eps = 0.01", "eps = 0.015", "eps = 0.2"]
+    assert names[5:] == (["95 % interval"] if value == "accuracy" else [])
     scale = 100 if value == "accuracy" else 1
     first = table[table["train_eps"] == 0]
     expected = scale * first[value].to_numpy()
     assert np.allclose(axis.lines[0].get_ydata(), expected, equal_nan=True)
-    assert len(axis.collections) == (5 if value == "accuracy" else 0)  # the intervals
+    assert len(axis.collections) == (6 if value == "accuracy" else 0)  # with the legend's
 
 
 def test_curves_beside_the_papers_or_by_another_column(table):
@@ -162,7 +178,20 @@ def test_curves_beside_the_papers_or_by_another_column(table):
     assert "the paper's (dotted)" in [text.get_text() for text in axis.get_legend().get_texts()]
     both = pd.concat([table[table["train_eps"] == 0].assign(attack=a) for a in ("noise", "fgsm")])
     legend = plots.curves(both, hue="attack").axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["noise", "fgsm"]  # as in the table
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["noise", "fgsm", "95 % interval"]  # as in the table
+
+
+def test_an_attack_looks_the_same_in_every_figure(table):
+    assert set(plots.ATTACKS) - {"clean", "pgd-10"} <= set(catalogue.ATTACKS) | {"autoattack"}
+    assert plots.attack_look("unheard of") == {}
+    rows = table[table["train_eps"] == 0]
+    for attacks in (("noise", "fgsm"), ("fgsm", "pgd-20", "autoattack"), ("fgsm", "fgsm")):
+        parts = [rows.assign(attack=a, line=str(i)) for i, a in enumerate(attacks)]
+        drawn = plots.curves(pd.concat(parts), hue="line").axes[0].lines
+        colours = [line.get_color() for line in drawn]
+        looks = [plots.attack_look(attack)["color"] for attack in attacks]
+        assert (colours == looks) == (len(set(attacks)) == len(attacks))
 
 
 @pytest.fixture
@@ -180,15 +209,16 @@ def test_curves_have_the_range_of_seeds_and_the_undefended_networks(table, seeds
     figure = plots.curves(table.assign(attack="fgsm-per-image"), seeds=seeds)
     (axis,) = figure.axes
     names = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert names[-1] == "no defence, other seeds (cnn)"
+    told = ["no defence, other seeds (cnn)", "lowest to highest seed", "95 % interval"]
+    assert names[-3:] == told
     assert axis.lines[-1].get_ydata().tolist() == [50.0] * len(paper.TEST_EPS)
-    bands = [band.get_paths()[0].vertices[:, 1] for band in axis.collections]
-    first = 100 * table["accuracy"].iloc[0]
-    assert len(bands) == len(names)
-    # On clean images the baseline has its own accuracy and 5 points less; no other attack joins in.
-    assert bands[0].max() == pytest.approx(first)
-    assert first - 5 in bands[0].round(6)
-    assert bands[0].min() > 0
+    bars = [lines for lines in axis.collections if isinstance(lines, LineCollection)]
+    assert len(bars) == len(names) - 1  # one for each line, and the legend's
+    ranges = np.array([segment[:, 1] for segment in bars[0].get_segments()])
+    # The baseline has its own accuracy and 5 points less; no other attack joins in.
+    highest = 100 * table.loc[table["train_eps"] == 0, "accuracy"]
+    assert np.allclose(ranges, np.stack([highest - 5, highest], axis=1))
+    assert all(len(lines.get_segments()) == len(paper.TEST_EPS) for lines in bars[:-1])
 
 
 def test_gains_draw_what_the_table_has():
@@ -213,8 +243,9 @@ def test_difference_map(table):
     figure = plots.difference_map(paper.compare(ours.assign(accuracy=ours["accuracy"] + 0.03)))
     maps = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in maps] == ["cnn", "cnn-lstm"]
+    assert [axis.get_xlabel() for axis in maps] == ["test eps", "test eps"]
+    assert [axis.get_ylabel() for axis in maps] == ["trained with", ""]  # they share the rows
     for axis in maps:
-        assert (axis.get_xlabel(), axis.get_ylabel()) == ("test eps", "trained with")
         assert {text.get_text() for text in axis.texts} == {"+3.0"}
 
 

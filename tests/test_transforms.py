@@ -9,7 +9,7 @@ from torchvision.datasets import wrap_dataset_for_transforms_v2
 
 from advlab._torchvision import datasets, tv_tensors, v2
 from advlab.attacks import fgsm
-from advlab.transforms import FGSMTransform
+from advlab.transforms import FGSMTransform, Pictures
 
 SHARE = 1e-4  # of pixels that rounding may turn where batches are cut differently
 
@@ -94,3 +94,11 @@ def test_transform_does_not_own_the_model(small_cnn):
 def test_transform_without_label_says_so(small_cnn, batch):
     with pytest.raises((TypeError, ValueError), match="label"):
         FGSMTransform(small_cnn, 0.1)(batch[0][0])
+
+
+def test_pictures_are_those_of_the_split(shapes):
+    pictures = Pictures(shapes.train)
+    assert len(pictures) == len(shapes.train)
+    picture, label = pictures[5]
+    assert (picture.size, picture.mode, label) == ((32, 32), "RGB", int(shapes.train.labels[5]))
+    assert torch.equal(v2.functional.pil_to_tensor(picture), shapes.train.images[5])
