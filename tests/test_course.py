@@ -772,11 +772,35 @@ def test_what_prints_too_much_is_cut_and_costs_nothing(tmp_path):
     assert totals == {(student, "a1"): 20 for student in LOUD}
     for student in LOUD:
         executed = tmp_path / "out" / "graded" / student / "a1" / "executed.ipynb"
-        assert executed.stat().st_size < 2 * run_submission.LARGEST_OUTPUT
+        assert executed.stat().st_size < 2 * run_submission.LARGEST["text"]
         shown = page_of(tmp_path, student)
         assert len(shown) < 1_000_000
-        marks = {"prints": run_submission.CUT, "updates": "a1: 20 of 20 points"}
+        marks = {"prints": run_submission.CUT["text"], "updates": "a1: 20 of 20 points"}
         assert marks.get(student, "[cut]") in shown
+
+
+SHOWS = """from IPython.display import display
+for i in range({pictures}):
+    display({{"image/png": "iVBORw0KGgo" + "A" * {size}, "text/plain": "plot"}}, raw=True)
+print("after", "all")"""
+
+
+def test_an_ordinary_number_of_plots_is_shown_and_more_are_cut(tmp_path):
+    most = run_submission.LARGEST["pictures"]
+    for student, size in {"plots": most // 50, "flood": most // 5}.items():
+        notebook = source("a1")
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(SHOWS.format(pictures=20, size=size)))
+        put(tmp_path / "in", student, "a1", notebook)
+    totals, _ = grades(tmp_path)
+    assert totals == {(student, "a1"): 20 for student in ("plots", "flood")}
+    for student, (pictures, cut) in {"plots": (20, False), "flood": (4, True)}.items():
+        executed = tmp_path / "out" / "graded" / student / "a1" / "executed.ipynb"
+        cells = nbformat.read(executed, as_version=4).cells
+        (outputs,) = [cell.outputs for cell in cells if "raw=True" in cell.source]
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures
+        said = "".join(output.get("text", "") for output in outputs)
+        assert (run_submission.CUT["pictures"] in said) == cut
+        assert "after all" in said, "text has a limit of its own"
 
 
 def test_a_large_notebook_reaches_a_process_that_starts_slowly():
