@@ -48,10 +48,9 @@ LARGEST_RESULT, LARGEST_LOG = 50_000_000, 100_000  # bytes that a process may wr
 PROBE_SECONDS = 300  # to try the sandbox; importing torch may take most of a minute
 USER_NEEDS = "It needs bubblewrap 0.8 or later and user namespaces; install them"
 ROOT_NEEDS = (
-    "As root it needs bubblewrap 0.8 or later, setpriv (of util-linux), and a Python that user "
-    f"{sandbox.STRANGER}, as whom submissions run, can read (chmod -R o+rX, on the folders of "
-    "Python, its packages and advlab); a container must have that user, too. See to it, grade as "
-    "a user who is not root"
+    "As root it needs bubblewrap 0.8 or later and setpriv (of util-linux). Submissions run as user "
+    f"{sandbox.STRANGER}: a container must have that user, who must be able to read Python, its "
+    "packages and advlab (chmod -R o+rX, on their folders). See to it, grade as another user"
 )
 LOOK = 0.2  # seconds between two looks at what a process does
 LARGEST_FILE = 100_000_000  # bytes; saved outputs, which nobody reads, may be most of them
@@ -303,12 +302,13 @@ def _probed(words: Sequence[str], job: dict[str, Any], token: str) -> list[str]:
         command = [*words, sys.executable, "-m", "advlab.classroom.probe"]
         how["env"] = {**os.environ, "ADVLAB_PROBE": token}
         process = subprocess.Popen(command, stderr=log, **how)
+        answer: Any = process.stdout  # a pipe
         clock = threading.Timer(PROBE_SECONDS, process.kill)
         clock.start()
         try:
             with suppress(BrokenPipeError):  # it has failed
                 print(json.dumps(job), file=process.stdin, flush=True)
-            said = process.stdout.readline()
+            said = answer.readline()
             # It waits now, until its input ends.
             broken = [*json.loads(said), *sandbox.seen_from_outside(process.pid)] if said else []
             process.communicate()
@@ -318,9 +318,9 @@ def _probed(words: Sequence[str], job: dict[str, Any], token: str) -> list[str]:
             process.kill()
         if not in_time:
             raise TimeoutError
-        if process.returncode:
+        if process.returncode or not said:
             log.seek(0)
-            raise OSError(log.read().strip())
+            raise OSError(log.read().strip() or "the program in it said nothing")
     return broken
 
 
