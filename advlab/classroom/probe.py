@@ -21,7 +21,7 @@ from typing import Any
 
 # From <sys/mount.h>, <sched.h> and <sys/ipc.h>.
 MS_REMOUNT, MS_BIND, MNT_DETACH, CLONE_NEWUSER, IPC_CREAT = 0x20, 0x1000, 0x2, 0x10000000, 0o1000
-CLONE3 = 435  # <asm/unistd.h>, on all machines
+CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435  # <asm/unistd.h>; the second on all machines
 PTRACE_SEIZE, AF_ALG, AF_VSOCK = 0x4206, 38, 40  # <linux/ptrace.h>, <sys/socket.h>
 WRITTEN_BY_ROOT = ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/printk", "/proc/1/mem")
 PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -90,8 +90,8 @@ def break_out(job: dict[str, Any]) -> Iterator[str]:
 
 def _clones(libc: ctypes.CDLL) -> bool:
     """Tell whether a process in a user namespace of its own can be started, in either way."""
-    clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
-    child = libc.syscall(clone, CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0)
+    clone = CLONE.get(os.uname().machine)
+    child = libc.syscall(clone, CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0) if clone else -1
     if child == 0:
         os._exit(0)
     libc.syscall(CLONE3, None, 0)  # no such arguments, or no such call?
