@@ -215,6 +215,7 @@ def test_lesson_02_runs_from_top_to_bottom_without_an_error(page, lab):
 def test_marks_given_in_the_page_for_reading_are_marks_for_the_grader(page, tmp_path):
     pytest.importorskip("nbgrader", reason='needs the extra "course"')
     from advlab.classroom import course, merging, reading, submissions
+    from advlab.classroom.marks import read_marks
 
     path = course.sources()["a5"]
     cells = merging.no_points(nbformat.read(path, as_version=4), "to be read", None)
@@ -237,7 +238,7 @@ def test_marks_given_in_the_page_for_reading_are_marks_for_the_grader(page, tmp_
     with page.expect_download() as download:
         page.get_by_role("button").click()
     assert download.value.suggested_filename == "marks-a5-claim.csv"
-    marks = submissions.read_marks(download.value.path())
+    marks = read_marks(download.value.path())
     assert marks["student"].tolist() == ["Jörg O'Neil", "Zoë"]
     assert marks["score"].tolist() == [7.5, 10]
     assert [text.strip() for text in marks["comment"]] == ['=good, "but"\nwhich n?', ""]

@@ -43,7 +43,8 @@ from advlab.classroom import merging, run_submission
 
 NAMES = list(course.sources())
 # Where namespaces are forbidden (in some containers), a class is graded without.
-NAMESPACES = ["bwrap", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "true"]
+USERS = ["--unshare-user", "--disable-userns"] if os.geteuid() else []
+NAMESPACES = ["bwrap", "--unshare-pid", *USERS, "--ro-bind", "/", "/", "true"]
 SANDBOX = bool(shutil.which("bwrap")) and subprocess.run(NAMESPACES).returncode == 0
 HOME = str(files.home())
 QUIET = Console(record=True, width=100)
@@ -614,6 +615,8 @@ def test_sandbox_keeps_files_network_and_sources_away(tmp_path, monkeypatch, por
         "open('/etc/passwd')",
         "import os\nos.listdir('/sys')",
         "import os\nassert os.getuid() == 0",
+        "import os\nos.setuid(0)",
+        "import os\nos.chown('/tmp', 0, 0)",
         "import os\nos.memfd_create('x')",
         "import os\nos.open('/proc/sys/kernel/printk', os.O_WRONLY)",
         "import socket\nsocket.socket(40)",
@@ -769,11 +772,35 @@ def test_what_prints_too_much_is_cut_and_costs_nothing(tmp_path):
     assert totals == {(student, "a1"): 20 for student in LOUD}
     for student in LOUD:
         executed = tmp_path / "out" / "graded" / student / "a1" / "executed.ipynb"
-        assert executed.stat().st_size < 2 * run_submission.LARGEST_OUTPUT
+        assert executed.stat().st_size < 2 * run_submission.LARGEST["text"]
         shown = page_of(tmp_path, student)
         assert len(shown) < 1_000_000
-        marks = {"prints": run_submission.CUT, "updates": "a1: 20 of 20 points"}
+        marks = {"prints": run_submission.CUT["text"], "updates": "a1: 20 of 20 points"}
         assert marks.get(student, "[cut]") in shown
+
+
+SHOWS = """from IPython.display import display
+for i in range({pictures}):
+    display({{"image/png": "iVBORw0KGgo" + "A" * {size}, "text/plain": "plot"}}, raw=True)
+print("after", "all")"""
+
+
+def test_an_ordinary_number_of_plots_is_shown_and_more_are_cut(tmp_path):
+    most = run_submission.LARGEST["pictures"]
+    for student, size in {"plots": most // 50, "flood": most // 5}.items():
+        notebook = source("a1")
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(SHOWS.format(pictures=20, size=size)))
+        put(tmp_path / "in", student, "a1", notebook)
+    totals, _ = grades(tmp_path)
+    assert totals == {(student, "a1"): 20 for student in ("plots", "flood")}
+    for student, (pictures, cut) in {"plots": (20, False), "flood": (4, True)}.items():
+        executed = tmp_path / "out" / "graded" / student / "a1" / "executed.ipynb"
+        cells = nbformat.read(executed, as_version=4).cells
+        (outputs,) = [cell.outputs for cell in cells if "raw=True" in cell.source]
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures
+        said = "".join(output.get("text", "") for output in outputs)
+        assert (run_submission.CUT["pictures"] in said) == cut
+        assert "after all" in said, "text has a limit of its own"
 
 
 def test_a_large_notebook_reaches_a_process_that_starts_slowly():
@@ -1242,69 +1269,116 @@ def test_two_machines_grade(machines, monkeypatch):
 # --- what cannot be graded
 
 
-def test_a_sandbox_that_does_not_work_stops_the_run(threads, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [("echo no namespaces here >&2; exit 1", "no namespaces here"), ("exit 0", "said nothing")],
+)
+def test_a_sandbox_that_does_not_work_stops_the_run(does, told, threads, tmp_path, monkeypatch):
     elsewhere = altered(threads, shared=False)
     monkeypatch.setattr(course, "connect", lambda *_: nullcontext(elsewhere))
     put(tmp_path / "in", "one", "a1", source("a1"))
-    refuse = ["sh", "-c", "echo no namespaces here >&2; exit 1", "sh"]
+    refuse = ["sh", "-c", does, "sh"]
     monkeypatch.setattr(sandbox, "sandboxed", lambda work, hidden: refuse)
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    told = r"worker inproc://\S+: the sandbox does not work .*: no namespaces here"
+    told = rf"worker inproc://\S+: the sandbox does not work .*: .*{told}"
     with pytest.raises(course.CourseError, match=told):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
 
 
 CODE = str(Path(sandbox.__file__).parent.parent)
 SHM = sandbox._memory("/dev/shm")
-ENDS = ["--uid", sandbox.NOBODY, "--gid", sandbox.NOBODY, "--unshare-all", "--unshare-user"]
-ENDS += ["--disable-userns", "--cap-drop", "ALL"]
+ENDS = sandbox._as_nobody()
+STRANGER = sandbox._as_a_stranger()
+SHARED = ["--ro-bind", "/etc/passwd", "/etc/passwd"]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone could")
+ROOTS = [  # what is root's alone
+    ([(STRANGER, [])], "be root; .*become root; be root on this machine"),
+    ([(STRANGER, sandbox._as_nobody())], " can be root on this machine"),
+    ([(["--seccomp", "9"], [])], "socket of family 40.*hold memory.*make a user namespace"),
+    ([(STRANGER[-3:], [])], "it holds capabilities"),
+    ([(["--clear-groups"], ["--groups=0"])], " can be root on this machine"),
+    ([([f"--regid={sandbox.STRANGER}"], ["--regid=0"])], " can be root on this machine"),
+]
+WEAKER = [  # root's program is made a user's first
+    ([(["--cap-drop", "ALL"], ["--cap-add", "ALL"])], "it holds capabilities"),
+    pytest.param(
+        [(ENDS, ["--unshare-user"]), (["--cap-drop", "ALL"], ["--cap-add", "ALL"])],
+        "mount / anew.*; unmount /usr",
+        marks=needs_root,
+    ),
+    ([(["--disable-userns"], []), (["--seccomp", "9"], [])], "make a user namespace"),
+    ([(["--uid", sandbox.NOBODY], ["--uid", "0"])], "be root; "),
+    ([(["--seccomp", "9"], [])], "take hold of .*socket of family 40.*hold memory that nobody can"),
+    pytest.param([(["--remount-ro", "/proc"], [])], "write to /proc/", marks=needs_root),
+    ([(SHM, ["--tmpfs", "/dev/shm"])], "write without limit to /dev/shm"),
+    ([(["--remount-ro", "/dev"], [])], "write to /dev"),
+    ([(["--remount-ro", "/"], [])], "write to /"),
+    ([(["--dev", "/dev"], ["--dev", "/dev", *SHARED])], "see more of the"),
+    ([(["--unshare-pid"], [])], "see the grader's processes"),
+    ([(["--unshare-net"], [])], "open a network connection"),
+    ([(["env", "-i"], ["env"])], "read the grader's environment"),
+    ([(["--remount-ro", CODE], [])], f"write to {CODE}"),
+    ([(["--tmpfs", CODE], ["--ro-bind", HOME, HOME, "--tmpfs", CODE])], "read .*a1.ipynb"),
+]
 
 
-@needs_sandbox
-@pytest.mark.parametrize(
-    ("removed", "instead", "told"),
-    [
-        (["--cap-drop", "ALL"], ["--cap-add", "ALL"], "it holds capabilities"),
-        pytest.param(
-            ENDS,
-            ["--unshare-all", "--unshare-user", "--cap-add", "ALL"],
-            "mount / anew.*; unmount /usr",
-            marks=pytest.mark.skipif(os.geteuid() != 0, reason="a user cannot undo what bwrap did"),
-        ),
-        (["--disable-userns"], [], "make a user namespace"),
-        (["--uid", sandbox.NOBODY], ["--uid", "0"], "be root"),
-        (["--seccomp", "9"], [], "take hold of .*socket of family 40.*hold memory that nobody can"),
-        (["--remount-ro", "/proc"], [], "write to /proc/"),
-        (SHM, ["--tmpfs", "/dev/shm"], "write without limit to /dev/shm"),
-        (["--remount-ro", "/dev"], [], "write to /dev"),
-        (["--remount-ro", "/"], [], "write to /"),
-        (
-            ["--dev", "/dev"],
-            ["--dev", "/dev", "--ro-bind", "/etc/passwd", "/etc/passwd"],
-            "see more of the",
-        ),
-        (["--unshare-all"], ["--unshare-net"], "see the grader's processes"),
-        (["--unshare-all"], ["--unshare-pid"], "open a network connection"),
-        (["env", "-i"], ["env"], "read the grader's environment"),
-        (["--remount-ro", CODE], [], f"write to {CODE}"),
-        (["--tmpfs", CODE], ["--ro-bind", HOME, HOME, "--tmpfs", CODE], "read .*a1.ipynb"),
-    ],
-)
-def test_a_sandbox_that_does_not_hold_is_told_of(tmp_path, monkeypatch, removed, instead, told):
-    strong = sandbox.sandboxed
-
-    def weak(work, hidden):
-        words = strong(work, hidden)
+def weakened(words, changes):
+    """Return the words of a sandbox with some replaced by others."""
+    for removed, instead in changes:
         width = len(removed)
         places = [i for i in range(len(words)) if words[i : i + width] == removed]
         assert places, f"{removed} is no part of {words}"
-        return [*words[: places[0]], *instead, *words[places[0] + width :]]
+        words = [*words[: places[0]], *instead, *words[places[0] + width :]]
+    return words
 
-    monkeypatch.setattr(sandbox, "sandboxed", weak)
+
+@needs_sandbox
+@pytest.mark.parametrize(("changes", "told"), WEAKER)
+def test_a_sandbox_that_does_not_hold_is_told_of(tmp_path, monkeypatch, changes, told):
+    strong = sandbox.sandboxed
+    monkeypatch.setattr(sandbox, "_as_a_stranger", sandbox._as_nobody)
+    monkeypatch.setattr(sandbox, "sandboxed", lambda *given: weakened(strong(*given), changes))
     put(tmp_path / "in", "one", "a1", source("a1"))
     with pytest.raises(course.CourseError, match=told):
         course.grade(tmp_path / "in", tmp_path / "out", console=QUIET)
     assert not (tmp_path / "out" / "graded").exists()
+
+
+@needs_sandbox
+@needs_root
+@pytest.mark.parametrize(("changes", "told"), ROOTS)
+def test_a_program_of_roots_that_stays_root_is_told_of(tmp_path, monkeypatch, changes, told):
+    strong = sandbox.sandboxed
+    monkeypatch.setattr(sandbox, "sandboxed", lambda *given: weakened(strong(*given), changes))
+    with pytest.raises(course.CourseError, match=told):
+        grading.check_sandbox(grading.Hidden((), ()), tmp_path)
+
+
+@needs_sandbox
+@needs_root
+def test_root_is_told_what_a_sandbox_needs(tmp_path, monkeypatch):
+    told = rf"setpriv: .*\nAs root it needs .* Submissions run as user {sandbox.STRANGER}"
+    monkeypatch.setattr(sandbox, "STRANGER", "nobody-has-this-name")
+    with pytest.raises(course.CourseError, match=told):
+        grading.check_sandbox(grading.Hidden((), ()), tmp_path)
+
+
+@needs_sandbox
+def test_a_submission_is_not_root_on_this_machine(tmp_path, monkeypatch):
+    found, limit = set(), sandbox.limit
+
+    def look(pid, megabytes):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if Path(process.exe()).name.startswith("python"):
+                    found.add((*process.uids(), *process.gids()))
+        limit(pid, megabytes)
+
+    monkeypatch.setattr(sandbox, "limit", look)
+    put(tmp_path / "in", "one", "a1", source("a1"))
+    assert grades(tmp_path)[0] == {("one", "a1"): 20}
+    ids = {os.geteuid() or int(sandbox.STRANGER), os.getegid() or int(sandbox.STRANGER)}
+    assert {number for numbers in found for number in numbers} == ids
 
 
 def test_without_bubblewrap_it_says_so(tmp_path, monkeypatch):

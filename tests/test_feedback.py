@@ -20,6 +20,7 @@ from rich.console import Console
 
 from advlab import files
 from advlab.classroom import course, grading, statistics, submissions
+from advlab.classroom.marks import BY_HAND, MARKS
 from advlab.upkeep.cluster import Cluster
 
 pytest.importorskip("nbgrader", reason='needs the extra "course"')
@@ -291,7 +292,7 @@ def test_a_page_says_what_being_late_costs(school):
 def as_the_script_writes(rows):
     """Return marks.csv as the page's script makes it."""
     written = io.StringIO()
-    csv.writer(written, quoting=csv.QUOTE_ALL).writerows([[*submissions.MARKS, "comment"], *rows])
+    csv.writer(written, quoting=csv.QUOTE_ALL).writerows([[*MARKS, "comment"], *rows])
     return b"\xef\xbb\xbf" + written.getvalue().encode()
 
 
@@ -340,7 +341,7 @@ def test_marks_of_several_files_are_given(school, tmp_path):
         (tmp_path / f"{name}.csv").write_text(f"{header}\nAda,{row}\n")
     table = school.grade(marks=[tmp_path / "one.csv", tmp_path / "two.csv"]).set_index("cell")
     assert table["score"][["claim", "alarm-test"]].tolist() == [8, 1.5]
-    assert set(table["reason"][["claim", "alarm-test"]]) == {submissions.BY_HAND}
+    assert set(table["reason"][["claim", "alarm-test"]]) == {BY_HAND}
     assert 'class="comment"' not in school.page("Ada")
 
 

@@ -220,6 +220,27 @@ Participant 702,Kim Lee,kim1@uni.edu,Submitted for grading,3.00,25.00,Yes,"Tuesd
 2026, 12:05\u202fAM",-,\r
 Participant 703,Kim Lee,kim2@uni.edu,No submission,,25.00,No,-,-,\r
 """
+# The same as its language packs have it, without addresses, and with what some courses show.
+GERMAN = """\
+ID,Vollständiger Name,Matrikelnummer,Status,Bewertung,Bestwertung,Status im Bewertungsworkflow,\
+Bewertung kann geändert werden,Zuletzt geändert (Abgabe),Zuletzt geändert (Bewertung),\
+Feedback als Kommentar\r
+Teilnehmer/in701,Seán O'Brien,25,Zur Bewertung abgegeben,,"25,00",Nicht bewertet,Ja,"Montag, 5. \
+Oktober 2026, 23:58",-,\r
+Teilnehmer/in702,Kim Lee,,Zur Bewertung abgegeben,"3,00","25,00",Nicht bewertet,Ja,"Dienstag, 6. \
+Oktober 2026, 00:05",-,Nein\r
+Teilnehmer/in703,Kim Lee,26,Keine Abgabe,,"25,00",Nicht bewertet,Nein,-,-,\r
+"""
+SPANISH = """\
+Identificador,Nombre completo,Dirección de correo,Estado,Calificación,Calificación máxima,La \
+calificación puede ser cambiada,Última modificación (entrega),Última modificación \
+(calificación),Comentarios de retroalimentación\r
+Participante 701,Seán O'Brien,sean@uni.edu,Enviado para calificar,,"25,00",Sí,"lunes, 5 de \
+octubre de 2026, 23:58",-,"<p>Bien, 25</p>"\r
+Participante 702,Kim Lee,kim1@uni.edu,Enviado para calificar,"3,00","25,00",Sí,"martes, 6 de \
+octubre de 2026, 00:05","martes, 6 de octubre de 2026, 10:05",\r
+Participante 703,Kim Lee,kim2@uni.edu,No entregado,,"25,00",No,-,-,\r
+"""
 
 
 def written(folder, name, text, encoding="utf-8"):
@@ -284,12 +305,17 @@ def test_canvas_gradebook_with_semicolons_has_decimal_commas(tmp_path):
     assert rows[2] == ["Doe", "Jane", "7", "jane", "A", "22,5"]
 
 
-def test_moodle_worksheet_is_filled_and_else_as_it_was(tmp_path):
-    path = written(tmp_path, "Grades-CS101-a2-4711.csv", MOODLE)
+@pytest.mark.parametrize(
+    ("text", "grade", "email"),
+    [(MOODLE, "22.5", "kim1@uni.edu"), (GERMAN, "22,5", ""), (SPANISH, "22,5", "kim1@uni.edu")],
+    ids=["English", "German", "Spanish"],
+)
+def test_moodle_worksheet_is_filled_and_else_as_it_was(text, grade, email, tmp_path):
+    path = written(tmp_path, "Grades-CS101-a2-4711.csv", text)
     points = {moodle(701): 22.5, moodle(703): 1.0, moodle(9): 1.0, moodle(702, "a3"): 1.0}
     rows, notes = filled(path, points, tmp_path / "out")
-    expected = list(csv.reader(MOODLE.splitlines(keepends=True)))
-    expected[1][4] = "22.5"
+    expected = list(csv.reader(text.splitlines(keepends=True)))
+    expected[1][4] = grade
     assert rows == expected
     assert notes == [
         "Grades-CS101-a2-4711.csv, a2: has a grade that Moodle has locked: S 703",
@@ -297,16 +323,54 @@ def test_moodle_worksheet_is_filled_and_else_as_it_was(tmp_path):
         "Grades-CS101-a2-4711.csv, a2: nothing is graded of: Kim Lee",
     ]
     (book,) = gradebooks.read([path], POINTS)
-    comma = written(tmp_path, "a2.csv", MOODLE.replace("25.00", '"25,00"'))
-    rows, _ = filled(comma, points, tmp_path / "out")
-    assert rows[1][4] == "22,5"
     people = gradebooks.people([book])
-    assert people["702"] == Person("Kim Lee", "kim1@uni.edu", True)
+    assert people["702"] == Person("Kim Lee", email, True)
     assert not people["701"].shared
     assert gradebooks.times([book]) == {
         ("a2", "701"): datetime(2026, 10, 5, 23, 58),
         ("a2", "702"): datetime(2026, 10, 6, 0, 5),
     }
+
+
+def test_moodle_worksheet_with_decimal_commas_is_filled_with_them(tmp_path):
+    comma = written(tmp_path, "a2.csv", MOODLE.replace("25.00", '"25,00"'))
+    rows, _ = filled(comma, {moodle(701): 22.5}, tmp_path / "out")
+    assert rows[1][4] == "22,5"
+
+
+FULL_MARKS = """\
+ID,Status,Bewertung,Bestwertung,Bewertung kann geändert werden,Zuletzt geändert (Bewertung)
+Teilnehmer/in1,Zur Bewertung abgegeben,25,25,Ja,"Montag, 5. Oktober 2026, 23:58"
+Teilnehmer/in2,Zur Bewertung abgegeben,25,25,Ja,"Montag, 5. Oktober 2026, 23:59"
+"""
+
+
+def test_where_names_are_hidden_and_all_have_full_marks(tmp_path):
+    path = written(tmp_path, "a2.csv", FULL_MARKS)
+    rows, notes = filled(path, {moodle(1): 3.5}, tmp_path / "out")
+    assert [row[2:4] for row in rows[1:]] == [["3.5", "25"], ["25", "25"]]
+    assert notes == ["a2.csv, a2: nothing is graded of: Teilnehmer/in2"]
+    books = gradebooks.read([path], POINTS)
+    assert gradebooks.people(books) == {}
+    assert gradebooks.times(books) == {}, "when it was graded is not when it was handed in"
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("jeudi 1 août 2030, 09:07", datetime(2030, 8, 1, 9, 7)),
+        ("lundi 31 décembre 2029 à 12h00", datetime(2029, 12, 31, 12, 0)),
+        ("sexta-feira, 3 de março de 2028 às 16:20", datetime(2028, 3, 3, 16, 20)),
+        ("Samstag, 3. Ma\u0308rz 2029, 18:05", datetime(2029, 3, 3, 18, 5)),
+        ("Sunday, 7 May 2028, 12:01 AM", datetime(2028, 5, 7, 0, 1)),
+        ("domingo, 7 de mayo de 2028, 12:01 p. m.", datetime(2028, 5, 7, 12, 1)),
+        ("poniedziałek, 5 października 2026, 23:58", None),
+        ("Sunday, 31 February 2028, 12:01 AM", None),
+        ("-", None),
+    ],
+)
+def test_moodles_times_are_read_or_left_open(text, time):
+    assert gradebooks._time(text) == time
 
 
 @pytest.mark.parametrize(
@@ -316,7 +380,14 @@ def test_moodle_worksheet_is_filled_and_else_as_it_was(tmp_path):
         ("a2.csv", "", "its first line is empty"),
         ("Grades-CS.csv", MOODLE, "its name says no assignment; rename it"),
         ("Grades-A1-a2.csv", MOODLE, "its name says a1 and a2; rename it"),
-        ("a1.csv", MOODLE, "'Grade' has 25.00 points, and a1 20; set that right"),
+        ("a1.csv", MOODLE, "no column says 20 for each participant, as the maximum"),
+        (
+            "a2.csv",
+            re.sub("Submitted for grading|No submission", "25", MOODLE),
+            "several columns say 25 for each participant",
+        ),
+        ("a2.csv", MOODLE.replace("Participant 702", "Person 702"), "neither a gradebook"),
+        ("a2.csv", MOODLE.partition("\r\n")[0], "neither a gradebook exported from Canvas"),
         (
             "g.csv",
             CANVAS.replace("25.00", "100"),

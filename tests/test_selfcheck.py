@@ -102,7 +102,7 @@ OWN = {
     "from advlab import attacks, datasets": "imports advlab.attacks, which the grader does not",
     "def load():\n    from google.colab import files": "imports google.colab, which the",
     "  !pip install ./nosuch": "installs packages, which does nothing",
-    "for _ in range(3): print('x' * 500_000)": "prints more than the grader keeps",
+    "for _ in range(3): print('x' * 500_000)": "shows more text than the grader keeps",
     "def f(:": "fails when all is run from the top: SyntaxError",
     "input('Who are you? ')": "asks with input()",
     "exit()": None,

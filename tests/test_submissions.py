@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from advlab.classroom import RefusedError, archives, submissions
+from advlab.classroom.marks import give_marks, read_marks
 from advlab.classroom.submissions import CourseError, Person
 
 NAMES = ["a1", "a2", "a3", "a4", "a5", "a6"]
@@ -485,7 +486,7 @@ def marked(path):
     """Give the marks in a file to a class of one; return the score."""
     scores = {"cells": {"x": {"points": 4}}}
     one = submissions.Submission("Jörg", "a1", path)
-    submissions.give_marks({one: scores}, submissions.read_marks(path))
+    give_marks({one: scores}, read_marks(path))
     return scores["cells"]["x"].get("score")
 
 

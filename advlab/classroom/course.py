@@ -38,14 +38,8 @@ from advlab.classroom import (
     statistics,
 )
 from advlab.classroom.grading import Hidden
-from advlab.classroom.submissions import (
-    CourseError,
-    Submission,
-    best,
-    collect,
-    give_marks,
-    read_marks,
-)
+from advlab.classroom.marks import give_marks, read_marks
+from advlab.classroom.submissions import CourseError, Submission, best, collect
 from advlab.machine import cores
 from advlab.upkeep import readme
 from advlab.upkeep.cluster import Cluster, ClusterError, Scheduler, connect

@@ -2,8 +2,9 @@
 
 Canvas: the file of Grades > Export; `lib/gradebook_exporter.rb` and `lib/gradebook_importer.rb` of
 instructure/canvas-lms say what is in it and how it is read back. Moodle: an assignment's grading
-worksheet; `mod/assign/feedback/offline/importgradeslib.php` and `locallib.php` of moodle/moodle.
-Both are filled in where a grade is complete, and are else as they came.
+worksheet; `mod/assign/gradingtable.php` writes it, and `importgradeslib.php` in
+`mod/assign/feedback/offline` of moodle/moodle reads it. Both are filled in where a grade is
+complete, and are else as they came.
 """
 
 import re
@@ -24,9 +25,25 @@ from advlab.classroom.lateness import Late
 from advlab.classroom.spreadsheets import Sheet, plain
 from advlab.classroom.submissions import CourseError, Person, Submission, printable
 
-PARTICIPANT = re.compile(r"\D*(\d+)")
-# What Moodle writes in English, and what it wrote in older versions.
-MOODLE_TIMES = ("%A, %d %B %Y, %I:%M %p", "%A, %B %d, %Y, %I:%M %p")
+PARTICIPANT = re.compile(r"(\D+)(\d+)")  # "Participant 701", in any language
+NO = {"no", "nein", "non", "não", "nee", "nej", "nei", "nie", "ne", "нет"}
+# When something was done, or that it was not: the words differ, the numbers do not.
+TIME = re.compile(r"-|(?=.*\b\d{4}\b).*\b\d{1,2} ?[:.h] ?\d{2}\b.*")
+HALF_DAY = re.compile(r"\d ?([ap])\.? ?m\b")
+MONTHS = {
+    word: number
+    for language in (
+        "january february march april may june july august september october november december",
+        "januar februar märz april mai juni juli august september oktober november dezember",
+        "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre",
+        "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
+        "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre "
+        "dicembre",
+        "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro",
+        "januari februari maart april mei juni juli augustus september oktober november december",
+    )
+    for number, word in enumerate(language.split(), 1)
+}
 SEVERAL = 5  # names in a printed line
 
 
@@ -58,12 +75,17 @@ class Gradebook:
         system: "canvas" or "moodle".
         sheet: What it holds.
         columns: One for each assignment in it.
+        name: Place of the column with the students' names, or of another that tells who they are.
+        email, submitted: Places of their addresses, and of when they handed in; None without.
     """
 
     path: Path
     system: str
     sheet: Sheet
     columns: list[Column]
+    name: int
+    email: int | None = None
+    submitted: int | None = None
 
 
 def read(paths: Collection[Path], points: Mapping[str, float]) -> list[Gradebook]:
@@ -97,21 +119,30 @@ def _read(path: Path, points: Mapping[str, float]) -> Gradebook:
     sheet = spreadsheets.read(path)
     if any(len(row) != len(sheet.rows[0]) for row in sheet.rows if row):
         raise ValueError("its rows have not all as many cells as the first")
-    identifier, grade = sheet.column("identifier"), sheet.column("grade")
-    if identifier is not None and grade is not None:
-        named = _named(path.stem, points)
-        if len(named) != 1:
-            told = " and ".join(named) or "no assignment"
-            raise ValueError(f"its name says {told}; rename it, such as worksheet-a2.csv")
-        column = _moodle_column(sheet, identifier, grade, named[0], points)
-        return Gradebook(path, "moodle", sheet, [column])
     id_, section = sheet.column("id"), sheet.column("section")
     if id_ is not None and section is not None:
-        return Gradebook(path, "canvas", sheet, _canvas_columns(sheet, id_, section, points))
-    raise ValueError(
-        "it is neither a gradebook exported from Canvas (columns ID, Section) nor a grading "
-        "worksheet of Moodle in English (columns Identifier, Grade)"
-    )
+        columns = _canvas_columns(sheet, id_, section, points)
+        name = sheet.column("student", "lastname") or 0
+        return Gradebook(path, "canvas", sheet, columns, name)
+    participants = _participants(sheet)
+    if not participants:
+        raise ValueError(
+            "it is neither a gradebook exported from Canvas (columns ID, Section) nor a grading "
+            "worksheet of Moodle (whose first column says Participant 701, in any language)"
+        )
+    named = _named(path.stem, points)
+    if len(named) != 1:
+        told = " and ".join(named) or "no assignment"
+        raise ValueError(f"its name says {told}; rename it, such as worksheet-a2.csv")
+    return _worksheet(path, sheet, participants, named[0], points[named[0]])
+
+
+def _participants(sheet: Sheet) -> dict[str, int]:
+    """Return the rows of Moodle's participants, by number; none if there is any other row."""
+    rows = {i: PARTICIPANT.fullmatch(plain(row[0])) for i, row in enumerate(sheet.rows) if row}
+    del rows[0]  # the headings
+    words = {one and one[1] for one in rows.values()}
+    return {one[2]: i for i, one in rows.items() if one} if len(words) == 1 else {}
 
 
 def _named(text: str, points: Mapping[str, float]) -> list[str]:
@@ -161,35 +192,72 @@ def _canvas_columns(
     return list(columns.values())
 
 
-def _moodle_column(
-    sheet: Sheet, identifier: int, grade: int, name: str, points: Mapping[str, float]
-) -> Column:
-    highest, change = sheet.column("maximum grade"), sheet.column("grade can be changed")
-    numbers, locked, comma = {}, {}, False
-    for i, row in enumerate(sheet.rows):
-        found = PARTICIPANT.fullmatch(row[identifier].strip()) if i and row else None
-        if not found:
-            continue
-        numbers[found[1]] = i
-        if highest is not None:
-            _check_points(row[highest], sheet.rows[0][grade], name, points)
-            comma = comma or "," in row[highest]
-        if change is not None and row[change].strip().lower() == "no":
+def _worksheet(
+    path: Path, sheet: Sheet, numbers: dict[str, int], name: str, points: float
+) -> Gradebook:
+    """Return Moodle's grading worksheet for the assignment `name`, which has `points`.
+
+    Moodle writes headings in the language of whoever exports it, so columns are known by what is in
+    them, and by their order: the participant, name and address (unless they are hidden), status,
+    grade, maximum grade, whether the grade can be changed, when it was handed in, and when graded.
+    """
+    cells = list(zip(*(sheet.rows[i] for i in numbers.values()), strict=True))
+    full = [place for place in range(3, len(cells)) if _all_are(points, cells[place])]
+    # All may have that grade, too, which stands before it.
+    if not full or full[-1] - full[0] > 1:
+        raise ValueError(
+            f"{'several columns say' if full else 'no column says'} {points:g} for each "
+            f"participant, as the maximum grade must, which {name} has; set it to {points:g} in "
+            "Moodle, and export the worksheet anew"
+        )
+    highest = full[-1]
+    locked = {}
+    for i in numbers.values():
+        said = sheet.rows[i][highest + 1 : highest + 3]  # a state of marking may stand between
+        if not NO.isdisjoint(plain(cell).lower() for cell in said):
             locked[i] = "has a grade that Moodle has locked"
-    return Column(name, grade, numbers, locked, comma)
+    comma = any("," in cell for cell in cells[highest])
+    who = range(2, highest - 1)
+    emails = [place for place in who if any(cells[place]) and _all_hold("@", cells[place])]
+    times = [
+        place
+        for place in range(highest + 1, len(cells))
+        if all(TIME.fullmatch(" ".join(cell.split())) for cell in cells[place])
+    ]
+    return Gradebook(
+        path,
+        "moodle",
+        sheet,
+        [Column(name, highest - 1, numbers, locked, comma)],
+        name=1 if who else 0,
+        email=emails[0] if emails else None,
+        # Without a file to hand in, there is but the time of grading.
+        submitted=times[0] if len(times) > 1 else None,
+    )
+
+
+def _all_hold(sign: str, cells: Collection[str]) -> bool:
+    return all(sign in cell for cell in cells if cell)
+
+
+def _all_are(number: float, cells: Collection[str]) -> bool:
+    try:
+        return all(spreadsheets.number(cell) == number for cell in cells)
+    except ValueError:
+        return False
 
 
 def people(books: Collection[Gradebook]) -> dict[str, Person]:
     """Return who Moodle's participants are, by number."""
     found = {}
     for book in books:
-        name, email = book.sheet.column("full name"), book.sheet.column("email address")
-        if book.system == "moodle" and name is not None:
+        if book.system == "moodle" and book.name:
             rows = {number: book.sheet.rows[i] for number, i in book.columns[0].numbers.items()}
-            often = Counter(plain(row[name]) for row in rows.values())
+            often = Counter(plain(row[book.name]) for row in rows.values())
             for number, row in rows.items():
-                address = "" if email is None else row[email].strip()
-                found[number] = Person(plain(row[name]), address, often[plain(row[name])] > 1)
+                name = plain(row[book.name])
+                address = "" if book.email is None else row[book.email].strip()
+                found[number] = Person(name, address, often[name] > 1)
     return found
 
 
@@ -197,15 +265,31 @@ def times(books: Collection[Gradebook]) -> dict[tuple[str, str], datetime]:
     """Return when Moodle's participants handed in, by assignment and number, without time zone."""
     found = {}
     for book in books:
-        place = book.sheet.column("last modified (submission)")
-        if book.system == "moodle" and place is not None:
+        if book.submitted is not None:
             column = book.columns[0]
             for number, i in column.numbers.items():
-                text = " ".join(book.sheet.rows[i][place].split())  # some spaces are narrow
-                for form in MOODLE_TIMES:
-                    with suppress(ValueError):
-                        found[column.assignment, number] = datetime.strptime(text, form)
+                if time := _time(book.sheet.rows[i][book.submitted]):
+                    found[column.assignment, number] = time
     return found
+
+
+def _time(text: str) -> datetime | None:
+    """Return the time that Moodle wrote, in one of the languages of `MONTHS`; None if it is none.
+
+    All write the day before the year, and both before the time: "Monday, 5 October 2026, 11:58 PM",
+    "October 5, 2026", "5. Oktober 2026, 23:58", "5 de octubre de 2026, 23:58".
+    """
+    text = " ".join(plain(text).lower().split())  # some spaces are narrow
+    numbers = [int(digits) for digits in re.findall(r"\d+", text)]
+    months = [MONTHS[word] for word in re.findall(r"[^\W\d_]+", text) if word in MONTHS]
+    half = HALF_DAY.search(text)
+    with suppress(ValueError):
+        day, year, hour, minute = numbers
+        (month,) = months
+        if half:
+            hour = hour % 12 + (12 if half[1] == "p" else 0)
+        return datetime(year, month, day, hour, minute)
+    return None
 
 
 def write(
@@ -289,7 +373,6 @@ def fill(
     if written.exists() and written.samefile(book.path):
         raise CourseError(f"{book.path} is written by this command; give the file as exported")
     rows = [list(row) for row in book.sheet.rows]
-    shown = book.sheet.column("full name", "student", "lastname") or 0
     notes = []
     for column in book.columns:
         own = {one: n for one, n in points.items() if one.assignment == column.assignment}
@@ -310,7 +393,7 @@ def fill(
             one.student for one in own if one.system != book.system
         ]
         told["nothing is graded of"] = [
-            rows[i][shown] for number, i in column.numbers.items() if number not in known
+            rows[i][book.name] for number, i in column.numbers.items() if number not in known
         ]
         notes += [
             f"{book.path.name}, {column.assignment}: {what}: {_some(names)}"

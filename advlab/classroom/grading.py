@@ -46,6 +46,12 @@ SEEDS = 1_000_000  # among which one is drawn for each submission
 PAGE_SECONDS, LARGEST_PAGE = 60, 20_000_000  # to draw a notebook; bytes
 LARGEST_RESULT, LARGEST_LOG = 50_000_000, 100_000  # bytes that a process may write, and that count
 PROBE_SECONDS = 300  # to try the sandbox; importing torch may take most of a minute
+USER_NEEDS = "It needs bubblewrap 0.8 or later and user namespaces; install them"
+ROOT_NEEDS = (
+    "As root it needs bubblewrap 0.8 or later and setpriv (of util-linux). Submissions run as user "
+    f"{sandbox.STRANGER}: a container must have that user, who must be able to read Python, its "
+    "packages and advlab (chmod -R o+rX, on their folders). See to it, grade as another user"
+)
 LOOK = 0.2  # seconds between two looks at what a process does
 LARGEST_FILE = 100_000_000  # bytes; saved outputs, which nobody reads, may be most of them
 # The modules whose code decides a score, or how it is shown.
@@ -261,29 +267,61 @@ def check_sandbox(hidden: Hidden, own: Path) -> None:
         except ValueError as error:
             raise CourseError(f"{error}, {accept}") from error
         try:
-            done = subprocess.run(
-                [*words, sys.executable, "-m", "advlab.classroom.probe"],
-                input=json.dumps(job),
-                env={**os.environ, "ADVLAB_PROBE": token},
-                capture_output=True,
-                text=True,
-                timeout=PROBE_SECONDS,
-            )
-        except subprocess.TimeoutExpired as error:
+            broken = _probed(words, job, token)
+        except TimeoutError as error:
             raise CourseError(
                 f"the sandbox did not answer within {PROBE_SECONDS} s. Is this machine that busy? "
                 f"Try again, {accept}"
             ) from error
-    if done.returncode:
-        raise CourseError(
-            f"the sandbox does not work on this machine: {done.stderr.strip()}\n"
-            f"It needs bubblewrap 0.8 or later and user namespaces; install them, {accept}"
-        )
-    if broken := json.loads(done.stdout):
+        except OSError as error:
+            needs = ROOT_NEEDS if os.geteuid() == 0 else USER_NEEDS
+            raise CourseError(
+                f"the sandbox does not work on this machine: {error}\n{needs}, {accept}"
+            ) from error
+    if broken:
         raise CourseError(
             f"the sandbox does not hold on this machine; a program in it can {'; '.join(broken)}. "
             f"Nothing was graded. Use another machine, {accept}"
         )
+
+
+def _probed(words: Sequence[str], job: dict[str, Any], token: str) -> list[str]:
+    """Run the probe in a sandbox; return what it could do, by itself and by what is seen of it.
+
+    Args:
+        words: Of the sandbox.
+        job: See `probe.break_out`.
+        token: Put into the environment.
+
+    Raises:
+        TimeoutError: if it does not answer in time.
+        OSError: if it cannot be run, with what it printed.
+    """
+    how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with tempfile.TemporaryFile("w+") as log:
+        command = [*words, sys.executable, "-m", "advlab.classroom.probe"]
+        how["env"] = {**os.environ, "ADVLAB_PROBE": token}
+        process = subprocess.Popen(command, stderr=log, **how)
+        answer: Any = process.stdout  # a pipe
+        clock = threading.Timer(PROBE_SECONDS, process.kill)
+        clock.start()
+        try:
+            with suppress(BrokenPipeError):  # it has failed
+                print(json.dumps(job), file=process.stdin, flush=True)
+            said = answer.readline()
+            # It waits now, until its input ends.
+            broken = [*json.loads(said), *sandbox.seen_from_outside(process.pid)] if said else []
+            process.communicate()
+            in_time = clock.is_alive()
+        finally:
+            clock.cancel()
+            process.kill()
+        if not in_time:
+            raise TimeoutError
+        if process.returncode or not said:
+            log.seek(0)
+            raise OSError(log.read().strip() or "the program in it said nothing")
+    return broken
 
 
 @contextmanager

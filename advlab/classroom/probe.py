@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 # From <sys/mount.h>, <sched.h> and <sys/ipc.h>.
 MS_REMOUNT, MS_BIND, MNT_DETACH, CLONE_NEWUSER, IPC_CREAT = 0x20, 0x1000, 0x2, 0x10000000, 0o1000
+CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435  # <asm/unistd.h>; the second on all machines
 PTRACE_SEIZE, AF_ALG, AF_VSOCK = 0x4206, 38, 40  # <linux/ptrace.h>, <sys/socket.h>
 WRITTEN_BY_ROOT = ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/printk", "/proc/1/mem")
 PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -35,7 +37,7 @@ def break_out(job: dict[str, Any]) -> Iterator[str]:
             grader listens; pid_namespace: the grader's.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if int(_status("CapEff"), 16) or int(_status("CapPrm"), 16):
+    if any(int(_status(f"Cap{name}"), 16) for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")):
         yield "act as the administrator (it holds capabilities)"
     if os.getuid() == 0:
         yield "be root"
@@ -79,8 +81,21 @@ def break_out(job: dict[str, Any]) -> Iterator[str]:
             yield f"mount {folder} anew, writable"
         if libc.umount2(os.fsencode(folder), MNT_DETACH) == 0:
             yield f"unmount {folder}"
-    if libc.unshare(CLONE_NEWUSER) == 0:
+    if libc.unshare(CLONE_NEWUSER) == 0 or _clones(libc):
         yield "make a user namespace, in which it is administrator"
+    with suppress(OSError):
+        os.setuid(0)
+        yield "become root"
+
+
+def _clones(libc: ctypes.CDLL) -> bool:
+    """Tell whether a process in a user namespace of its own can be started, in either way."""
+    clone = CLONE.get(os.uname().machine)
+    child = libc.syscall(clone, CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0) if clone else -1
+    if child == 0:
+        os._exit(0)
+    libc.syscall(CLONE3, None, 0)  # no such arguments, or no such call?
+    return child > 0 or ctypes.get_errno() != errno.ENOSYS
 
 
 def _status(field: str) -> str:
@@ -129,8 +144,9 @@ def _connects(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    broken = list(break_out(json.load(sys.stdin)))
+    broken = list(break_out(json.loads(sys.stdin.readline())))
     if not broken:
         for module in ("ipykernel", "torch"):  # what a submission needs is there
             importlib.import_module(module)
-    print(json.dumps(broken))
+    print(json.dumps(broken), flush=True)
+    sys.stdin.read()  # until the grader has looked at this process from outside

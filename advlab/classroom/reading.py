@@ -15,7 +15,8 @@ from markupsafe import Markup
 from nbformat import NotebookNode
 
 from advlab.classroom import feedback, merging, page
-from advlab.classroom.submissions import BY_HAND, Submission
+from advlab.classroom.marks import BY_HAND
+from advlab.classroom.submissions import Submission
 from advlab.store import code_hash
 
 STYLE = f"""{feedback.STYLE}

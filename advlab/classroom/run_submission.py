@@ -34,15 +34,20 @@ from advlab.classroom.remote import PREFIX
 from advlab.upkeep.kernels import OwnKernel
 from advlab.upkeep.processes import kill_children
 
-LARGEST_OUTPUT = 1_000_000  # bytes of what a notebook prints that are kept
-FLOOD = 100 * LARGEST_OUTPUT  # bytes at which it is stopped
+# Bytes of what a notebook prints, and of pictures that it shows, that are kept.
+LARGEST = {"text": 1_000_000, "pictures": 8_000_000}
+PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+FLOOD = 100_000_000  # bytes of both at which it is stopped
 PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
 LARGEST_ERROR = 10_000  # bytes of an error that are kept
 LARGEST_NOTEBOOK = 20_000_000  # bytes of one that ran, with what it printed
 OUTPUTS = ("stream", "display_data", "execute_result", "error")
 START_SECONDS = 60  # that a sandbox may take to start
 NOT_RUN = "not run"
-CUT = f"[More than {LARGEST_OUTPUT // 1_000_000} MB was printed: from here on nothing is kept.]"
+CUT = {
+    "text": "[More than 1 MB was printed: from here on nothing is kept.]",
+    "pictures": "[Pictures of more than 8 MB were shown: from here on none is kept.]",
+}
 # Run around a cell with tests. A name of Python's that a notebook gave a meaning of its own, such
 # as `max`, has Python's meanwhile.
 PUT_ASIDE = """
@@ -77,7 +82,7 @@ class Runner(NotebookClient):
         cell_seconds, seconds: That a cell and the notebook may take.
     """
 
-    sent, printed, started = 0, 0, False
+    sent, started = 0, False
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class Runner(NotebookClient):
     ) -> None:
         super().__init__(notebook, timeout_func=self.time_left, **more)
         self.work, self.sandboxed, self.cell_seconds = work, sandboxed, cell_seconds
+        self.kept = dict.fromkeys(LARGEST, 0)  # bytes of what was printed and shown
         self.opened: list[int] = []  # descriptors of the sandbox's sockets
         self.end = time.monotonic() + seconds
 
@@ -126,8 +132,8 @@ class Runner(NotebookClient):
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> Any:
         """Take a message of the kernel, but no output once the notebook has printed too much.
 
-        Why a cell failed is taken all the same, once. Later changes of what is shown, and what
-        widgets say, are not.
+        Once it has shown too many pictures, none of these is taken. Why a cell failed is, in any
+        case and once. Later changes of what is shown, and what widgets say, are not.
         """
         kind, content = msg["msg_type"], {**msg["content"]}
         content.pop("transient", None)
@@ -136,19 +142,33 @@ class Runner(NotebookClient):
         if kind == "error":
             content = _cut(content)
         msg = {**msg, "content": content}
-        before, size = self.printed, len(json.dumps(content, default=str))
+        size, pictures = len(json.dumps(content, default=str)), _pictures(content)
         self.count(size)
         if kind in ("status", "execute_input", "clear_output"):
             return super().process_message(msg, cell, cell_index)
         failed = any(output.output_type == "error" for output in cell.get("outputs", []))
-        if kind not in OUTPUTS or (before > LARGEST_OUTPUT and (kind != "error" or failed)):
+        sizes = {"text": size - pictures, "pictures": pictures}
+        full = self._full(sizes)
+        if kind not in OUTPUTS or (full and (kind != "error" or failed)):
             return None
-        self.printed += size
-        if before <= LARGEST_OUTPUT < self.printed:  # this one is too much
+        for what, own in sizes.items():
+            self.kept[what] += own
+        if not full and (full := self._full(sizes)):  # this one is too much
             text = {"msg_type": "stream"}
             msg = {**msg, **text, "header": {**msg["header"], **text}}
-            msg["content"] = {"name": "stderr", "text": CUT}
+            msg["content"] = {"name": "stderr", "text": CUT[full[0]]}
         return super().process_message(msg, cell, cell_index)
+
+    def _full(self, sizes: Mapping[str, int]) -> list[str]:
+        """Return of what there is too much already, among that of which there is some."""
+        return [what for what, size in sizes.items() if size and self.kept[what] > LARGEST[what]]
+
+
+def _pictures(content: Mapping[str, Any]) -> int:
+    """Return the bytes of the pictures in a message."""
+    data = content.get("data")
+    shown = [data[kind] for kind in PICTURES if kind in data] if isinstance(data, dict) else []
+    return sum(len(json.dumps(picture, default=str)) for picture in shown)
 
 
 def _cut(error: dict[str, Any]) -> dict[str, Any]:

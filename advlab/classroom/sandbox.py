@@ -22,7 +22,13 @@ SOCKETS = 1 << 20  # bytes for the folder of its sockets
 INODE = 1 << 10  # bytes that a file takes beside its content, about
 CHANNELS = 5  # sockets of a kernel
 PROCESSES, THREADS = 200, 1_000  # that a notebook may start
-NOBODY = "65534"
+NOBODY = "65534"  # whom a user's program is taken for inside; outside it is that user
+# Whom root's program is, inside and outside. Debian (policy, 9.2.2) and systemd (UIDS-GIDS.md) give
+# this number to nobody, so it owns no file.
+STRANGER = "65533"
+NAMESPACES = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
+# What root needs to become another, and gives up with that.
+CHANGES = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 KEPT = re.compile("(PYTHON)?PATH|LANG|LD_LIBRARY_PATH|(OMP|MKL|OPENBLAS)_.*")  # of the environment
 # What is seen of the system. The linker, fonts and the clock look into /etc.
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -35,7 +41,7 @@ OURS += [f"classroom/{name}" for name in ("__init__", "probe", "remote")]
 # Calls that are refused, by machine: what the system calls it (linux/audit.h), and the numbers of
 # the calls (asm/unistd.h). Memory that some give belongs to no process and no folder, so nobody
 # could see how much it is; others speak to parts of the kernel that no notebook needs, or to the
-# process that holds the sandbox.
+# process that holds the sandbox, or make a user namespace, in which a program is administrator.
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 REFUSED = {
     "memfd_create": (319, 279),
@@ -56,9 +62,13 @@ REFUSED = {
     "process_vm_writev": (311, 271),
     "process_madvise": (440, 440),
     "pidfd_getfd": (438, 438),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "clone3": (435, 435),  # its flags cannot be looked at; the C library then takes clone
 }
-SOCKET, SOCKETPAIR, MMAP = (41, 198), (53, 199), (9, 222)
+SOCKET, SOCKETPAIR, MMAP, CLONE = (41, 198), (53, 199), (9, 222), (56, 220)
 FAMILIES = (1, 2, 10, 16)  # of sockets: local, internet (of which there is none inside), netlink
+NEW_USER = 0x10000000  # flag of clone, a user namespace
 HIDES = 0x21  # flags of mmap, shared and without a file: its pages count while they are mapped only
 X32 = 0x40000000  # bit of the numbers of an older way to make the same calls
 # From linux/bpf_common.h, linux/filter.h and linux/seccomp.h; 38 is ENOSYS.
@@ -77,10 +87,13 @@ def _filter() -> bytes:
     steps += [("", LOAD, CALL, "", ""), ("", AT_LEAST, X32, "refuse", "")]
     steps += [("", EQUAL, call[which], "refuse", "") for call in REFUSED.values()]
     steps += [("", EQUAL, call[which], "family", "") for call in (SOCKET, SOCKETPAIR)]
+    steps += [("", EQUAL, CLONE[which], "clone", "")]
     steps += [("", EQUAL, MMAP[which], "flags", "allow")]
     steps += [("family", LOAD, ARGUMENTS, "", "")]
     steps += [("", EQUAL, family, "allow", "") for family in FAMILIES[:-1]]
     steps += [("", EQUAL, FAMILIES[-1], "allow", "refuse")]
+    steps += [("clone", LOAD, ARGUMENTS, "", ""), ("", AND, NEW_USER, "", "")]
+    steps += [("", EQUAL, NEW_USER, "refuse", "allow")]
     steps += [("flags", LOAD, ARGUMENTS + 3 * 8, "", ""), ("", AND, HIDES, "", "")]
     steps += [("", EQUAL, HIDES, "refuse", "allow")]
     steps += [(name, RETURN, answer, "", "") for name, answer in ANSWERS.items()]
@@ -107,8 +120,9 @@ def sandboxed(work: Path, hidden: Sequence[Path]) -> list[str]:
     It sees the system's programs, Python and `OURS` of this package, and nothing else: what of the
     folders `hidden` lies in these is covered. It can write to memory alone, to an amount that is
     limited.
-    It has no capabilities and is nobody, also where the grader is root, and can become nothing
-    else: it is in a user namespace and can make no other.
+    It has no capabilities and can become nobody else. A user's program is in a user namespace, the
+    only way in which a user can take anything from it. Root's needs none: it has another id than
+    root before its first step, for this machine too. Neither can make a namespace.
 
     Args:
         work: The grader's folder for this program; what the kernel refuses is written there.
@@ -116,7 +130,10 @@ def sandboxed(work: Path, hidden: Sequence[Path]) -> list[str]:
     """
     calls = work / "calls"
     calls.write_bytes(_filter())
-    words = ["sh", "-c", 'exec "$@" 9<"$0"', str(calls)]
+    connection = connection_file(work)
+    connection.touch(mode=0o600)  # a program that is no kernel has none
+    files = f'8<"$0/{connection.name}" 9<"$0/{calls.name}"'
+    words = ["sh", "-c", f'exec "$@" {files}', str(work)]
     # Without keys of the grader's, and without JPY_PARENT_PID, a process that the kernel would take
     # for dead. bubblewrap itself starts so: inside, it is process 1 and can be read.
     kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
@@ -127,13 +144,26 @@ def sandboxed(work: Path, hidden: Sequence[Path]) -> list[str]:
     words += ["bwrap", *(["--seccomp", "9"] if calls.stat().st_size else [])]
     words += ["--proc", "/proc", "--dev", "/dev", *_memory("/dev/shm"), "--remount-ro", "/dev"]
     words += [*_seen(hidden), *_memory("/tmp")]
-    # Below /tmp, perhaps, and so after it.
-    connection = str(connection_file(work))
-    words += ["--ro-bind-try", connection, connection, *_memory(str(sockets(work)), SOCKETS)]
-    # The kernel would take root's id for root in /proc/sys, whatever it may not do else.
-    words += ["--remount-ro", "/proc", "--remount-ro", "/", "--uid", NOBODY, "--gid", NOBODY]
-    words += ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
-    return [*words, "--chdir", "/tmp", "--die-with-parent", "--new-session", "--"]
+    # Below /tmp, perhaps, and so after it. A copy, as its program may be another user than ours.
+    words += [*_parents(connection), "--perms", "0444", "--ro-bind-data", "8", str(connection)]
+    words += _memory(str(sockets(work)), SOCKETS)
+    # A second guard: /proc/sys can be written by root's id alone, which no program here has.
+    words += ["--remount-ro", "/proc", "--remount-ro", "/", *NAMESPACES, "--cap-drop", "ALL"]
+    words += ["--chdir", "/tmp", "--die-with-parent", "--new-session"]
+    return [*words, *(_as_a_stranger() if os.geteuid() == 0 else _as_nobody()), "--"]
+
+
+def _as_nobody() -> list[str]:
+    """Return bubblewrap's words for a user's program: who it is taken for in its namespace."""
+    words = ["--unshare-user", "--disable-userns"]
+    return [*words, "--uid", NOBODY, "--gid", NOBODY]
+
+
+def _as_a_stranger() -> list[str]:
+    """Return the words for root's program: who it becomes before its first step."""
+    words = [word for name in CHANGES for word in ("--cap-add", name)]
+    words += ["--", "setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups"]
+    return [*words, *(f"--{name}=-all" for name in ("inh-caps", "ambient-caps", "bounding-set"))]
 
 
 @cache
@@ -153,7 +183,15 @@ def scope(megabytes: int) -> list[str]:
 
 
 def _memory(folder: str, size: int = TEMPORARY) -> list[str]:
-    return ["--size", str(size), "--tmpfs", folder]
+    return ["--perms", "1777", "--size", str(size), "--tmpfs", folder]
+
+
+def _parents(path: Path) -> list[str]:
+    """Return the words for the folders above a mount, which all may pass.
+
+    bubblewrap itself makes them for root alone.
+    """
+    return [word for folder in [*path.parents][-2::-1] for word in ("--dir", str(folder))]
 
 
 def _seen(hidden: Sequence[Path]) -> list[str]:
@@ -164,7 +202,7 @@ def _seen(hidden: Sequence[Path]) -> list[str]:
         if path.is_symlink():
             words += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
-            words += ["--ro-bind", str(path), str(path)]
+            words += [*_parents(path), "--ro-bind", str(path), str(path)]
     python = [Path(sys.prefix), Path(sys.base_prefix)]
     if site.ENABLE_USER_SITE:
         python.append(Path(site.getusersitepackages()))
@@ -188,7 +226,7 @@ def _seen(hidden: Sequence[Path]) -> list[str]:
         covered.append(place)
     # A mount covers what is below it, so the deeper ones come later.
     for path in sorted(mounts, key=lambda path: len(path.parts)):
-        words += mounts[path]
+        words += [*_parents(path), *mounts[path]]
     return words + [word for path in covered for word in ("--remount-ro", str(path))]
 
 
@@ -211,6 +249,26 @@ def link_sockets(work: Path) -> list[int]:
                     (outside / path.name).symlink_to(f"/proc/{os.getpid()}/fd/{number}")
                 return opened
     return []
+
+
+def seen_from_outside(pid: int) -> list[str]:
+    """Return what a program in a sandbox could do, by what this process sees of it.
+
+    Args:
+        pid: Of the process that was started with the words of `sandboxed`.
+    """
+    *_, inside = psutil.Process(pid).children(recursive=True)
+    could = []
+    ids = {*inside.uids()}
+    if os.geteuid() == 0:
+        status = Path(f"/proc/{inside.pid}/status").read_text()
+        groups = next(line for line in status.splitlines() if line.startswith("Groups:"))
+        ids |= {*inside.gids(), *map(int, groups.split()[1:])}
+    if 0 in ids:
+        could.append("be root on this machine")
+    if not share_of_memory(inside) or not _memory_of_files([inside]):
+        could.append("hold memory that the grader cannot see")
+    return could
 
 
 def limit(pid: int, megabytes: int) -> None:

@@ -278,8 +278,10 @@ def _judge(
             told = clean(f"{errors[0].ename}: {errors[0].evalue}")
             hint = _hint(errors[0], cells[at + 1 :])
             report.costs.append(f"{place} fails when all is run from the top: {told}.{hint}")
-        if any(run_submission.CUT in output.get("text", "") for output in outputs):
-            report.notes.append(f"{place} prints more than the grader keeps; the rest is cut off.")
+        for what, cut in run_submission.CUT.items():
+            if any(cut in output.get("text", "") for output in outputs):
+                rest = f"more {what} than the grader keeps; the rest is cut off"
+                report.notes.append(f"{place} shows {rest}.")
         if (seconds := _seconds(cell)) > LONG * grading.CELL_SECONDS:
             report.notes.append(
                 f"{place} took {seconds:.0f} s. A cell may take {grading.CELL_SECONDS} s, and the "

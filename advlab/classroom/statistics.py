@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from advlab import files
-from advlab.classroom.submissions import BY_HAND
+from advlab.classroom.marks import BY_HAND
 
 KEYS = ["student", "assignment", "cell"]
 CHANGES = [*KEYS, "old", "new", "reason", "when"]
