@@ -290,7 +290,7 @@ def curves(
     if log_x:
         axis.set_xscale("symlog", linthresh=0.003, linscale=0.6)
         ticks = sorted(set(table["test_eps"]))
-        axis.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=60)
+        axis.set_xticks(ticks, [f"{t:.2g}" for t in ticks], rotation=60)
         axis.set_xlim(0, 1.1 * ticks[-1])
         axis.minorticks_off()
     legend_title = "trained with" if hue == "train_eps" else None
