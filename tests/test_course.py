@@ -787,9 +787,9 @@ print("after", "all")"""
 
 def test_an_ordinary_number_of_plots_is_shown_and_more_are_cut(tmp_path):
     most = run_submission.LARGEST["pictures"]
-    for student, size in {"plots": most // 50, "flood": most // 5}.items():
-        notebook = source("a1")
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(SHOWS.format(pictures=20, size=size)))
+    for student, (pictures, size) in {"plots": (20, most // 50), "flood": (6, most // 5)}.items():
+        notebook, code = source("a1"), SHOWS.format(pictures=pictures, size=size)
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(code))
         put(tmp_path / "in", student, "a1", notebook)
     totals, _ = grades(tmp_path)
     assert totals == {(student, "a1"): 20 for student in ("plots", "flood")}
