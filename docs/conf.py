@@ -1,4 +1,4 @@
-"""Sphinx's settings of the site. `advlab site` copies this folder, adds the lessons, and starts it."""
+"""Sphinx's settings of the site, which `advlab site` builds."""
 
 import tomllib
 from typing import Any
@@ -36,8 +36,9 @@ python_use_unqualified_type_names = True
 
 html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
+html_context = {"default_mode": "auto"}  # dark where the reader's system is
 html_css_files = ["site.css"]
-html_show_sourcelink = False
+html_copy_source = False
 html_show_search_summary = False  # it would be fetched, which a page opened from a disk may not
 html_sidebars = {"index": []}
 html_theme_options: dict[str, Any] = {

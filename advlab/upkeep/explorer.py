@@ -172,9 +172,7 @@ def scripts(dataset: str = "auto", data_dir: str = "auto") -> dict[str, bytes]:
             {"name": name, "gradient": name not in ATTACKS or ATTACKS[name].gradient}
             for name in CHOICES
         ],
-        "images": [
-            {"index": index, "label": int(data.test.labels[index])} for index in chosen
-        ],
+        "images": [{"index": index, "label": int(data.test.labels[index])} for index in chosen],
     }
     made = {"data.js": _script("Explorer.start", about)}
     for place, page in enumerate(compute(models, data, chosen)):

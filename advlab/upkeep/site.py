@@ -6,6 +6,7 @@ executed. `docs/` has the pages that are of the site alone, and Sphinx's setting
 
 import pkgutil
 import re
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -18,12 +19,14 @@ import advlab
 from advlab import files
 from advlab.upkeep import explorer, readme
 
-# Where a link of README.md to a folder or a file of the clone leads on the site.
+# Where a link of README.md or of the guide leads on the site.
 PAGES = {
     "notebooks": "lessons.md",
     "notebooks/solutions": "solutions.md",
     "notebooks/assignments": "assignments.md",
+    "../../README.md#more-than-one-machine": "../../machines.md",
 }
+EXERCISES = "## Your turn"  # the heading in each lesson
 COPIED = ("LICENSE", "constraints.txt", "figures")  # what pages link to, or show
 LEFT_OUT = ("__main__", "cli", "_torchvision")  # modules that nobody imports
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\)")
@@ -44,21 +47,20 @@ def need_sphinx() -> None:
         import myst_nb  # noqa: F401
         import pydata_sphinx_theme  # noqa: F401
     except ImportError as error:
-        raise SiteError(f"the site needs its extra: pip install '.[course,site]' ({error})") from None
+        told = f"the site needs its extra: pip install '.[course,site]' ({error})"
+        raise SiteError(told) from None
 
 
 def relink(text: str) -> str:
     """Return a page of the clone whose links to modules and folders lead to pages of the site."""
 
     def leads(link: re.Match[str]) -> str:
-        path, _, place = link["to"].partition("#")
-        to = path.rstrip("/")
+        to = link["to"].rstrip("/")
         if to.startswith("advlab/") and to.endswith(".py"):
             return f"[{link['text']}](api/{to[:-3].replace('/', '.')}.md)"
         if to in PAGES:
-            return f"[{link['text']}]({PAGES[to]}{'#' * bool(place)}{place})"
-        is_folder = to and (files.home() / to).is_dir()
-        return link["text"] if is_folder else link[0]  # a folder is no page
+            return f"[{link['text']}]({PAGES[to]})"
+        return link["text"] if (files.home() / to).is_dir() else link[0]  # a folder is no page
 
     return _LINK.sub(leads, text)
 
@@ -66,19 +68,21 @@ def relink(text: str) -> str:
 def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> NotebookNode:
     """Return a notebook as MyST-NB reads it best.
 
-    Anchors are written as MyST makes them (JupyterLab keeps capitals), hints become Markdown inside
-    their fold, the cell of parameters is folded, and figures get a text in place of the picture.
+    Exercises are linked to their solutions, anchors written as MyST makes them (JupyterLab keeps
+    capitals), the text of a fold becomes Markdown, the cell of parameters is folded, and figures
+    get a text in place of the picture.
 
     Args:
         notebook: As committed; it is changed.
         name: Of its page, such as "02_fgsm" or "solutions/02_fgsm".
-        alts: Those texts, by `figure_names`.
+        alts: Those texts, by the name under which the cell saves its figure, or by "page: heading".
     """
-    heading = ""
+    heading, solved = "", f"They are all [solved](solutions/{name}.ipynb). Try them first."
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = _HINT.sub(_unfold, _ANCHOR.sub(_as_anchor, cell.source))
-            heading = ([heading] + re.findall(r"^##+ (.*)", cell.source, re.M))[-1]
+            cell.source = cell.source.replace(EXERCISES, f"{EXERCISES}\n\n{solved}")
+            heading = [heading, *re.findall(r"^##+ (.*)", cell.source, re.M)][-1]
             continue
         if "parameters" in (tags := cell.metadata.get("tags", [])):
             tags.append("hide-input")
@@ -124,7 +128,7 @@ def pages() -> dict[str, bytes]:
     alts = tomllib.loads(made.pop("alts.toml").decode())
     text = relink((home / "README.md").read_text(encoding="utf-8"))
     made["README.md"] = re.sub(r"^#(#+ )", r"\1", text, flags=re.M).encode()  # parts of pages
-    made[readme.GUIDE] = (home / readme.GUIDE).read_bytes()
+    made[readme.GUIDE] = relink((home / readme.GUIDE).read_text(encoding="utf-8")).encode()
     solved = sorted((home / "notebooks" / "solutions").glob("*.ipynb"))
     for path in (*readme.lesson_paths(home), *solved):
         name = path.relative_to(home / "notebooks").with_suffix("").as_posix()
@@ -149,7 +153,7 @@ API = """# {name}
 
 
 def lay_out(folder: Path) -> None:
-    """Write the pages' sources to `folder`, and nothing where it has them: Sphinx sees what is new."""
+    """Write the pages' sources to `folder`, but not what it has already: Sphinx then skips it."""
     made = {folder / name: content for name, content in pages().items()}
     for path in filter(Path.is_file, folder.rglob("*")):
         if path not in made:
@@ -180,6 +184,8 @@ def build(output: Path) -> Path:
     work = output.with_name(f"{output.name}-work")
     lay_out(work / "pages")
     asked = ["-b", "html", "-q", "-W", "--keep-going", "-d", str(work / "doctrees")]
-    if build_main([*asked, str(work / "pages"), str(output)]):
+    if build_main([*asked, str(work / "pages"), str(work / "html")]):
         raise SiteError("the site has warnings, printed above; mend them first")
+    left_out = shutil.ignore_patterns("*.map", ".buildinfo")
+    shutil.copytree(work / "html", output, ignore=left_out, dirs_exist_ok=True)
     return output / "index.html"

@@ -16,7 +16,7 @@ const Explorer = (() => {
     told.textContent = about.told || "";
     if (about.told) return;
     fill("image", about.images.map((image, place) =>
-      [place, `${about.classes[image.label]} (test image ${image.index})`]));
+      [place, `${about.classes[image.label]} (${image.index})`]));
     fill("source", about.models.map((name) => [name, name]));
     fill("attack", about.attacks.map((attack) => [attack.name, attack.name]));
     control("eps").max = about.eps.length - 1;
@@ -104,7 +104,7 @@ const Explorer = (() => {
   function draw(page, tile, eps, name) {
     const original = pixels(page, 0);
     const [change, attacked] = [pixels(page, 0), pixels(page, 0)];
-    const factor = Math.floor(127 / Math.max(eps, 1));
+    const factor = Math.floor(127.5 / Math.max(eps, 1));
     const moved = tile === null ? null : pixels(page, tile).data;
     for (let i = 0; i < original.data.length; i++) {
       if (i % 4 === 3) continue; // opacity
@@ -158,7 +158,7 @@ const Explorer = (() => {
           const data = document.createElement("td");
           const bar = document.createElement("span");
           bar.className = `explorer-bar explorer-${when}`;
-          bar.style.width = `${shares[k] / 20}px`;
+          bar.style.setProperty("--share", shares[k]);
           data.append(bar, ` ${percent(shares[k])}`);
           row.append(data);
         }
