@@ -24,6 +24,7 @@ PAGES = {
     "notebooks": "lessons.md",
     "notebooks/solutions": "solutions.md",
     "notebooks/assignments": "assignments.md",
+    "#speed": "speed.md",
     "../../README.md#more-than-one-machine": "../../machines.md",
 }
 EXERCISES = "## Your turn"  # the heading in each lesson
@@ -137,13 +138,13 @@ def pages() -> dict[str, bytes]:
         for name, path in course.release(Path(folder)).items():
             made[f"notebooks/assignments/{name}/{name}.ipynb"] = _notebook(path, name, alts)
     for name in module_names():
-        made[f"api/{name}.md"] = API.format(name=name).encode()
+        made[f"api/{name}.md"] = API.format(title=name.removeprefix("advlab."), name=name).encode()
     for name, script in explorer.scripts().items():
         made[f"_static/explorer/{name}"] = script
     return made
 
 
-API = """# {name}
+API = """# {title}
 
 ```{{eval-rst}}
 .. automodule:: {name}
