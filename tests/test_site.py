@@ -24,7 +24,8 @@ from advlab import files, widgets
 from advlab.datasets import Shapes10
 from advlab.upkeep import explorer, site
 
-LARGEST_PAGE = 1_500_000  # bytes: a page with its pictures, scripts and styles
+LARGEST_PAGE = 1_500_000  # bytes: a page with its pictures, and the explorer with its first image
+LARGEST_THEME = 1_200_000  # scripts, styles and fonts that all pages share, and a browser keeps
 LARGEST_EXPLORER = 3_000_000
 LOADED = {"script": "src", "link": "href", "img": "src", "source": "src", "iframe": "src"}
 
@@ -238,11 +239,14 @@ def test_internal_links_lead_somewhere(built, read):
 def test_pages_are_small(built, read):
     for name, page in read.items():
         path = built / name
-        loaded = {path, *((path.parent / urlsplit(one).path).resolve() for one in page.loads)}
+        loaded = {(path.parent / urlsplit(one).path).resolve() for one in page.loads}
+        theme = {one for one in loaded if (built / "_static").resolve() in one.parents}
+        own = {path, *(loaded - theme)}
         if name == "index.html" and REAL_DATA:
-            loaded.add(built / "_static/explorer/image0.js")
-        size = sum(one.stat().st_size for one in loaded)
-        assert size <= LARGEST_PAGE, f"{name} loads {size:,} bytes"
+            own.add(built / "_static/explorer/image0.js")
+        for found, limit in ((own, LARGEST_PAGE), (theme, LARGEST_THEME)):
+            size = sum(one.stat().st_size for one in found)
+            assert size <= limit, f"{name} loads {size:,} bytes"
     whole = sum(path.stat().st_size for path in (built / "_static/explorer").iterdir())
     assert whole <= LARGEST_EXPLORER
 

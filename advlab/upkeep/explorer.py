@@ -120,6 +120,8 @@ def compute(
         for target in range(count) if attack == TARGETED else [None]:
             # No image can be moved towards the class that it is of.
             places = [place for place in range(len(chosen)) if int(labels[place]) != target]
+            if not places:
+                continue
             x, y = images[places], labels[places]
             name = f"{attack}|{source}|{'' if target is None else target}"
             for place in places:

@@ -187,6 +187,6 @@ def build(output: Path) -> Path:
     asked = ["-b", "html", "-q", "-W", "--keep-going", "-d", str(work / "doctrees")]
     if build_main([*asked, str(work / "pages"), str(work / "html")]):
         raise SiteError("the site has warnings, printed above; mend them first")
-    left_out = shutil.ignore_patterns("*.map", ".buildinfo")
+    left_out = shutil.ignore_patterns("*.map", ".buildinfo", "webpack-macros.html")
     shutil.copytree(work / "html", output, ignore=left_out, dirs_exist_ok=True)
     return output / "index.html"
