@@ -18,7 +18,7 @@ ANEW := rm -rf .venv
 .PHONY: .venv/installed
 endif
 
-.PHONY: run test lab reproduce retrain audit bench libraries course browser doctor lint clean
+.PHONY: run test lab reproduce retrain audit bench libraries course browser site doctor lint clean
 
 run: .venv/installed          ## run all lessons and print the paper's tables beside ours
 	$(ADVLAB) run
@@ -52,6 +52,10 @@ course: .venv/installed       ## nbgrader, and the student versions of the assig
 
 browser: .venv/installed      ## what the tests in a browser need beside Chromium
 	$(PIP) --quiet --editable ".[browser]"
+
+site: .venv/installed         ## the lessons as a site to be read in a browser, in outputs/site
+	$(PIP) --quiet --editable ".[course,site]"
+	$(ADVLAB) site
 
 doctor: .venv/installed       ## check this machine
 	$(ADVLAB) doctor

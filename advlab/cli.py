@@ -497,6 +497,17 @@ def grade(
 
 
 @app.command()
+def site(
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/site.")] = None,
+) -> None:
+    """Build a site of the lessons as they ran, to be read without Python; nothing is executed."""
+    from advlab.upkeep import site as pages
+
+    first = pages.build(files.results_folder(output or files.home() / "outputs" / "site"))
+    _say(f"Open in a browser: {first}")
+
+
+@app.command()
 def doctor() -> None:
     """Check Python, packages, data, checkpoints and machine; exit code 1 if anything fails."""
     checks = checkup.run_checks()

@@ -74,6 +74,38 @@ class _Watched(nn.Module):
         return self.model(x)
 
 
+def craft(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: str,
+    eps: float,
+    *,
+    steps: int = 20,
+    target: int = 0,
+) -> Tensor:
+    """Return images attacked as the panel does it.
+
+    Args:
+        model: Whose gradient is used.
+        images: (N, C, H, W) float in [0, 1].
+        labels: (N,) int64, the true classes.
+        attack, eps, steps, target: As in `attack_one`.
+
+    Raises:
+        ValueError: if there is no such attack, or eps or steps is out of range.
+    """
+    check_name("attack", attack, CHOICES)
+    if eps == 0:
+        return images
+    if attack == TARGETED:
+        return fgsm(model, images, labels, eps, targeted=torch.full_like(labels, target))
+    if attack == STEPPED:
+        alpha = min(1, max(eps / 8, 2.5 * eps / max(steps, 1)))  # `pgd` refuses steps below 1
+        return pgd(model, images, labels, eps, alpha=alpha, steps=steps, seed=0)
+    return ATTACKS[attack](model, images, labels, eps)
+
+
 def attack_one(
     models: Mapping[str, nn.Module],
     source: str,
@@ -104,19 +136,9 @@ def attack_one(
     Raises:
         ValueError: if there is no such attack or source, or eps or steps is out of range.
     """
-    check_name("attack", attack, CHOICES)
     check_name("source", source, models)
     x, y = image[None], torch.tensor([label], device=image.device)
-    maker = _Watched(models[source], report)
-    if eps == 0:
-        made = x
-    elif attack == TARGETED:
-        made = fgsm(maker, x, y, eps, targeted=torch.full_like(y, target))
-    elif attack == STEPPED:
-        alpha = min(1, max(eps / 8, 2.5 * eps / max(steps, 1)))  # `pgd` refuses steps below 1
-        made = pgd(maker, x, y, eps, alpha=alpha, steps=steps, seed=0)
-    else:
-        made = ATTACKS[attack](maker, x, y, eps)
+    made = craft(_Watched(models[source], report), x, y, attack, eps, steps=steps, target=target)
     saved = (made * 255).round() / 255
     before, after, in_8_bits = (
         {name: predict(model, shown)[0, :classes].cpu() for name, model in models.items()}

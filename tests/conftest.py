@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,12 +44,13 @@ CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 REAL_DATA = str(_found.absolute()) if _found else None
 # Images and numbers of classes that are not CIFAR-10's.
 OTHER_KINDS = [(s, k) for s in ((1, 28, 28), (3, 64, 48), (4, 8, 8)) for k in (2, 101)]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
 
 
 def pytest_collection_modifyitems(items):
     """Start the long tests first: the short ones then fill what is left of either core."""
-    long = ("test_notebooks", "test_course", "test_browser")
+    long = ("test_notebooks", "test_course", "test_browser", "test_site")
     items.sort(key=lambda item: item.path.stem not in long)
 
 
@@ -217,6 +219,28 @@ def empty_home(tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.setattr(files, "home", lambda: home)
     return home
+
+
+@pytest.fixture
+def page():
+    """A page of a real browser; what its console tells of errors is in `page.errors`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason='needs the extra "browser"')
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1500, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("console", lambda told: told.type == "error" and page.errors.append(told.text))
+        yield page
+        browser.close()
+
+
+def artefact(name: str) -> str:
+    """Return where a test keeps a picture of what it saw."""
+    folder = files.home() / "outputs" / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / name)
 
 
 @pytest.fixture

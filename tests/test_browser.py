@@ -3,20 +3,18 @@
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
 
 import nbformat
 import pytest
-from conftest import shared_folder
+from conftest import CHROMIUM, artefact, shared_folder
 from nbformat.reader import NotJSONError
 
 from advlab import files
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-playwright = pytest.importorskip("playwright.sync_api", reason='needs the extra "browser"')
+pytest.importorskip("playwright", reason='needs the extra "browser"')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 
 EXPLORER = """
@@ -77,16 +75,6 @@ def lab(tmp_path, tmp_path_factory):
             server.wait(60)
 
 
-@pytest.fixture
-def page():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1500, "height": 1000})
-        page.set_default_timeout(60_000)
-        yield page
-        browser.close()
-
-
 def open_and_run(page, lab, name):
     """Open the notebook, and choose Run, Run All Cells."""
     address, token, _ = lab
@@ -103,12 +91,6 @@ def wait_for_change(page, shown, before):
     page.wait_for_function(
         "([e, text]) => e.innerText !== text", arg=[shown.element_handle(), before]
     )
-
-
-def artefact(name):
-    folder = files.home() / "outputs" / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / name)
 
 
 def write_explorer(folder):
@@ -225,11 +207,9 @@ def test_marks_given_in_the_page_for_reading_are_marks_for_the_grader(page, tmp_
     for one in graded:
         files.write_bytes(one.kept(tmp_path) / "page.json", json.dumps(drawn).encode())
     (written,) = reading.write(graded, {"a5": path}, tmp_path)
-    errors = []
-    page.on("console", lambda message: errors.append(message.text))
     page.goto(written.as_uri())
     assert page.title() == "a5: claim of 3 students", "no script runs but the page's own"
-    assert len(errors) == 3
+    assert len(page.errors) == 3
     page.get_by_label("Comment").nth(1).fill('=good, "but"\nwhich n?')
     page.get_by_role("button").click()  # a comment without a mark is not let go
     page.get_by_label("Points").nth(1).fill("7.5")

@@ -69,15 +69,39 @@ def build(output: Path) -> list[Path]:
     """Write the student version of each assignment, a zip of each, and one of each solution.
 
     Args:
-        output: Gets release/NAME/NAME.ipynb; NAME.zip, with advlab's wheel in it;
-            solutions/NAME_solution.zip; and gradebook.db (nbgrader's).
+        output: Gets what `release` writes; NAME.zip, with advlab's wheel in it; and
+            solutions/NAME_solution.zip.
 
     Returns:
         The zips.
 
     Raises:
-        CourseError: without nbgrader; if it refuses an assignment; for a cell that `grade` does
-            not know; or if advlab cannot be packed.
+        CourseError: as `release`; or if advlab cannot be packed.
+    """
+    released, zips, wheel = release(output), [], _wheel(output)
+    for name, source in sources().items():
+        zips.append(output / f"{name}.zip")
+        notebook = released[name].read_bytes()
+        own = {f"{name}/{name}.ipynb": notebook, f"{name}/{wheel.name}": wheel.read_bytes()}
+        _pack(own, zips[-1])
+        zips.append(output / "solutions" / f"{name}_solution.zip")
+        # A name of its own: unpacked beside a student's work, it replaces nothing.
+        _pack({f"{name}/{name}_solution.ipynb": _solution(source).encode()}, zips[-1])
+    return zips
+
+
+def release(output: Path) -> dict[str, Path]:
+    """Write the student version of each assignment.
+
+    Args:
+        output: Gets release/NAME/NAME.ipynb and gradebook.db (nbgrader's).
+
+    Returns:
+        The notebooks, by name of the assignment.
+
+    Raises:
+        CourseError: without nbgrader; if it refuses an assignment; or for a cell that `grade` does
+            not know.
     """
     grading.need_nbgrader()
     from nbgrader.apps import NbGraderAPI
@@ -93,27 +117,19 @@ def build(output: Path) -> list[Path]:
     config.CourseDirectory.root = str(output.absolute())
     config.CourseDirectory.source_directory = str(files.home() / "notebooks" / "assignments")
     api = NbGraderAPI(config=config)
-    zips, wheel = [], _wheel(output)
+    released = {name: output / "release" / name / f"{name}.ipynb" for name in names}
     # nbgrader starts `alembic`, which is beside this Python and may not be on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for name, source in names.items():
+    for name, made in released.items():
         with environment(PATH=path):
             result = api.generate_assignment(name, force=True)
         if not result["success"]:
             told = "\n".join(filter(None, (result.get("error"), result.get("log"))))
             raise CourseError(f"{name}: {told}")
-        released = output / "release" / name / f"{name}.ipynb"
-        notebook = nbformat.read(released, as_version=4)
+        notebook = nbformat.read(made, as_version=4)
         selfcheck.hand_out(notebook)
-        text = nbformat.writes(notebook)
-        files.write_bytes(released, text.encode())
-        zips.append(output / f"{name}.zip")
-        own = {f"{name}/{name}.ipynb": text.encode(), f"{name}/{wheel.name}": wheel.read_bytes()}
-        _pack(own, zips[-1])
-        zips.append(output / "solutions" / f"{name}_solution.zip")
-        # A name of its own: unpacked beside a student's work, it replaces nothing.
-        _pack({f"{name}/{name}_solution.ipynb": _solution(source).encode()}, zips[-1])
-    return zips
+        files.write_bytes(made, nbformat.writes(notebook).encode())
+    return released
 
 
 def _pack(contents: Mapping[str, bytes], path: Path) -> None:
