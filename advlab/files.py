@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NAMES = ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE", "SCHEDULER", "THREADS")
 SETTINGS = [f"ADVLAB_{name}" for name in NAMES]
-SOURCES = ("advlab", "data", "docs", "figures", "notebooks", "tests")  # folders of a clone
+SOURCES = ("advlab", "data", "figures", "notebooks", "tests")  # folders of a clone
 
 
 def setting(value: str | None, variable: str = "", default: str = "") -> str:

@@ -127,7 +127,7 @@ def test_without_a_trained_model_the_page_says_so():
 
 
 def test_page_has_the_panels_controls_by_their_names():
-    page = (files.home() / "docs" / "explorer.html").read_text()
+    page = (site.OWN_PAGES / "explorer.html").read_text()
     panel = widgets.AttackExplorer({"one": make_small_cnn(0)}, Shapes10(1, 20))
     shared = (panel.index, panel.source, panel.attack, panel.target, panel.eps)
     for control in shared:

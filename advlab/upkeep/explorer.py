@@ -1,7 +1,7 @@
 """What the site's explorer shows: attacks of the panel, made beforehand, for a page without Python.
 
-The page (`docs/_static/explorer.js`) is opened from a disk, where a browser reads no files but
-scripts and pictures. So each image is a script that holds one sprite (a PNG) and the answers.
+The page (`site_pages/_static/explorer.js`) is opened from a disk, where a browser reads no files
+but scripts and pictures. So each image is a script that holds one sprite (a PNG) and the answers.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """The site: the lessons as they ran, solutions, assignments, results and the package, as pages.
 
 `build` lays out the pages in a folder and lets Sphinx (with MyST-NB) write them. No notebook is
-executed. `docs/` has the pages that are of the site alone, and Sphinx's settings.
+executed. `site_pages/` has the pages that are of the site alone, and Sphinx's settings.
 """
 
 import pkgutil
@@ -27,6 +27,7 @@ PAGES = {
     "#speed": "speed.md",
     "../../README.md#more-than-one-machine": "../../machines.md",
 }
+OWN_PAGES = Path(__file__).parent / "site_pages"
 EXERCISES = "## Your turn"  # the heading in each lesson
 COPIED = ("LICENSE", "constraints.txt", "figures")  # what pages link to, or show
 LEFT_OUT = ("__main__", "cli", "_torchvision")  # modules that nobody imports
@@ -122,9 +123,9 @@ def pages() -> dict[str, bytes]:
     from advlab.classroom import course
 
     home, made = files.home(), {}
-    for top in (home / "docs", *(home / name for name in COPIED)):
+    for top in (OWN_PAGES, *(home / name for name in COPIED)):
         for path in [top] if top.is_file() else filter(Path.is_file, top.rglob("*")):
-            root = top if top.name == "docs" else home
+            root = top if top == OWN_PAGES else home
             made[path.relative_to(root).as_posix()] = path.read_bytes()
     alts = tomllib.loads(made.pop("alts.toml").decode())
     text = relink((home / "README.md").read_text(encoding="utf-8"))
@@ -180,8 +181,8 @@ def build(output: Path) -> Path:
     need_sphinx()
     from sphinx.cmd.build import build_main
 
-    if not (files.home() / "docs" / "conf.py").is_file():
-        raise SiteError(f"there are no pages in {files.home() / 'docs'}; run this in a clone")
+    if not files.is_clone(files.home()):
+        raise SiteError(f"{files.home()} is no clone of the repository; run this in one")
     work = output.with_name(f"{output.name}-work")
     lay_out(work / "pages")
     asked = ["-b", "html", "-q", "-W", "--keep-going", "-d", str(work / "doctrees")]
