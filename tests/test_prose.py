@@ -90,21 +90,21 @@ def flip_order(direction: str) -> float:
     return rows[[name for name in rows.index if name.startswith(direction)]].iloc[0]
 
 
-def tested() -> pd.DataFrame:
+def under_papers_test() -> pd.DataFrame:
     """Return what the models of all seeds keep under the paper's test."""
     return table("seeds").query("attack == 'fgsm-per-image' and source_seed == seed")
 
 
 def seeds_range() -> pd.Series:
     """Return highest minus lowest accuracy over seeds, in points, by training and test eps."""
-    rows = tested().groupby(["architecture", "train_eps", "test_eps"])["accuracy"]
+    rows = under_papers_test().groupby(["architecture", "train_eps", "test_eps"])["accuracy"]
     return 100 * (rows.max() - rows.min()).groupby(["train_eps", "test_eps"]).max()
 
 
 def over_seeds(arch: str, train_eps: float, test_eps: float) -> list[float]:
     """Return what the models of seeds 0, 1 ... keep under the paper's test, in percent."""
     asked = "architecture == @arch and train_eps == @train_eps and test_eps == @test_eps"
-    return (100 * tested().query(asked).sort_values("seed")["accuracy"]).tolist()
+    return (100 * under_papers_test().query(asked).sort_values("seed")["accuracy"]).tolist()
 
 
 def other_seeds(arch: str, eps: float) -> pd.Series:
@@ -116,7 +116,7 @@ def other_seeds(arch: str, eps: float) -> pd.Series:
 
 def losses(arch: str, train_eps: float | None = None) -> pd.Series:
     """Return the losses of all seeds at test eps 0.1; None: undefended networks' of other seeds."""
-    rows = table("seeds").query("source_seed != seed") if train_eps is None else tested()
+    rows = table("seeds").query("source_seed != seed") if train_eps is None else under_papers_test()
     chosen = (rows["architecture"] == arch) & (rows["test_eps"] == 0.1)
     return rows.loc[chosen & (rows["train_eps"] == (train_eps or 0.0)), "loss"]
 
@@ -142,7 +142,7 @@ def share_of_gain(eps: float, arch: str = "cnn", train_eps: float = 0.005) -> fl
 def papers_inside() -> pd.Series:
     """Return which of the paper's entries lie between our lowest and highest seed."""
     keys = ["architecture", "train_eps", "test_eps"]
-    found = tested().groupby(keys)["accuracy"].agg(["min", "max"]).reset_index()
+    found = under_papers_test().groupby(keys)["accuracy"].agg(["min", "max"]).reset_index()
     both = paper.published().merge(found, on=keys)
     return both["accuracy"].between(both["min"], both["max"])
 
@@ -410,7 +410,7 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
          "recipe == 'paper' and attack == 'autoattack' and train_eps in [0, .005, .01, .015, .2] "
          "and architecture in ['cnn', 'cnn-lstm'] and test_eps > 0.03")["correct"].max() == 0),
     # Measured on the paper's weights, which this repository does not have.
-    ("06", "the published weights keep 75.4 % at eps = 0.1 (10,000 test images)", always),
+    ("06", "(not part of this repository) keep 75.4 % at eps = 0.1 (10,000 test images)", always),
     # 07
     ("07", "keeps 78.91 % of clean images and 34.95 % under AutoAttack (RobustBench", always),
     ("07", "the paper's gap under attack (75.5 to 74.1 %)",
