@@ -116,10 +116,11 @@ def test_models_are_compared_two_by_two_the_best_first():
     assert table["p"].tolist() == pytest.approx([2 * 0.5**10, 2 * 0.5**10, 1.0])
     assert table["p_corrected"].tolist() == pytest.approx([6 * 0.5**10, 6 * 0.5**10, 1.0])
     assert readme.pairs_text(table) == (
-        "Under AutoAttack on the same 40 images, two by two (McNemar's exact test, corrected for 3 "
-        "pairs after Holm): `a` is ahead of `b` (10 images against 0, p = 0.0059); `b` cannot be "
+        "Under AutoAttack on the same 40 images (McNemar's exact test, corrected for 3 pairs after "
+        "Holm): `a` is ahead of `b` (10 images against 0, p = 0.0059); `b` cannot be "
         "told from `c` (5 images against 5, p = 1)."
     )
+    assert "McNemar's exact test): `a` is ahead of" in readme.pairs_text(table.head(1))
 
 
 def test_a_column_of_other_numbers_of_images_is_refused(house):

@@ -107,9 +107,10 @@ def pairs_text(pairs: pd.DataFrame) -> str:
             f"`{model}` {verdict} `{other}` ({row['model_only']:.0f} images against "
             f"{row['other_only']:.0f}, p = {row['p_corrected']:.2g})"
         )
+    corrected = f", corrected for {len(pairs)} pairs after Holm" if len(pairs) > 1 else ""
     return (
-        f"Under AutoAttack on the same {pairs['n'].max():,} images, two by two (McNemar's exact "
-        f"test, corrected for {len(pairs)} pairs after Holm): {'; '.join(parts)}."
+        f"Under AutoAttack on the same {pairs['n'].max():,} images (McNemar's exact test"
+        f"{corrected}): {'; '.join(parts)}."
     )
 
 
