@@ -240,8 +240,9 @@ def carlini_wagner(
     ``(tanh(w) + 1) / 2`` and so always in [0, 1], Adam minimises the squared length plus c times
     ``max(kappa - margin, 0)``. A binary search finds for each image the smallest c that works:
     times ten until one does, then halfway between the last that failed and the last that worked. An
-    image leaves a search when its loss has not fallen by 0.01 % within a tenth of the steps. Kept
-    is the shortest change ever seen.
+    image leaves a search when its lowest loss has not fallen by 0.01 % within a tenth of the steps
+    (the authors' code compares the losses at both ends, for the whole batch). Kept is the shortest
+    change ever seen.
 
     Args:
         model, images, labels: As in `deepfool`.
@@ -278,7 +279,8 @@ def carlini_wagner(
 
         def search(w: Tensor, adam: _Adam, worked: Tensor) -> None:
             """Walk with one c for each image; note in `worked` where it was large enough."""
-            before, checked = torch.full_like(shortest, math.inf), max(1, steps // 10)
+            before = torch.full_like(shortest, math.inf)
+            lowest, checked = before.clone(), max(1, steps // 10)
 
             def go_on(step: int, part: Tensor) -> Tensor:
                 tanh = w[part].tanh()
@@ -295,11 +297,11 @@ def carlini_wagner(
                 gradient = gradient_of(missing.sum(), x) + 2 * change
                 inner = (1 - tanh**2) / 2  # the derivative of the image by w
                 w[part] += adam.change(gradient * inner, part, step)
-                loss = square + missing.detach()
+                lowest[part] = lowest[part].minimum(square + missing.detach())
                 stuck = torch.zeros_like(fooled)
                 if (step - 1) % checked == 0:
-                    stuck = loss > 0.9999 * before[part]
-                    before[part] = loss
+                    stuck = lowest[part] > 0.9999 * before[part]
+                    before[part] = lowest[part]
                 return part[~stuck]
 
             left = active

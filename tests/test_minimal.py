@@ -13,6 +13,8 @@ from torch import nn
 from advlab import forward, minimal
 from advlab.minimal import carlini_wagner, deepfool, distortion, jsma
 
+SHAPE = (3, 16, 16)  # small: the table of pairs grows with the fourth power of the side
+SIZE = 3 * 16 * 16
 ATTACKS = {
     "deepfool": deepfool,
     "c&w": partial(carlini_wagner, steps=40, searches=4, constant=0.1, rate=0.003),
@@ -27,22 +29,30 @@ def answers(model, images):
         return model(images).argmax(1)
 
 
+def likeliest_others(model, images):
+    """Return the class of the second highest logit."""
+    with torch.no_grad():
+        return model(images).topk(2).indices[:, 1]
+
+
 @pytest.fixture
-def undecided(small_cnn):
+def undecided():
     """A model with 12 images that it gets right, with small margins and large ones."""
-    images, _ = make_batch(12)
-    return small_cnn, images, balance(small_cnn, images)
+    model, (images, _) = make_small_cnn(0, SHAPE), make_batch(12, shape=SHAPE)
+    return model, images, balance(model, images)
 
 
 @pytest.fixture
 def planes():
     """A linear model of ten classes, grey images that it gets right, and how far each border is.
 
-    The distances, (20, 10), are to the planes on which another class is as likely; inf to its own.
+    The distances, (10, 10), are to the planes on which another class is as likely; inf to its own.
     """
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    images = make_batch(20)[0] * 0.4 + 0.3  # so that nothing is clamped
+    torch.manual_seed(1)  # not that of the images: the weights would be made of the same numbers
+    model = nn.Sequential(nn.Flatten(), nn.Linear(SIZE, 10))
+    with torch.no_grad():  # so that the smallest gap is not always the nearest border
+        model[1].weight *= torch.linspace(0.5, 2, 10)[:, None]
+    images = make_batch(10, shape=SHAPE)[0] * 0.4 + 0.3  # so that nothing is clamped
     labels = balance(model, images)
     weight = model[1].weight.detach()
     with torch.no_grad():
@@ -78,9 +88,7 @@ def test_deepfool_of_a_linear_model_is_the_shortest_way_and_the_overshoot(planes
 
 def test_deepfool_looks_at_the_most_likely_classes_alone(planes):
     model, images, labels, distances = planes
-    with torch.no_grad():
-        runner_up = model(images).topk(2).indices[:, 1]
-    expected = distances.gather(1, runner_up[:, None])[:, 0]
+    expected = distances.gather(1, likeliest_others(model, images)[:, None])[:, 0]
     made = deepfool(model, images, labels, classes=2, overshoot=0.1)
     found = distortion(model, images, labels, made)["l2"]
     torch.testing.assert_close(found, 1.1 * expected, rtol=1e-3, atol=0)
@@ -90,20 +98,25 @@ def test_deepfool_looks_at_the_most_likely_classes_alone(planes):
 @pytest.mark.parametrize("constant", [1e-3, 100.0])
 def test_carlini_wagner_of_a_linear_model_is_nearly_the_shortest_way(planes, constant):
     model, images, labels, distances = planes
-    options = {"steps": 150, "searches": 9, "constant": constant, "rate": 0.005}
+    options = {"steps": 60, "searches": 10, "constant": constant, "rate": 0.001}
     made = carlini_wagner(model, images, labels, **options)
-    ratio = distortion(model, images, labels, made)["l2"] / distances.amin(1)
-    assert float(ratio.min()) > 0.999  # nothing is shorter than the shortest
-    assert float(ratio.max()) < 1.1
-    assert float(ratio.median()) < 1.03
+    found = distortion(model, images, labels, made)["l2"]
+    assert bool((found > 0.999 * distances.amin(1)).all())  # nothing is shorter than the shortest
+    # Its margin is to the likeliest other class, whose border need not be the nearest.
+    runner_up = likeliest_others(model, images)
+    aimed_at = distances.gather(1, runner_up[:, None])[:, 0]
+    assert bool((found < 1.05 * aimed_at + 0.004).all())
+    nearest = runner_up == distances.argmin(1)
+    assert int(nearest.sum()) >= 5
+    assert float((found / aimed_at)[nearest].median()) < 1.05
 
 
 def test_kappa_is_the_margin_that_is_left(linear_model):
-    images = make_batch(8)[0] * 0.4 + 0.3
+    images = make_batch(4)[0] * 0.4 + 0.3
     labels = answers(linear_model, images)
     lengths = {}
     for kappa in (0.0, 0.5):
-        options = {"kappa": kappa, "steps": 150, "searches": 5, "constant": 0.1, "rate": 0.005}
+        options = {"kappa": kappa, "steps": 60, "searches": 7, "constant": 0.5, "rate": 0.005}
         made = carlini_wagner(linear_model, images, labels, **options)
         lengths[kappa] = distortion(linear_model, images, labels, made)["l2"]
         with torch.no_grad():
@@ -114,7 +127,7 @@ def test_kappa_is_the_margin_that_is_left(linear_model):
     difference = linear_model[1].weight.detach()
     further = 0.5 / float((difference[0] - difference[1]).norm())
     torch.testing.assert_close(
-        lengths[0.5] - lengths[0.0], torch.full((8,), further), rtol=0.15, atol=0
+        lengths[0.5] - lengths[0.0], torch.full((4,), further), rtol=0.15, atol=0
     )
 
 
@@ -200,7 +213,7 @@ def test_table_of_pairs_of_large_images_is_refused():
 
 def test_jsma_changes_no_more_than_gamma(undecided):
     model, images, labels = undecided
-    for gamma, allowed in ((0.0, 0), (5.5 / 3072, 5)):
+    for gamma, allowed in ((0.0, 0), (5.5 / SIZE, 5)):
         for pairs in (False, True):
             made = jsma(model, images, labels, gamma=gamma, pairs=pairs)
             count = (made != images).flatten(1).sum(1)
@@ -262,7 +275,7 @@ def test_each_is_best_in_its_own_norm(undecided):
     middle = {name: {k: float(v.median()) for k, v in one.items()} for name, one in found.items()}
     assert middle["c&w"]["l2"] < 1.1 * middle["deepfool"]["l2"]
     for name in ("jsma", "jsma pairs"):
-        assert middle[name]["l0"] < 100 < middle["deepfool"]["l0"]
+        assert middle[name]["l0"] < 50 < middle["deepfool"]["l0"]
         assert middle[name]["l2"] > middle["deepfool"]["l2"]
         assert middle[name]["linf"] > middle["deepfool"]["linf"]
 
@@ -286,21 +299,21 @@ def test_more_searches_are_never_worse(undecided, constant):
 
 
 @each_attack
-def test_image_that_is_wrong_already_is_asked_for_once(attack, small_cnn):
-    images, _ = make_batch(5)
-    labels, seen = (answers(small_cnn, images) + 1) % 10, []
+def test_image_that_is_wrong_already_is_asked_for_once(attack, undecided):
+    network, images, labels = undecided
+    seen = []
 
     def model(x):
         seen.append(len(x))
-        return small_cnn(x)
+        return network(x)
 
-    assert torch.equal(attack(model, images, labels), images)
-    assert seen == [5]
+    assert torch.equal(attack(model, images, (labels + 1) % 10), images)
+    assert seen == [12]
 
 
 @each_attack
 def test_model_that_cannot_be_fooled_leaves_everything_as_it_is(attack):
-    images, labels = make_batch(4)[0], torch.zeros(4, dtype=torch.int64)
+    images, labels = make_batch(4, shape=SHAPE)[0], torch.zeros(4, dtype=torch.int64)
     made = attack(Flat(), images, labels)
     assert torch.equal(made, images)
     for sizes in distortion(Flat(), images, labels, made).values():
@@ -321,7 +334,7 @@ def test_search_is_left_where_nothing_changes_any_more():
 
 @each_attack
 def test_model_of_one_logit_is_refused(attack):
-    images, labels = make_batch(3)[0], torch.zeros(3, dtype=torch.int64)
+    images, labels = make_batch(3, shape=SHAPE)[0], torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="one logit an image; there is no other class"):
         attack(lambda x: x.flatten(1).sum(1, keepdim=True), images, labels)
 
@@ -441,7 +454,7 @@ def test_distortion_counts_values_not_pixels():
 
 def test_distortion_of_other_images_is_refused(undecided):
     model, images, labels = undecided
-    with pytest.raises(ValueError, match=r"attacked is \(3, 3, 32, 32\), the images are \(12, 3"):
+    with pytest.raises(ValueError, match=r"attacked is \(3, 3, 16, 16\), the images are \(12, 3"):
         distortion(model, images, labels, images[:3])
     with pytest.raises(ValueError, match="attacked is NoneType"):
         distortion(model, images, labels, None)
