@@ -366,11 +366,11 @@ SUBTLE = {
     ),
     "the smallest gap": (
         "a7", "(gaps.abs() / lengths).argmin(1)", "gaps.abs().argmin(1)",
-        ["step-test", "many-planes-test", "linear-test", "way-test"],
+        ["step-test", "many-planes-test", "linear-test"],
     ),
     "length, not its square": (
         "a7", "lengths[rows, nearest] ** 2", "lengths[rows, nearest]",
-        ["step-test", "many-planes-test", "linear-test", "way-test"],
+        ["step-test", "many-planes-test", "linear-test"],
     ),
     "no overshoot": (
         "a7", "(1 + overshoot) * walk[active]", "1.02 * walk[active]", ["linear-test"],
