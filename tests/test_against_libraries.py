@@ -201,8 +201,11 @@ def cw_of_art(model, images, labels):
 def test_shortest_ways_are_as_short_as_a_librarys(case, module, theirs, ours, above):
     pytest.importorskip(module, reason=f"{module} is not installed; it is in the extra [bench]")
     options = CW if ours is minimal.carlini_wagner else {}
-    made = ours(*case, **options), theirs(*case)
-    mine, other = (minimal.distortion(*case, one)["l2"] for one in made)
+    model, images, labels = case
+    n = 16 if isinstance(model, torch.nn.Sequential) else 4  # the large ones take their time
+    batch = model, images[:n], labels[:n]
+    made = ours(*batch, **options), theirs(*batch)
+    mine, other = (minimal.distortion(*batch, one)["l2"] for one in made)
     assert bool(mine.isfinite().all())
     ratio = (other / mine).median()
     assert 0.95 < float(ratio) < above
