@@ -246,5 +246,12 @@ _LESSONS = (
         minutes=30,
         after=("06", "07"),
     ),
+    Lesson(
+        "09_shortest_way_out",
+        "The shortest way out: DeepFool, C&W, JSMA",
+        lambda profile: [("cnn", 0.0), ("cnn", 0.2), ("cnn", profile.adversarial["robust"])],
+        minutes=75,
+        after=("06", "07"),
+    ),
 )
 LESSONS = {lesson.name: lesson for lesson in _LESSONS}

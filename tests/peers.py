@@ -6,14 +6,14 @@ from queue import Queue
 from threading import Thread
 from unittest.mock import patch
 
-from advlab import attacks, forward, models, training
+from advlab import attacks, forward, minimal, models, training
 from advlab.classroom import merging
 from advlab.classroom.examining import Examiner
 from advlab.classroom.remote import Peer
 
 # What tests take away for good, in a process of their own.
 TAKEN = ((attacks, "check_batch"), (forward, "check_batch"), (models, "CNN"))
-TAKEN += ((training, "fastest_layout"),)
+TAKEN += ((training, "fastest_layout"), (minimal, "check_batch"))
 
 
 class Line:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
-from advlab import checkpoints, datasets, evaluation, files, models
+from advlab import checkpoints, datasets, evaluation, files, minimal, models
 from advlab.attacks import fgsm, mifgsm, pgd
 from advlab.bench import rivals
 
@@ -88,26 +88,34 @@ def l2_of_torchattacks(model, alpha):
 def l2_of_foolbox(model, alpha):
     import foolbox
 
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     made = foolbox.attacks.L2PGD(abs_stepsize=alpha, steps=STEPS, random_start=False)
-    return lambda images, labels: made.run(wrapped, images, labels, epsilon=L2_EPS)
+    return lambda images, labels: made.run(for_foolbox(model), images, labels, epsilon=L2_EPS)
+
+
+def for_foolbox(model):
+    import foolbox
+
+    return foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+
+
+def for_art(model, shape=(3, 32, 32)):
+    from art.estimators.classification import PyTorchClassifier
+
+    return PyTorchClassifier(
+        model,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=shape,
+        nb_classes=model(torch.zeros(1, *shape)).shape[1],
+        clip_values=(0, 1),
+        device_type="cpu",
+    )
 
 
 def l2_of_art(model, alpha):
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
-    from art.estimators.classification import PyTorchClassifier
 
-    wrapped = PyTorchClassifier(
-        model,
-        loss=torch.nn.CrossEntropyLoss(),
-        input_shape=(3, 32, 32),
-        nb_classes=model(torch.zeros(1, 3, 32, 32)).shape[1],
-        clip_values=(0, 1),
-        device_type="cpu",
-    )
-    made = ProjectedGradientDescentPyTorch(
-        wrapped, norm=2, eps=L2_EPS, eps_step=alpha, max_iter=STEPS, verbose=False
-    )
+    options = {"norm": 2, "eps": L2_EPS, "eps_step": alpha, "max_iter": STEPS, "verbose": False}
+    made = ProjectedGradientDescentPyTorch(for_art(model), **options)
     return lambda images, labels: torch.from_numpy(made.generate(images.numpy(), labels.numpy()))
 
 
@@ -133,3 +141,101 @@ def test_mifgsm_agrees(case, decay):
     assert float((ours - images).abs().max()) <= eps + 1e-6
     # A sign that rounding turns sends the pixel, and a little those around it, another way.
     assert float(((theirs - ours).abs() > 1e-6).float().mean()) <= 1e-3
+
+
+# --- the shortest way out
+
+
+def deepfool_of_foolbox(model, images, labels):
+    import foolbox
+
+    return foolbox.attacks.L2DeepFoolAttack().run(for_foolbox(model), images, labels)
+
+
+def deepfool_of_art(model, images, labels):
+    from art.attacks.evasion import DeepFool
+
+    # Its own overshoot is 1e-6, not the paper's 0.02.
+    made = DeepFool(for_art(model), epsilon=0.02, batch_size=len(images), verbose=False)
+    return torch.from_numpy(made.generate(images.numpy()))
+
+
+CW = {"searches": 4, "steps": 40, "rate": 0.003, "constant": 0.1}
+
+
+def cw_of_foolbox(model, images, labels):
+    import foolbox
+
+    made = foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=CW["searches"],
+        steps=CW["steps"],
+        stepsize=CW["rate"],
+        initial_const=CW["constant"],
+    )
+    return made.run(for_foolbox(model), images, labels)
+
+
+def cw_of_art(model, images, labels):
+    from art.attacks.evasion import CarliniL2Method
+
+    made = CarliniL2Method(  # gradient descent with a line search in the place of Adam
+        for_art(model),
+        binary_search_steps=CW["searches"],
+        max_iter=CW["steps"] // 4,
+        initial_const=CW["constant"],
+        batch_size=len(images),
+        verbose=False,
+    )
+    return torch.from_numpy(made.generate(images.numpy(), labels.numpy()))
+
+
+@pytest.mark.parametrize(
+    ("module", "theirs", "ours", "above"),
+    [
+        ("foolbox", deepfool_of_foolbox, minimal.deepfool, 1.05),
+        ("art", deepfool_of_art, minimal.deepfool, 1.05),
+        ("foolbox", cw_of_foolbox, minimal.carlini_wagner, 1.05),
+        ("art", cw_of_art, minimal.carlini_wagner, 2.0),  # it is often longer, never much shorter
+    ],
+)
+def test_shortest_ways_are_as_short_as_a_librarys(case, module, theirs, ours, above):
+    pytest.importorskip(module, reason=f"{module} is not installed; it is in the extra [bench]")
+    options = CW if ours is minimal.carlini_wagner else {}
+    model, images, labels = case
+    n = 16 if isinstance(model, torch.nn.Sequential) else 4  # the large ones take their time
+    batch = model, images[:n], labels[:n]
+    made = ours(*batch, **options), theirs(*batch)
+    mine, other = (minimal.distortion(*batch, one)["l2"] for one in made)
+    assert bool(mine.isfinite().all())
+    ratio = (other / mine).median()
+    assert 0.95 < float(ratio) < above
+
+
+def test_jsma_changes_as_many_values_as_torchattacks():
+    reason = "torchattacks is not installed; it is in the extra [bench]"
+    torchattacks = pytest.importorskip("torchattacks", reason=reason)
+    model, images = make_small_cnn(), make_batch(16)[0]
+    labels = balance(model, images)[:4]
+    images, aim = images[:4], (labels + 1) % 10  # what it aims at
+    theirs = torchattacks.JSMA(model, theta=1.0, gamma=0.145)(images, labels)
+    ours = minimal.jsma(model, images, labels, targeted=aim)
+    counts = [((made - images).abs() > 1e-6).flatten(1).sum(1) for made in (ours, theirs)]
+    assert int((counts[0] == counts[1]).sum()) >= 3
+
+
+def test_jsma_of_art_looks_at_the_targets_slopes_alone():
+    pytest.importorskip("art", reason="art is not installed; it is in the extra [bench]")
+    from art.attacks.evasion import SaliencyMapMethod
+
+    model, image = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), torch.zeros(12)
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].weight[1, :3] = torch.tensor([3.0, 2.0, 1.0])  # of the target
+        model[1].weight[0, :3] = torch.tensor([-1.0, 1.0, -3.0])  # of the other class
+        model[1].bias.copy_(torch.tensor([1.0, 0.0]))
+    image, zero = image.reshape(1, 1, 3, 4), torch.zeros(1, dtype=torch.int64)
+    made = SaliencyMapMethod(for_art(model, (1, 3, 4)), verbose=False)
+    theirs = made.generate(image.numpy(), (1 - zero).numpy())
+    ours = minimal.jsma(model, image, zero, gamma=1.0, targeted=1 - zero)
+    assert theirs.flatten().nonzero()[0].tolist() == [0, 1]  # the steepest two
+    assert ours.flatten().nonzero()[:, 0].tolist() == [0, 2]  # 4 x 4, not 5 x 0

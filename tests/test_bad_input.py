@@ -11,13 +11,14 @@ import torch
 from conftest import make_batch, make_small_cnn
 from torch import nn
 
-from advlab import attacks, forward
+from advlab import attacks, forward, minimal
 from advlab.attacks import bim, fgsm, fgsm_direction, input_gradient, mifgsm, perturb, pgd, rfgsm
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
 from advlab.catalogue import ATTACKS
 from advlab.evaluation import minimal_eps
 from advlab.forward import evaluate, holds, predict
+from advlab.minimal import carlini_wagner, deepfool, jsma
 from advlab.transforms import FGSMTransform
 
 IMAGES, LABELS = make_batch(12)
@@ -46,7 +47,15 @@ SEEDED = {
     **{name: partial(attack, eps=0.1) for name, attack in ATTACKS.items() if attack.gradient},
 }
 NO_GRADIENT = {name: partial(a, eps=0.1) for name, a in ATTACKS.items() if not a.gradient}
-ATTACKING = GRADIENTS | SIZED | SEEDED | {"minimal_eps": minimal_eps}
+MINIMAL = {
+    "deepfool": partial(deepfool, steps=2),
+    "carlini_wagner": partial(carlini_wagner, steps=2, searches=1),
+    "jsma": partial(jsma, gamma=0.001, pairs=False),
+}
+MEASURES["distortion"] = lambda model, images, labels: minimal.distortion(
+    model, images, labels, IMAGES
+)
+ATTACKING = MINIMAL | GRADIENTS | SIZED | SEEDED | {"minimal_eps": minimal_eps}
 ALL = MEASURES | ATTACKING | NO_GRADIENT
 
 
@@ -239,6 +248,10 @@ KINDS = {
 def test_other_dtypes_are_measured_as_float32_is(name, kind):
     model, images = KINDS[kind]
     labels = predict(MODEL, images).argmax(1)
+    if name in MINIMAL and images.dtype in attacks.COARSE:  # a shortest way would be rounded away
+        with pytest.raises(TypeError, match="steps are larger than a shortest way out"):
+            ALL[name](model, images, labels)
+        return
     found = ALL[name](model, images, labels)
     if name == "auto_attack":
         assert found.dtype == torch.bool
@@ -289,7 +302,7 @@ def test_the_table_is_complete():
     inside |= {"recurrent_gradients", "gradient_mode", "eval_mode", "float32_mode", "check_eps"}
     inside |= {"per_image_statistics_mode", "modules_of", "sharing"}
     written = Path(__file__).read_text()
-    for module in (attacks, forward):
+    for module in (attacks, forward, minimal):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):
                 assert name in inside or f'"{name}"' in written, name

@@ -134,8 +134,8 @@ def page_of(folder, student):
 # --- sources and releases
 
 
-def test_there_are_six():
-    assert NAMES == ["a1", "a2", "a3", "a4", "a5", "a6"]
+def test_there_are_seven():
+    assert NAMES == ["a1", "a2", "a3", "a4", "a5", "a6", "a7"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,8 +245,8 @@ def test_the_solutions_are_graded_and_timed(rehearsed, tmp_path, monkeypatch):
     (tmp_path / "out" / "graded" / "solutions" / "a1").mkdir(parents=True)  # of an earlier one
     table = course.rehearse(tmp_path / "out", publish=True).set_index("assignment")
     assert rehearsed == list(NAMES)
-    assert table["seconds"].tolist() == [1.5, 3.0, 4.5, 6.0, 7.5, 9.0]
-    assert table["by_hand"].tolist() == [0, 0, 0, 0, 10, 0]
+    assert table["seconds"].tolist() == [1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 10.5]
+    assert table["by_hand"].tolist() == [0, 0, 0, 0, 10, 0, 0]
     assert table.loc["a5", "points"] == 24
     lines = [re.sub(" +", " ", line) for line in guide.read_text().splitlines()]
     assert lines[0] == "Before"
@@ -358,6 +358,48 @@ SUBTLE = {
     "small is vanished": ("a6", "1e-10", "1e-3", ["masked-test"]),
     "share of pixels": ("a6", LENGTHS, "grad(loss, x)[0].abs()", ["partly-test"]),
     "any image": ("a6", ".float().mean() > 0.5", ".any()", ["partly-test"]),
+    "values of a pixel count once": (
+        "a7", "(change.abs() > 1e-6).sum(1)",
+        "(attacked - images).abs().amax(1).flatten(1).gt(1e-6).sum(1)", ["distances-test"],
+    ),
+    "length of the batch": (
+        "a7", "change.norm(dim=1),", "change.norm().expand(len(change)),", ["distances-test"],
+    ),
+    "the smallest gap": (
+        "a7", "(gaps.abs() / lengths).argmin(1)", "gaps.abs().argmin(1)",
+        ["step-test", "many-planes-test", "linear-test"],
+    ),
+    "length, not its square": (
+        "a7", "lengths[rows, nearest] ** 2", "lengths[rows, nearest]",
+        ["step-test", "many-planes-test", "linear-test"],
+    ),
+    "no overshoot": (
+        "a7", "(1 + overshoot) * walk[active]", "1.02 * walk[active]", ["linear-test"],
+    ),
+    "the last way tried comes back": (
+        "a7", "made[active[fooled]] = tried[fooled]", "made[active] = tried", ["leaves-test"],
+    ),
+    "what is wrong is attacked": (
+        "a7", "active = (model(images).argmax(1) == labels).nonzero()[:, 0]",
+        "active = torch.arange(len(images))", ["leaves-test"],
+    ),
+    "no image any more": (
+        "a7", "walk[active]).clamp(0, 1)\n        with", "walk[active])\n        with",
+        ["leaves-test"],
+    ),
+    "leaves out what was never fooled": (
+        "a7", "lengths.masked_fill(~fooled, math.inf)[right]", "lengths[right & fooled]",
+        ["summary-test", "never-fooled-test"],
+    ),
+    "counts what was wrong before": (
+        "a7", "math.inf)[right]", "math.inf)", ["summary-test"],
+    ),
+    "DeepFool of the package": (
+        "a7", "    made, walk =",
+        "    from advlab.minimal import deepfool\n"
+        "    return deepfool(model, images, labels, overshoot=overshoot, steps=steps)\n"
+        "    made, walk =", ["linear-test", "curved-test", "way-test", "leaves-test"],
+    ),
     "FGSM of the package": (
         "a2", "    return (images + eps * image_gradient(model, images, labels)", PACKAGE_FGSM,
         ["size-test", "direction-test", "clamp-test", "leaves-test"],
@@ -377,6 +419,15 @@ LOOP = """    made = [
 
 def _pgd(model, images, labels, eps, alpha, steps, generator):
     start ="""
+EACH_ALONE = """    made = [
+        _deepfool(model, images[i : i + 1], labels[i : i + 1], overshoot, steps)
+        for i in range(len(images))
+    ]
+    return torch.cat(made)
+
+
+def _deepfool(model, images, labels, overshoot, steps):
+    made, walk ="""
 OTHERWISE_RIGHT = {
     "a2": [
         ("eps * image_gradient", "eps * 1.0 * image_gradient"),
@@ -391,6 +442,11 @@ OTHERWISE_RIGHT = {
         ("    start =", LOOP),
         (f"(2 * {UNIFORM} - 1) * eps", IN_PLACE),
         ("        logits = model(x)", "        model(x)\n        logits = model(x)"),
+    ],
+    "a7": [
+        ("change.norm(dim=1)", "change.square().sum(1).sqrt()"),
+        ("(gaps.abs() / lengths).argmin(1)", "(-gaps / lengths).min(1).indices"),
+        ("    made, walk =", EACH_ALONE),
     ],
 }  # fmt: skip
 

@@ -18,7 +18,18 @@ from second_device import MixedDevicesError, SecondDevice, tensors_in
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from advlab import attacks, checkpoints, evaluation, forward, lab, models, plots, training, widgets
+from advlab import (
+    attacks,
+    checkpoints,
+    evaluation,
+    forward,
+    lab,
+    minimal,
+    models,
+    plots,
+    training,
+    widgets,
+)
 from advlab.audit import CHECKLIST, Trial
 from advlab.autoattack import auto_attack
 from advlab.catalogue import ATTACKS
@@ -103,6 +114,17 @@ def many_steps(b: SimpleNamespace) -> list[Tensor]:
     return found
 
 
+def shortest(b: SimpleNamespace) -> list[Tensor]:
+    found = [minimal.deepfool(*b.batch, steps=2)]
+    for targeted in (None, b.aims):
+        options = {"steps": 2, "searches": 2, "targeted": targeted}
+        found.append(minimal.carlini_wagner(*b.batch, **options))
+        for pairs in (False, True):
+            options = {"gamma": 0.01, "pairs": pairs, "targeted": targeted}
+            found.append(minimal.jsma(*b.batch, **options))
+    return [*found, *minimal.distortion(*b.batch, found[0]).values()]
+
+
 def named(b: SimpleNamespace) -> list[Any]:
     found = [attack(*b.batch, EPS) for attack in ATTACKS.values()]
     for attack, source in (("fgsm", b.known[1]), ("noise", None), ("rfgsm", None)):
@@ -167,7 +189,8 @@ def explore(b: SimpleNamespace) -> list[Any]:
 
 
 ON_CPU = (saved, explore)
-PARTS = (images, answers, one_step, many_steps, named, audit, authors_code, train, zoo, *ON_CPU)
+PARTS = (images, answers, one_step, many_steps, shortest, named, audit, authors_code, train, zoo)
+PARTS += ON_CPU
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +258,8 @@ def test_every_public_function_of_tensors_is_tried():
     inside |= {"sharing"}
     on_cpu, written = {"read_state", "read_tensors", "read_upload"}, Path(__file__).read_text()
     for name in ("attacks", "audit", "autoattack", "catalogue", "checkpoints", "data", "evaluation",
-                 "forward", "plots", "store", "training", "transforms", "widgets"):  # fmt: skip
+                 "forward", "minimal", "plots", "store", "training", "transforms",
+                 "widgets"):  # fmt: skip
         module = import_module(f"advlab.{name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
             own = function.__module__ == module.__name__ and not name.startswith("_")
