@@ -40,7 +40,9 @@ html_context = {"default_mode": "auto"}  # dark where the reader's system is
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_search_summary = False  # it would be fetched, which a page opened from a disk may not
-html_sidebars = {name: [] for name in ("index", "notebooks/assignments/README")}
+html_sidebars: dict[str, list[str]] = {
+    name: [] for name in ("index", "notebooks/assignments/README")
+}
 html_theme_options: dict[str, Any] = {
     "logo": {"text": project},
     "header_links_before_dropdown": 7,
