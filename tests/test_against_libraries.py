@@ -198,12 +198,11 @@ def cw_of_art(model, images, labels):
         ("art", cw_of_art, minimal.carlini_wagner, 2.0),  # it is often longer, never much shorter
     ],
 )
-def test_shortest_ways_are_as_short_as_a_librarys(case, module, theirs, ours, above):
+def test_shortest_ways_are_as_short_as_a_librarys(module, theirs, ours, above):
     pytest.importorskip(module, reason=f"{module} is not installed; it is in the extra [bench]")
     options = CW if ours is minimal.carlini_wagner else {}
-    model, images, labels = case
-    n = 16 if isinstance(model, torch.nn.Sequential) else 4  # the large ones take their time
-    batch = model, images[:n], labels[:n]
+    model, (images, _) = make_small_cnn(), make_batch(16)
+    batch = model, images, balance(model, images)
     made = ours(*batch, **options), theirs(*batch)
     mine, other = (minimal.distortion(*batch, one)["l2"] for one in made)
     assert bool(mine.isfinite().all())

@@ -255,7 +255,7 @@ def test_every_public_function_of_tensors_is_tried():
     inside |= {"gradient_mode", "recurrent_gradients", "per_image_statistics_mode", "load_into"}
     inside |= {"fastest_layout", "as_picture", "show_image", "amplified", "audit", "as_bytes"}
     inside |= {"answers_vary", "ask", "gradient_of", "check_images", "check_labels", "modules_of"}
-    inside |= {"sharing"}
+    inside |= {"sharing", "craft"}
     on_cpu, written = {"read_state", "read_tensors", "read_upload"}, Path(__file__).read_text()
     for name in ("attacks", "audit", "autoattack", "catalogue", "checkpoints", "data", "evaluation",
                  "forward", "minimal", "plots", "store", "training", "transforms",

@@ -61,7 +61,7 @@ def run(clone):
 
 def kept(clone: Path) -> dict[str, int]:
     """Return the files of models, done or half done, and when they were written."""
-    found = (clone / "out" / "checkpoints").glob("*.s*")
+    found = (clone / "out" / "checkpoints").glob("[!.]*.s*")  # temporary files come and go
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
