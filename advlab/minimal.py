@@ -92,6 +92,13 @@ class _Hunt:
             raise ValueError("the model returned one logit an image; there is no other class")
         return logits, every[~self.judge(logits, every)[1]]
 
+    def walk(self, step: Callable[[Tensor], Tensor], active: Tensor, most: int) -> None:
+        """Let images take up to `most` steps; those whose numbers `step` returns go on."""
+        for _ in range(most):
+            if len(active) == 0:
+                break
+            active = torch.cat(self.share(step, active))
+
 
 def _attack(
     model: Classifier,
@@ -198,10 +205,7 @@ def deepfool(
             fooled = hunt.settle((start + stretched * walk[part]).clamp(0, 1), part)
             return part[~fooled]
 
-        for _ in range(steps):
-            if len(active) == 0:
-                break
-            active = torch.cat(hunt.share(step, active))
+        hunt.walk(step, active, steps)
 
     return _attack(model, images, labels, None, run)
 
@@ -414,10 +418,7 @@ def jsma(
             x[part] = values.scatter(1, places, moved).reshape(x[part].shape)
             return part[~hunt.settle(x[part], part)] if len(part) else part
 
-        for _ in range(int(gamma * count) // (2 if pairs else 1)):
-            if len(active) == 0:
-                break
-            active = torch.cat(hunt.share(step, active))
+        hunt.walk(step, active, int(gamma * count) // (2 if pairs else 1))
 
     return _attack(model, images, labels, targeted, run)
 
