@@ -305,7 +305,7 @@ def _steadily(t: Trial) -> tuple[bool | None, str]:
 def _tiny_step(t: Trial) -> tuple[bool | None, str]:
     """Compare what the gradient promises for a tiny step with what the step does.
 
-    Right is from half to twice the promise. None of the 23 shipped models broke it for one of 100
+    Right is from half to twice the promise. None of the 24 shipped models broke it for one of 100
     images, the most curved kept 0.68 of it; k-winners (Xiao et al. 2020, 1905.10510), JPEG behind a
     made-up derivative and random inputs break it for most.
     """

@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Mapping
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,9 +179,3 @@ def scripts(dataset: str = "auto", data_dir: str = "auto") -> dict[str, bytes]:
     for place, page in enumerate(compute(models, data, chosen)):
         made[f"image{place}.js"] = _script("Explorer.take", {"place": place, **page})
     return made
-
-
-def write(folder: Path) -> None:
-    """Write the page's data to `folder`."""
-    for name, content in scripts().items():
-        files.write_bytes(folder / name, content)
