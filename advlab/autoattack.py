@@ -31,6 +31,7 @@ VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 COMPARED = {"apgd-dlr": 3, "apgd-t": 4}  # so many logits, in the losses of these parts
+ON_GPU = 1_000  # images of a part there: so many take it little longer than `CHUNK`
 Each = Callable[[Callable[["Part"], list[bool]], Iterable["Part"]], Iterator[list[bool]]]
 FLAGS = "https://github.com/fra31/auto-attack/blob/master/flags_doc.md"
 
@@ -55,7 +56,7 @@ def auto_attack(
     Four attacks without parameters to tune, each on the images that hold so far: APGD on cross
     entropy, targeted APGD, targeted FAB, and Square, which uses no gradient. The code is its
     authors' (package pyautoattack). 100 images of a robust model take minutes, so each 100 that are
-    done are kept in `store`, and an interrupted run goes on from there.
+    done (on a GPU each 1,000) are kept in `store`, and an interrupted run goes on from there.
 
     Twelve parameters: those of the authors' class, and where parts are computed, kept and shown.
 
@@ -71,8 +72,8 @@ def auto_attack(
         queries: How often Square may ask the model, per image; 5,000 is the standard.
         store: Where finished parts are kept; None keeps none.
         progress: Label of a tqdm bar; None shows none.
-        each: Yields the result of `attack_part` for each 100 images, in order. An executor's `map`
-            does so side by side, in processes: the authors' code seeds torch's one generator.
+        each: Yields the result of `attack_part` for each part, in order. An executor's `map` does
+            so side by side, in processes: the authors' code seeds torch's one generator.
 
     Returns:
         (N,) bool: the images that hold.
@@ -121,7 +122,7 @@ class Part:
 
     Args:
         model: The attacked model.
-        images: (N, C, H, W) float32, N at most `CHUNK`, of the part's own memory.
+        images: (N, C, H, W) float32, of the part's own memory.
         labels: (N,) int64.
         asked: What `auto_attack` was asked for, checked.
     """
@@ -142,8 +143,9 @@ class Part:
 def _parts(model: Classifier, images: Tensor, labels: Tensor, asked: dict[str, Any]) -> list[Part]:
     # Copies: a slice is sent with all that it is cut from. And what was made in inference mode has
     # no gradient outside it.
+    size = ON_GPU if images.device.type == "cuda" else CHUNK
     with torch.inference_mode(False):
-        batches = zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
+        batches = zip(images.split(size), labels.split(size), strict=True)
         as_rows = partial(torch.clone, memory_format=torch.contiguous_format)
         return [Part(model, as_rows(x.float()), y.clone(), asked) for x, y in batches]
 
@@ -243,7 +245,7 @@ def attack_part(part: Part) -> list[bool]:
             for attack in (attacker.apgd, attacker.apgd_targeted):
                 attack.attack_single_run = partial(_walk, attack, attack.attack_single_run)
         # What was broken once is broken: asked again, a model could be right by chance.
-        _, found = attacker.run_standard_evaluation(images, part.labels, batch_size=CHUNK)
+        _, found = attacker.run_standard_evaluation(images, part.labels, batch_size=len(images))
     return (found == part.labels).tolist()
 
 

@@ -278,7 +278,7 @@ def sweep(
     device: Device = ANY_DEVICE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs.")] = False,
     publish: Annotated[
-        bool, typer.Option("--publish", help="Write figures/seeds.csv, which the lessons show.")
+        bool, typer.Option("--publish", help="Write what lessons and README show into figures/.")
     ] = False,
     *,
     scheduler: Scheduler,
@@ -293,6 +293,31 @@ def sweep(
     base = sweeping.options(dataset, data_dir, output_dir, str(device))
     on: dict[str, Any] = {"scheduler": scheduler, "console": console}
     sweeping.run(sweeping.parse(asked.items()), base, dry=dry_run, publish=publish, **on)
+
+
+@app.command()
+@on_cluster
+def search(
+    epochs: Annotated[int, typer.Option(min=1, help="Of each training.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of all randomness.")] = 0,
+    dataset: Dataset = "auto",
+    data_dir: DataDir = "auto",
+    output_dir: Annotated[
+        str, typer.Option(help="Folder of models and table; auto: outputs/search-DATASET.")
+    ] = "auto",
+    device: Device = ANY_DEVICE,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write figures/search.csv, which README names.")
+    ] = False,
+    *,
+    scheduler: Scheduler,
+) -> None:
+    """Train by each change that led to the recipe robust-soft; judge on held-out images."""
+    from advlab.upkeep import search as searching
+
+    places: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "output_dir": output_dir}
+    on: dict[str, Any] = {"device": str(device), "scheduler": scheduler, "console": console}
+    searching.run(epochs=epochs, seed=seed, publish=publish, **places, **on)
 
 
 @app.command()
@@ -356,6 +381,9 @@ def audit(
     test_n: Annotated[
         int | None, shipped_option(min=1, help="Images for FGSM and PGD-20; all for none.")
     ] = None,
+    best_n: Annotated[
+        int, shipped_option(min=0, help="Images for AutoAttack on the two best; 0: as the others.")
+    ] = 0,
     publish: Annotated[
         bool, shipped_option("--publish", help="Write figures/audit.csv, which the lessons show.")
     ] = False,
@@ -372,7 +400,7 @@ def audit(
     names = targets or []
     if not any(map(is_target, names)):
         shipped = partial(trial.run, names, publish=publish, scheduler=scheduler, console=console)
-        shipped(**places, auto_n=auto_n, test_n=test_n)
+        shipped(**places, auto_n=auto_n, best_n=best_n, test_n=test_n)
         return
     if len(names) > 1:
         raise ValueError(f"{len(names)} targets; a report is of one: give each its own command")

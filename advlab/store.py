@@ -289,7 +289,9 @@ class Zoo:
         train_set: TrainingSet = self.data.train
         validation = None
         if recipe.on_the_fly:
-            train_set, validation = hold_out(self.data.train)
+            train_set, held = hold_out(self.data.train)
+            # Some of them: to attack all after each epoch would cost half of an epoch.
+            validation = held.first(min(2_000, len(held)))
         elif training and not isinstance(training, Recipe):
             train_set = AugmentedSet(self.data.train, self.directions(arch), training)
         name, device = path.stem, self.data.train.images.device

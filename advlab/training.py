@@ -91,6 +91,19 @@ def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
+def crop_some(images: Tensor, border: int, generator: torch.Generator) -> Tensor:
+    """Move each of `images` (N, C, H, W) by up to `border` pixels up or down, left or right.
+
+    That is: pad all sides with zeros, and cut a piece of the old size out at a random place.
+    """
+    n, _, height, width = images.shape
+    up, left = torch.randint(2 * border + 1, (2, n, 1), generator=generator)
+    rows, columns = up + torch.arange(height), left + torch.arange(width)
+    place = torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]
+    padded = F.pad(images, [border] * 4).permute(0, 2, 3, 1)
+    return padded[tuple(part.to(images.device) for part in place)].permute(0, 3, 1, 2)
+
+
 def measure_on_test(model: nn.Module, test: Split) -> dict[str, float]:
     """Return test_loss (mean cross entropy) and test_accuracy of `model` in eval mode."""
     device, correct, loss = device_of(model), 0, 0.0
@@ -236,10 +249,9 @@ def measure_on_validation(
 
 
 def hold_out(train: Split) -> tuple[Split, Split]:
-    """Return what to train on, and the images by which epochs are compared.
+    """Return what to train on, and the images by which trainings are compared.
 
-    The last 5,000 images (of a small set the last tenth) are not trained on. The first 2,000 of
-    them are the validation split: attacking all of them would cost half of an epoch.
+    These are the last 5,000, or of a small set the last tenth.
 
     Raises:
         ValueError: if there are fewer than ten images.
@@ -248,8 +260,7 @@ def hold_out(train: Split) -> tuple[Split, Split]:
         raise ValueError(f"there are {len(train)} training images; at least 10 are needed")
     held = min(5_000, len(train) // 10)
     rest = train.first(len(train) - held)
-    validation = Split(train.images[len(rest) :], train.labels[len(rest) :])
-    return rest, validation.first(min(2_000, held))
+    return rest, Split(train.images[len(rest) :], train.labels[len(rest) :])
 
 
 def overfitted_catastrophically(history: History) -> int | None:
@@ -351,6 +362,8 @@ class _Run:
         images, labels = self.data.batch(index)
         if self.recipe.flip:
             images = flip_some(images, generator)
+        if self.recipe.crop:
+            images = crop_some(images, self.recipe.crop, generator)
         images = images.to(self.device, memory_format=fastest_layout(self.model))
         labels = labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):

@@ -240,7 +240,8 @@ def run(
         base: Data, device and output folder, resolved; see `Sweep.groups`.
         scheduler: Which cluster; see `cluster.connect`.
         dry: Only say what it would cost.
-        publish: Write the table into the repository's figures/seeds.csv too, which lessons show.
+        publish: Write the table into the repository's figures too, where lessons and README find
+            it: seeds.csv, or of adversarial trainings alone seeds_adversarial.csv.
 
     Returns:
         The CSV. It has the columns of `evaluation.accuracy_table`, `source_seed`, the seed of the
@@ -250,12 +251,17 @@ def run(
         TaskError: if trainings or measurements failed; what the others made is kept.
         ClusterError: as `cluster.connect`.
         RuntimeError: if another sweep is at work in the same folder.
-        ValueError: if other data than CIFAR-10, or another recipe than the paper's first, were to
-            be published.
+        ValueError: if other data than CIFAR-10, or a table without the paper's recipe that is not
+            of adversarial trainings alone, were to be published.
     """
     console = console or Console()
-    if publish and not (datasets.are_papers(base.dataset) and sweep.recipes[0] == "paper"):
-        raise ValueError("--publish writes what the lessons show: CIFAR-10, recipe paper first")
+    adversarial = all(recipe in ADVERSARIAL for recipe in sweep.recipes)
+    known = adversarial or sweep.recipes[0] == "paper"
+    if publish and not (datasets.are_papers(base.dataset) and known):
+        raise ValueError(
+            "--publish writes what the lessons show: CIFAR-10, and recipe paper first or "
+            "adversarial ones alone"
+        )
     groups = list(sweep.groups(base))
     jobs = [Job(options, arch, one) for options, arch, trainings in groups for one in trainings]
     for job in jobs:
@@ -282,7 +288,8 @@ def run(
     files.write_table(output, table)
     draw(output)
     if publish:
-        files.write_table(files.home() / "figures" / "seeds.csv", table)
+        name = "seeds_adversarial.csv" if adversarial else "seeds.csv"
+        files.write_table(files.home() / "figures" / name, table)
     console.print(f"Written: {output} and sweep.png", markup=False, soft_wrap=True)
     return output
 

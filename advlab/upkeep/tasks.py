@@ -18,12 +18,15 @@ from distributed import get_worker
 from distributed.core import Status
 
 from advlab import checkpoints, datasets, evaluation, files, lab
-from advlab.checkpoints import Checkpoint
+from advlab.attacks import pgd
+from advlab.checkpoints import Checkpoint, weights_hash
 from advlab.data import DataError
+from advlab.forward import holds
 from advlab.lab import Lab
 from advlab.machine import pick_device
 from advlab.recipes import Training, file_stem
-from advlab.store import Store, code_hash
+from advlab.store import Store, code_hash, key
+from advlab.training import hold_out
 
 EPOCHS = "advlab epochs"  # the topic under which workers tell how far a training is
 
@@ -278,6 +281,35 @@ def measure(
     maker = None if source is None else _load(place, source, opened.device)
     evaluation.accuracy_table(loaded, data, sizes, attack=attack, source=maker, store=store)
     return store.found
+
+
+def judge(place: Place, job: Job, model: File) -> dict[str, Any]:
+    """Ask which held-out images a model holds (see `on_held_out`); return them by key."""
+    opened = place.open(job.options)
+    store = _Noted(opened.store.folder)
+    on_held_out(opened, _load(place, model, opened.device), store)
+    return store.found
+
+
+def on_held_out(opened: Lab, checkpoint: Checkpoint, store: Store) -> dict[str, list[bool]]:
+    """Return which of the training images that `training.hold_out` keeps back a model has right.
+
+    By name: "clean", and under PGD-20 at 8/255 on the loss "ce" and on the "margin".
+    """
+    _, held = hold_out(opened.data.train)
+    images, labels = held.batch(slice(None))
+    model, found = checkpoint.model, {}
+    for name in ("clean", "ce", "margin"):
+        on = [checkpoint.arch, weights_hash(model), images, images.device.type]
+
+        def compute(name: str = name) -> list[bool]:
+            x = images
+            if name != "clean":
+                x = pgd(model, images, labels, 8 / 255, alpha=1 / 255, steps=20, loss=name)
+            return holds(model, x, labels).tolist()
+
+        found[name] = store.remember(key("measurement", "held out", name, on), compute)
+    return found
 
 
 def _load(place: Place, file: File, device: torch.device) -> Checkpoint:

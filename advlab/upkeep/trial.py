@@ -38,6 +38,7 @@ def run(
     data_dir: str = "auto",
     device: str = "auto",
     auto_n: int = 1_000,
+    best_n: int = 0,
     test_n: int | None = None,
     publish: bool = False,
     scheduler: Scheduler | None = None,
@@ -53,9 +54,10 @@ def run(
         dataset, data_dir, device: As in `lab.start`.
         auto_n: Images for AutoAttack and for PGD with restarts, the first of the test split; the
             same for all models. 0 leaves both out.
+        best_n: Images for AutoAttack on the two models that are best by `auto_n`; 0 for no more.
         test_n: Images for FGSM and PGD-20; None for all.
-        publish: Write audit.csv and audit_pairs.csv into the repository's figures, not into
-            outputs/audit.
+        publish: Write audit.csv and audit_pairs.csv, and with `best_n` audit_best.csv, into the
+            repository's figures, not into outputs/audit.
         scheduler: Which cluster measures; see `cluster.connect`.
 
     Raises:
@@ -83,12 +85,39 @@ def run(
     if auto_n:
         held = {trial.checkpoint.name: trial.held(EPS, known) for trial in trials}
         files.write_table(folder / "audit_pairs.csv", compare(held))
+        if best_n:
+            ranked = sorted(trials, key=lambda trial: -int(held[trial.checkpoint.name].sum()))
+            best = [replace(trial, auto_n=best_n) for trial in ranked[:2]]
+            files.write_table(folder / "audit_best.csv", _longer(best, scheduler))
     title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
     texts = readme.board_table(table)
     texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
     print_table(title, texts, console)
     console.print(f"Written: {folder / 'audit.csv'}", soft_wrap=True, markup=False)
     return table
+
+
+def _longer(best: Sequence["_Trial"], scheduler: Scheduler | None) -> pd.DataFrame:
+    """Return how two models do under AutoAttack on more images, and whether they differ there.
+
+    Returns:
+        A row a model: model, accuracy, low, high, correct, n; only, the images that it alone
+        holds; and p, that of McNemar's test.
+    """
+    store = best[0].opened.store
+    try:
+        held = [trial.held(EPS, Kept(store.folder), _refuse) for trial in best]
+    except LookupError:
+        with connect(scheduler) as cluster:
+            held = [trial.held(EPS, store, cluster.map) for trial in best]
+    *only, p = mcnemar(*held)
+    rows = []
+    for trial, found, alone in zip(best, held, only, strict=True):
+        correct, n = int(found.sum()), len(found)
+        low, high = evaluation.wilson(correct, n)
+        rows.append((trial.checkpoint.name, correct / n, low, high, correct, n, alone, p))
+    columns = ["model", "accuracy", "low", "high", "correct", "n", "only", "p"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def compare(held: Mapping[str, Tensor]) -> pd.DataFrame:
