@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from threading import Event
 from types import SimpleNamespace
 from urllib.error import HTTPError
@@ -19,12 +19,14 @@ from distributed import Client
 from filelock import FileLock
 from nodes import Authority, security, wait_for
 
-from advlab import lab
+from advlab import files, lab
 from advlab.data import DataError
 from advlab.evaluation import accuracy_table
+from advlab.recipes import ROBUST, ROBUST_SOFT
 from advlab.store import Zoo
+from advlab.training import hold_out
 from advlab.upkeep import cluster as clusters
-from advlab.upkeep import graph, sweep, tasks
+from advlab.upkeep import graph, search, sweep, tasks
 from advlab.upkeep.cluster import ClusterError, Scheduler
 from advlab.upkeep.graph import TaskError
 from advlab.upkeep.processes import environment
@@ -163,6 +165,55 @@ def test_other_data_and_other_recipes_are_not_published(recipe, papers, options,
     monkeypatch.setattr(sweep.datasets, "are_papers", lambda _: papers)
     with pytest.raises(ValueError, match="--publish writes what the lessons show"):
         sweep.run(Sweep((recipe,)), options, publish=True)
+
+
+def test_adversarial_trainings_alone_have_a_table_of_their_own(options, monkeypatch, empty_home):
+    monkeypatch.setattr(sweep.datasets, "are_papers", lambda _: True)
+    monkeypatch.setattr(sweep, "missing", lambda _: [])
+    monkeypatch.setattr(sweep, "_is_measured", lambda *_: True)
+    monkeypatch.setattr(sweep, "_table", lambda *_: pd.DataFrame({"seed": [0]}))
+    monkeypatch.setattr(sweep, "draw", lambda _: None)
+    sweep.run(Sweep(("robust", "rs-fgsm"), archs=("cnn",)), options, publish=True)
+    made = [path.name for path in (files.home() / "figures").iterdir()]
+    assert made == ["seeds_adversarial.csv"]
+
+
+def test_the_search_changes_one_thing_a_step():
+    first, *others = (asdict(search.recipe_of(step, 3)) for step in search.STEPS)
+    assert first == asdict(replace(ROBUST, name="search-as-robust", epochs=3, early_stopping=False))
+    changed = [{k: v for k, v in other.items() if v != first[k]} for other in others]
+    named = {name for one in changed for name in one}
+    own = ["name", "crop", "eps", "alpha", "soft", "weight_decay", "adversary", "beta"]
+    assert named == set(own)
+    together = {k: v for k, v in changed[-2].items() if k != "name"}
+    assert asdict(ROBUST_SOFT) | together == asdict(ROBUST_SOFT)
+    assert len({one["name"] for one in changed}) == len(changed)
+
+
+def test_the_search_trains_judges_on_held_out_images_and_goes_on(
+    cluster, options, tmp_path, monkeypatch, capsys
+):
+    @contextmanager
+    def here(scheduler, workers):
+        yield cluster
+
+    short = {"batch_size": 8, "steps": 1}
+    steps = {"as robust": short, "soft": short | {"soft": 0.5}}
+    monkeypatch.setattr(search, "STEPS", steps)
+    monkeypatch.setattr(search, "connect", here)
+    asked = {"epochs": 1, "dataset": options.dataset, "output_dir": str(tmp_path / "search")}
+    table = search.run(**asked)
+    assert list(table["step"]) == ["as robust", "soft"]
+    held = hold_out(options.open().data.train)[1]
+    assert set(table["n"]) == {len(held)}
+    assert table["both"].le(table[["clean", "ce", "margin"]].min(axis=1) + 1e-9).all()
+    assert table.loc[0, ["better", "worse", "p"]].tolist() == [0, 0, 1.0]
+    first = (tmp_path / "search" / "search.csv").read_bytes()
+    monkeypatch.setattr(search, "_make", None)  # all is there
+    search.run(**asked)
+    assert (tmp_path / "search" / "search.csv").read_bytes() == first
+    with pytest.raises(ValueError, match="--publish writes what was measured on CIFAR-10"):
+        search.run(**asked, publish=True)
 
 
 def test_two_sweeps_in_one_folder_are_refused(options, tmp_path):

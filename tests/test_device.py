@@ -83,6 +83,7 @@ def images(b: SimpleNamespace) -> list[Any]:
     found += [split.first(3).images, *(part.images for part in training.hold_out(b.data.train))]
     flipped = training.flip_some(b.x, torch.Generator().manual_seed(0))
     both = AugmentedSet(split, b.signs, EPS).batch(index)
+    flipped = training.crop_some(flipped, 1, torch.Generator().manual_seed(0))
     return [*found, *both, flipped, b.data.md5, b.data.test_md5]
 
 

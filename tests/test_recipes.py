@@ -51,6 +51,7 @@ PGD = {"adversary": "pgd", "eps": 0.1, "alpha": 0.1}
         ({"soft": 1.0, "average": 0.9, **PGD}, "soft is 1.0; it must be from 0 to below 1"),
         ({"soft": 0.5, **PGD}, "soft is 0.5; it needs an average of the weights"),
         ({"soft": 0.5, "average": 0.9}, 'soft is 0.5; .* the adversary "fgsm", "rs-fgsm" or "pgd"'),
+        ({"crop": -1}, "crop is -1"),
         ({"adversary": "noise"}, "unknown adversary 'noise'; choose one of fixed, fgsm, rs-fgsm"),
         ({"adversary": "pgd"}, r"eps is 0.0 and alpha 0.0; pgd needs both above 0"),
         ({"adversary": "pgd", "eps": 8}, "eps is 8; it must be a number from 0 to 1"),

@@ -20,6 +20,7 @@ from advlab.recipes import ADVERSARIES, Recipe
 from advlab.training import (
     AugmentedSet,
     attack_batch,
+    crop_some,
     fit,
     flip_some,
     hold_out,
@@ -559,14 +560,36 @@ def test_catastrophic_overfitting_is_a_fall_to_under_half(curve, epoch):
     assert overfitted_catastrophically([first]) == 1
 
 
-@pytest.mark.parametrize(
-    ("n", "held", "watched"), [(160, 16, 16), (50, 5, 5), (50_000, 5_000, 2_000)]
-)
-def test_held_out_images_are_not_trained_on(n, held, watched):
+@pytest.mark.parametrize(("n", "held"), [(160, 16), (50, 5), (50_000, 5_000)])
+def test_held_out_images_are_not_trained_on(n, held):
     images = torch.zeros(n, 1, 1, 1, dtype=torch.uint8)
-    rest, validation = hold_out(Split(images, torch.arange(n)))
+    rest, kept = hold_out(Split(images, torch.arange(n)))
     assert rest.labels.tolist() == list(range(n - held))
-    assert validation.labels.tolist() == list(range(n - held, n - held + watched))
+    assert kept.labels.tolist() == list(range(n - held, n))
+
+
+def test_crops_are_the_images_moved_within_zeros():
+    images = torch.rand(40, 2, 5, 6, generator=torch.Generator().manual_seed(0))
+    made = crop_some(images, 2, torch.Generator().manual_seed(1))
+    assert made.shape == images.shape
+    padded, moves = torch.nn.functional.pad(images, [2] * 4), set()
+    for whole, piece in zip(padded, made, strict=True):
+        found = [
+            (up, left)
+            for up in range(5)
+            for left in range(5)
+            if torch.equal(whole[:, up : up + 5, left : left + 6], piece)
+        ]
+        assert len(found) == 1
+        moves.update(found)
+    assert {up for up, _ in moves} == {left for _, left in moves} == set(range(5))
+    assert torch.equal(made, crop_some(images, 2, torch.Generator().manual_seed(1)))
+
+
+def test_a_recipe_that_crops_trains_on_other_images(tiny_shapes):
+    plain, _ = fitted(tiny_shapes.train)
+    cropped, _ = fitted(tiny_shapes.train, recipe=replace(TINY, crop=2))
+    assert weights_hash(plain) != weights_hash(cropped)
 
 
 # --- any image, any number of classes

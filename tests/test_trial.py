@@ -96,6 +96,22 @@ def test_pairs_are_compared_on_the_same_images_and_written(house):
     assert pairs.iloc[0].tolist() == ["cnn baseline", "cnn eps=0.1", 0, 0, 20, 1.0, 1.0]
 
 
+def test_the_two_best_are_attacked_on_more_images(house, monkeypatch):
+    def auto_attack(model, images, labels, eps, **options):
+        asked.append(len(images))
+        return torch.arange(len(images)) < (30 if options["progress"].startswith("cnn eps") else 12)
+
+    asked = []
+    monkeypatch.setattr(autoattack, "auto_attack", auto_attack)
+    run(auto_n=20, best_n=40)
+    assert asked.count(40) == 2
+    best = pd.read_csv(files.home() / "outputs" / "audit" / "audit_best.csv")
+    low, high = evaluation.wilson(30, 40)
+    assert best.iloc[0].tolist()[:7] == pytest.approx(["cnn eps=0.1", 0.75, low, high, 30, 40, 18])
+    assert best.iloc[1].tolist()[4:7] == [12, 40, 0]
+    assert list(best["p"]) == pytest.approx([2 * 0.5**18] * 2)
+
+
 def held(*right, n=40):
     """Return which of `n` images hold: those numbered."""
     found = torch.zeros(n, dtype=torch.bool)
