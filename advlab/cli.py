@@ -314,7 +314,8 @@ def bench(
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each way.")] = 5,
     publish: Annotated[
-        bool, typer.Option("--publish", help="Write into figures/ and refresh README.md.")
+        bool,
+        typer.Option("--publish", help="Write into figures/ and refresh the pages that show it."),
     ] = False,
     only: Annotated[
         str, typer.Option(help="Parts to measure, such as 'training,workers'; all for none.")
