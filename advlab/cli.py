@@ -509,6 +509,32 @@ def site(
 
 
 @app.command()
+def slides(
+    lessons: Annotated[
+        list[str] | None, typer.Argument(help="Such as 02_fgsm, 02, fgsm; all lessons for none.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/slides.")] = None,
+) -> None:
+    """Make slides of lessons as they ran: a file each, which needs no network."""
+    from advlab.upkeep import slides as decks
+
+    folder = files.results_folder(output or files.home() / "outputs" / "slides")
+    for path in decks.write(folder, lessons or ()):
+        _say(f"Written: {path}")
+
+
+@app.command()
+def questions(
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/questions.")] = None,
+) -> None:
+    """Write all questions and exercises, with answers, for Anki (CSV) and Moodle (XML)."""
+    from advlab.upkeep import questions as bank
+
+    for path in bank.write(files.results_folder(output or files.home() / "outputs" / "questions")):
+        _say(f"Written: {path}")
+
+
+@app.command()
 def doctor() -> None:
     """Check Python, packages, data, checkpoints and machine; exit code 1 if anything fails."""
     checks = checkup.run_checks()

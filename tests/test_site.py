@@ -22,7 +22,7 @@ from PIL import Image
 
 from advlab import files, widgets
 from advlab.datasets import Shapes10
-from advlab.upkeep import explorer, site
+from advlab.upkeep import explorer, prose, site
 
 LARGEST_PAGE = 1_500_000  # bytes: a page with its pictures, and the explorer with its first image
 LARGEST_THEME = 1_200_000  # scripts, styles and fonts that all pages share, and a browser keeps
@@ -82,7 +82,7 @@ def test_links_of_the_guide_lead_to_pages_from_where_it_is():
 def test_every_lesson_has_the_heading_under_which_the_solutions_are_linked():
     for path in sorted((files.home() / "notebooks").glob("[0-9]*.ipynb")):
         source = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
-        assert source.count(site.EXERCISES) == 1, path.name
+        assert source.count(prose.EXERCISES) == 1, path.name
 
 
 # --- the explorer's data

@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 
 import advlab
 from advlab import files
-from advlab.upkeep import explorer, readme
+from advlab.upkeep import explorer, prose, readme
 
 # The clone's pages of which the site's own pages are made, and where links to them lead.
 SOURCES = ("figures", "notebooks", "data", "advlab")
@@ -34,14 +34,10 @@ PAGES = {
     "advlab/README.md#more-than-one-machine": "machines.md",
 }
 OWN_PAGES = Path(__file__).parent / "site_pages"
-EXERCISES = "## Your turn"  # the heading in each lesson
 COPIED = ("LICENSE", "constraints.txt", "figures")  # what pages link to, or show
 LEFT_OUT = ("__main__", "cli", "_torchvision")  # modules that nobody imports
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\)")
 _ANCHOR = re.compile(r"(?<=\]\()#[^)]*(?=\))")
-_HINT = re.compile(
-    r"^(?P<in> *)<details><summary>(?P<head>.*?)</summary>(?P<text>.+?)</details>", re.M | re.S
-)
 _SAVED = re.compile(r"lesson\.save\(\s*\"(\w+)\"")
 
 
@@ -99,18 +95,29 @@ def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> Noteboo
     heading, solved = "", f"They are all [solved](solutions/{name}.ipynb). Try them first."
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _HINT.sub(_unfold, _ANCHOR.sub(_as_anchor, cell.source))
-            cell.source = cell.source.replace(EXERCISES, f"{EXERCISES}\n\n{solved}")
+            cell.source = prose.HINT.sub(_unfold, _ANCHOR.sub(_as_anchor, cell.source))
+            cell.source = cell.source.replace(prose.EXERCISES, f"{prose.EXERCISES}\n\n{solved}")
             heading = [heading, *re.findall(r"^##+ (.*)", cell.source, re.M)][-1]
             continue
         if "parameters" in (tags := cell.metadata.get("tags", [])):
             tags.append("hide-input")
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
-            names = [*_SAVED.findall(cell.source), f"{name}: {heading}"]
-            told = next((alts[key] for key in names if key in alts), "")
-            alt = told or f"Figure of the section {heading}; the text below says what it shows"
-            cell.metadata["mystnb"] = {"image": {"alt": alt}}
+            cell.metadata["mystnb"] = {"image": {"alt": alt(cell, name, heading, alts)}}
     return notebook
+
+
+def alt(cell: NotebookNode, name: str, heading: str, alts: dict[str, str]) -> str:
+    """Return a text in place of the figure that a cell shows.
+
+    Args:
+        cell: With code.
+        name: Of the cell's page; see `prepared`.
+        heading: Of the cell's section.
+        alts: As in `prepared`.
+    """
+    keys = [*_SAVED.findall(cell.source), f"{name}: {heading}"]
+    told = next((alts[key] for key in keys if key in alts), "")
+    return told or f"Figure of the section {heading}; the text below says what it shows"
 
 
 def _as_anchor(link: re.Match[str]) -> str:
