@@ -62,6 +62,7 @@ doctor: .venv/installed       ## check this machine
 
 lint: .venv/installed         ## style of code and notebooks, and types
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check . && $(BIN)/python -m mypy
+	$(BIN)/python -m advlab.upkeep.hygiene
 
 clean:                        ## remove the environment and all outputs
 	rm -rf .venv outputs

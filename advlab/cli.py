@@ -339,7 +339,8 @@ def bench(
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each way.")] = 5,
     publish: Annotated[
-        bool, typer.Option("--publish", help="Write into figures/ and refresh README.md.")
+        bool,
+        typer.Option("--publish", help="Write into figures/ and refresh the pages that show it."),
     ] = False,
     only: Annotated[
         str, typer.Option(help="Parts to measure, such as 'training,workers'; all for none.")
@@ -533,6 +534,32 @@ def site(
 
     first = pages.build(files.results_folder(output or files.home() / "outputs" / "site"))
     _say(f"Open in a browser: {first}")
+
+
+@app.command()
+def slides(
+    lessons: Annotated[
+        list[str] | None, typer.Argument(help="Such as 02_fgsm, 02, fgsm; all lessons for none.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/slides.")] = None,
+) -> None:
+    """Make slides of lessons as they ran: a file each, which needs no network."""
+    from advlab.upkeep import slides as decks
+
+    folder = files.results_folder(output or files.home() / "outputs" / "slides")
+    for path in decks.write(folder, lessons or ()):
+        _say(f"Written: {path}")
+
+
+@app.command()
+def questions(
+    output: Annotated[Path | None, typer.Option(help="Folder; else outputs/questions.")] = None,
+) -> None:
+    """Write all questions and exercises, with answers, for Anki (CSV) and Moodle (XML)."""
+    from advlab.upkeep import questions as bank
+
+    for path in bank.write(files.results_folder(output or files.home() / "outputs" / "questions")):
+        _say(f"Written: {path}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import advlab
 from advlab import files
 
 ROOT = files.repository()
@@ -90,6 +91,44 @@ def test_environment_that_belongs_to_another_folder_is_made_anew(tmp_path, made,
     shown = done.stdout
     assert ("rm -rf .venv\n" in shown) is (made != "{}/.venv")
     assert shown.endswith(".venv/bin/python -m advlab doctor\n")  # a script names its old folder
+
+
+def test_version_is_the_same_everywhere():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert {PROJECT["version"], cited["version"], newest[1]} == {advlab.__version__}
+    required = {"cff-version", "message", "title", "authors", "license", "date-released"}
+    assert required <= cited.keys()
+
+
+def hooks():
+    """Return the entries of the hooks before a commit."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    return [hook["entry"].split() for repo in config["repos"] for hook in repo["hooks"]]
+
+
+def test_hooks_before_a_commit_check_what_make_lint_checks():
+    shown = subprocess.run(
+        ["make", "--dry-run", "--always-make", "lint"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for entry in hooks():
+        assert " ".join(entry[1:]) in shown  # python is that of .venv
+
+
+def test_generated_files_are_marked_and_notebooks_are_compared_by_cells():
+    names = ["notebooks/02_fgsm.ipynb", "figures/bench.csv", "figures/README.md", "constraints.txt"]
+    asked = ["git", "check-attr", "diff", "merge", "linguist-generated", "--", *names]
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("this is no clone of git's")
+    shown = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = dict(line.rsplit(": ", 1) for line in shown.splitlines())
+    assert found[f"{names[0]}: diff"] == found[f"{names[0]}: merge"] == "jupyternotebook"
+    marked = {name: found[f"{name}: linguist-generated"] for name in names}
+    assert marked == dict(zip(names, ["unspecified", "set", "unspecified", "set"], strict=True))
 
 
 def test_ci_runs_the_commands_of_the_readme():

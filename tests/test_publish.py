@@ -125,11 +125,12 @@ def test_publish_copies_the_record_and_the_table_of_seeds(
 def clone(empty_home, fake_cifar10, monkeypatch):
     """A clone with one lesson, made-up data and nothing to train; says what it found in its cache.
 
-    The times of its profiles are not written into a README, which it has not.
+    The times of its profiles are not written into pages and headers, which it has not.
     """
     monkeypatch.setenv("ADVLAB_DATA", str(fake_cifar10))
     monkeypatch.delenv("ADVLAB_OUTPUT")
-    monkeypatch.setattr(publish.readme, "refresh", lambda home: None)
+    for name in ("refresh", "refresh_headers"):
+        monkeypatch.setattr(publish.readme, name, lambda home: None)
     code = (
         "import os, pathlib\n"
         "cache = pathlib.Path(os.environ['ADVLAB_CACHE'])\n"

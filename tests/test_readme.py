@@ -1,4 +1,4 @@
-"""README.md: links, commands and measured numbers."""
+"""README.md and the pages beside what they tell of: links, commands and measured numbers."""
 
 import json
 import re
@@ -15,28 +15,79 @@ from advlab.upkeep import readme
 
 ROOT = files.repository()
 OLD_TIME = readme.time_line(99, 9)
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), ROOT / readme.GUIDE)
+}
+README = PAGES["README.md"]
+each_page = pytest.mark.parametrize("page", sorted(PAGES))
 
 
-@pytest.mark.parametrize("page", ["README.md", "data/README.md", readme.GUIDE])
-def test_local_links_and_pictures_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#\s]+)", text)
-    local = [t for t in targets if not t.startswith("http")]
-    assert [t for t in local if not (ROOT / page).parent.joinpath(t).exists()] == []
+def anchors(text):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-def test_make_targets_that_it_names_exist():
+def test_pages_of_the_clone_are_found():
+    assert {"CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", *readme.PAGES} <= PAGES.keys()
+
+
+@each_page
+def test_local_links_and_pictures_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)", PAGES[page]):
+        path, _, part = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = (folder / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        if part:
+            assert part in anchors(target.read_text(encoding="utf-8")), link
+
+
+@each_page
+def test_make_targets_that_it_names_exist(page):
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"`?\bmake ([a-z]+)\b(?=`|$|\s+#|;| runs| opens)", README, re.M))
-    assert {"run", "test", "lab", "retrain"} <= named
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)\b", PAGES[page], re.M))
     assert [name for name in named if f"\n{name}:" not in makefile] == []
+    assert page != "README.md" or {"run", "test", "lab"} <= named
 
 
-def test_measured_blocks_are_what_the_committed_results_give():
-    assert readme.refreshed(README, ROOT) == README
-    guide = (ROOT / readme.GUIDE).read_text(encoding="utf-8")
-    assert readme.refreshed(guide, ROOT, readme.GUIDE_BLOCKS) == guide
+@pytest.mark.parametrize("page", sorted(readme.PAGES))
+def test_measured_blocks_are_what_the_committed_results_give(page):
+    assert readme.refreshed(PAGES[page], ROOT, readme.PAGES[page]) == PAGES[page]
+
+
+def with_figures(home, **changed):
+    """Copy the tables of figures/ that README.md tells of; `changed`: what one of them says."""
+    (home / "figures").mkdir()
+    for name in (*readme.TABLES.values(), "audit.csv"):
+        rows = pd.read_csv(ROOT / "figures" / name)
+        for column, (model, value) in changed.items() if name == "audit.csv" else ():
+            rows.loc[(rows["model"] == model) & (rows["attack"] == "autoattack"), column] = value
+        rows.to_csv(home / "figures" / name, index=False)
+    return home
+
+
+def test_findings_are_not_told_when_the_tables_do_not_show_them(empty_home):
+    with_figures(empty_home, high=("cnn eps=0.2", 0.3))
+    with pytest.raises(ValueError, match=r"cnn eps=0.2 gains .* Write the sentences"):
+        readme.findings_block(empty_home)
+
+
+def test_a_refresh_of_the_pages_touches_no_notebook(empty_home, monkeypatch):
+    # `advlab bench --publish` does no more than this.
+    page = empty_home / "figures" / "README.md"
+    page.parent.mkdir()
+    page.write_text("<!-- a: generated -->\nold\n<!-- end of a -->\n")
+    monkeypatch.setattr(readme, "PAGES", {"figures/README.md": {"a": lambda home: "new"}})
+    write_lesson(empty_home, "01_first", "")
+    lesson = empty_home / "notebooks" / "01_first.ipynb"
+    before = lesson.stat().st_mtime_ns, lesson.read_bytes()
+    readme.refresh(empty_home, ["figures/README.md"])
+    assert page.read_text() == "<!-- a: generated -->\nnew\n<!-- end of a -->\n"
+    assert (lesson.stat().st_mtime_ns, lesson.read_bytes()) == before
 
 
 def test_new_lesson_is_listed_before_it_was_timed(empty_home, monkeypatch):
@@ -55,11 +106,13 @@ def test_new_lesson_is_listed_before_it_was_timed(empty_home, monkeypatch):
     times = {"profiles": {"lesson": {"01_first": 12.3}, "quick": {"01_first": 4.5}}}
     (empty_home / "figures").mkdir()
     (empty_home / "figures" / "times.json").write_text(json.dumps(times))
-    lines = [re.sub(" +", " ", line) for line in readme.lessons_block(empty_home).splitlines()]
+    lines = [re.sub(" +", " ", line) for line in readme.times_block(empty_home).splitlines()]
     assert lines[2:] == [
-        "| [01](notebooks/01_first.ipynb) | It | 60 min | | 12 s | 4 s |",
-        "| [09](notebooks/09_new.ipynb) | About it | 30 min | 01 | not timed yet | not timed yet |",
+        "| [01](01_first.ipynb) | It | 60 min | | 12 s | 4 s |",
+        "| [09](09_new.ipynb) | About it | 30 min | 01 | not timed yet | not timed yet |",
     ]
+    listed = readme.lessons_block(empty_home).splitlines()[-1]
+    assert re.sub(" +", " ", listed) == "| [09](notebooks/09_new.ipynb) | About it | 30 min | 01 |"
     readme.refresh_headers(empty_home)
     headers = [
         nbformat.read(path, as_version=4).cells[0].source.splitlines()[2]
@@ -75,12 +128,14 @@ def test_tables_show_numbers_as_they_are_given():
 
 
 def test_a_missing_mark_is_named():
-    with pytest.raises(ValueError, match="<!-- results"):
-        readme.refreshed("no marks here", ROOT)
+    with pytest.raises(ValueError, match="<!-- trial"):
+        readme.refreshed("no marks here", ROOT, readme.PAGES["figures/README.md"])
 
 
-def test_first_screen_has_a_picture_and_the_two_commands():
-    first = "\n".join(README.splitlines()[:25])
+def test_readme_fits_a_screen_and_has_a_picture_and_the_two_commands():
+    first = "\n".join(README.splitlines()[:15])
     assert "![" in first
     assert "make run" in first
     assert "make test" in first
+    told = re.sub(r"^\|.*\n", "", README, flags=re.M)  # the tables are what it leads to
+    assert len(told.split()) < 450

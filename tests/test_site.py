@@ -22,7 +22,7 @@ from PIL import Image
 
 from advlab import files, widgets
 from advlab.datasets import Shapes10
-from advlab.upkeep import explorer, site
+from advlab.upkeep import explorer, prose, site
 
 LARGEST_PAGE = 1_500_000  # bytes: a page with its pictures, and the explorer with its first image
 LARGEST_THEME = 1_200_000  # scripts, styles and fonts that all pages share, and a browser keeps
@@ -54,19 +54,35 @@ def test_notebook_gets_links_folds_and_texts_in_place_of_pictures():
     assert "section Your turn" in unknown.metadata["mystnb"]["image"]["alt"]
 
 
-def test_links_to_the_clone_lead_to_pages():
-    assert site.relink("[a](advlab/attacks.py)") == "[a](api/advlab.attacks.md)"
-    assert site.relink("[a](notebooks/solutions/)") == "[a](solutions.md)"
-    assert site.relink("see [a](data/checkpoints/)") == "see a"
-    for kept in ("[a](figures/seeds.csv)", "[a](#licence)", "![a](figures/bench.png)"):
-        assert site.relink(kept) == kept
-    assert site.relink("[a](https://x.org/b)") == "[a](https://x.org/b)"
+@pytest.mark.parametrize(
+    ("folder", "link", "expected"),
+    [
+        ("advlab", "[a](attacks.py)", "[a](api/advlab.attacks.md)"),
+        ("figures", "[a](../notebooks/solutions/)", "[a](solutions.md)"),
+        ("figures", "[a](../data/checkpoints/)", "a"),
+        ("figures", "[a](../data/README.md)", "[a](data.md)"),
+        ("figures", "[a](seeds.csv)", "[a](figures/seeds.csv)"),
+        ("figures", "![a](bench.png)", "![a](figures/bench.png)"),
+        ("figures", "[a](#speed)", "[a](speed.md)"),
+        ("figures", "[a](#the-trial)", "[a](#the-trial)"),
+        ("data", "[a](../figures/README.md#speed)", "[a](speed.md)"),
+        ("data", "[a](https://x.org/b)", "[a](https://x.org/b)"),
+    ],
+)
+def test_links_of_the_clone_lead_to_pages(folder, link, expected):
+    assert site.relink(link, folder) == expected
+
+
+def test_links_of_the_guide_lead_to_pages_from_where_it_is():
+    text = "[a](../../advlab/README.md#more-than-one-machine), [b](a1/a1.ipynb), [c](#late-work)"
+    found = site.relink(text, "notebooks/assignments", "notebooks/assignments")
+    assert found == "[a](../../machines.md), [b](a1/a1.ipynb), [c](#late-work)"
 
 
 def test_every_lesson_has_the_heading_under_which_the_solutions_are_linked():
-    for path in sorted((files.home() / "notebooks").glob("0*.ipynb")):
+    for path in sorted((files.home() / "notebooks").glob("[0-9]*.ipynb")):
         source = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
-        assert source.count(site.EXERCISES) == 1, path.name
+        assert source.count(prose.EXERCISES) == 1, path.name
 
 
 # --- the explorer's data

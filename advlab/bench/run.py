@@ -142,7 +142,7 @@ def run(
         dataset, data_dir: As in `lab.start`.
         output_dir: Where to write; "auto": outputs/bench in the repository.
         rounds: Measurements of each way.
-        publish: Write into the repository's figures/ and refresh the README.
+        publish: Write into the repository's figures/ and refresh the pages that show it.
         only: Beginnings of the names of the parts to measure; the other lines of bench.csv stay.
 
     Raises:

@@ -315,7 +315,7 @@ def rehearse(
     found["seconds"] = [took[name]["seconds"] for name in found["assignment"]]
     if publish:
         files.write_table(files.home() / "figures" / "grading.csv", found)
-        readme.refresh_guide(files.home())
+        readme.refresh(files.home(), [readme.GUIDE])
     return found
 
 

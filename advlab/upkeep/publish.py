@@ -106,8 +106,9 @@ def retrain(
             folder = run(options=Options(profile, "cifar10"), alone=True, console=console)
         times["profiles"][profile] = json.loads((folder / "run.json").read_text())["seconds"]
     files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
+    readme.refresh_headers(files.home())
     readme.refresh(files.home())
-    console.print("Refreshed data/checkpoints, notebooks, figures and README.md.")
+    console.print("Refreshed data/checkpoints, notebooks, figures and the pages that show them.")
 
 
 def _copy(paths: Iterable[Path], folder: Path) -> None:

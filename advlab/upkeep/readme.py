@@ -1,8 +1,11 @@
-"""Write the measured parts of README.md and of the lessons' headers from the full run's files."""
+"""Write the measured parts of the clone's pages, and of the lessons' headers, from the full run.
+
+After a merge, `python -m advlab.upkeep.readme` writes the pages anew; it does not touch a notebook.
+"""
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -203,14 +206,69 @@ def trial_block(home: Path) -> str:
     )
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def findings_block(home: Path) -> str:
+    """Return the three results that matter, a sentence or two each.
+
+    Raises:
+        ValueError: if the files no longer bear out what the sentences say.
+    """
+    rebuilt = pd.concat(pd.read_csv(home / "figures" / name) for name in TABLES.values())
+    rows = pd.read_csv(home / "figures" / "audit.csv")
+    rows = rows[rows["test_eps"].isin([0, rows["test_eps"].max()])]
+    transfer = rebuilt.pivot(index="model", columns="test_eps", values="accuracy")
+    largest, own = max(transfer), rows.pivot(index="model", columns="attack", values="accuracy")
+    best, ahead = transfer[largest].idxmax(), own["autoattack"].idxmax()
+    strong = rows[rows["attack"] == "autoattack"].set_index("model")
+    broken, holds = strong.loc[best], strong.loc[ahead]
+    gains = transfer.loc[best, largest] > transfer.loc[best, 0]
+    if not (gains and broken["high"] < 0.1 and holds["low"] > broken["high"]):
+        raise ValueError(
+            f"README.md says that {best} gains under the paper's test and falls under AutoAttack, "
+            f"and that {ahead} holds; figures/ do not show that any more. Write the sentences of "
+            "findings_block anew"
+        )
+    at = f"AutoAttack, eps {255 * holds['test_eps']:.0f}/255, {holds['n']:,} images"
+    interval = f"{100 * holds['low']:.1f} to {_percent(holds['high'])}"
+    return (
+        f"- **The paper's tables can be rebuilt.** {mean_difference(rebuilt)}\n"
+        f"- **The paper's defence does not hold.** Its best model, `{best}`, is right on "
+        f"{_percent(transfer.loc[best, largest])} of the images that were attacked through another "
+        f"network (the paper's test, eps {largest:g}), and on {_percent(transfer.loc[best, 0])} of "
+        f"the clean ones. Attacked with its own gradient ({at}), it is right on "
+        f"{_percent(broken['accuracy'])}.\n"
+        f"- **Adversarial training does.** Under the same attack `{ahead}` is right on "
+        f"{_percent(holds['accuracy'])} (95 % interval: {interval}), and on "
+        f"{_percent(own.loc[ahead, 'clean'])} of the clean images."
+    )
+
+
+def _map(folder: str = "") -> list[dict[str, str]]:
+    """Return a line for each lesson: a link to `folder`, title, minutes, what comes first."""
+    return [
+        {
+            "lesson": f"[{lesson.number}]({folder}{lesson.name}.ipynb)",
+            "about": lesson.title,
+            "to study": f"{lesson.minutes} min",
+            "after": ", ".join(lesson.after),
+        }
+        for lesson in LESSONS.values()
+    ]
+
+
 def lessons_block(home: Path) -> str:
+    """Return the list of lessons, as README.md has it."""
+    return markdown(pd.DataFrame(_map("notebooks/")))
+
+
+def times_block(home: Path) -> str:
     """Return the list of lessons with their times; a new one has none until `retrain` timed it."""
     times = _read_times(home / "figures")["profiles"]
     lines = []
-    for lesson in LESSONS.values():
-        link = f"[{lesson.number}](notebooks/{lesson.name}.ipynb)"
-        line = {"lesson": link, "about": lesson.title, "to study": f"{lesson.minutes} min"}
-        line["after"] = ", ".join(lesson.after)
+    for lesson, line in zip(LESSONS.values(), _map(), strict=True):
         for profile, head in (("lesson", "profile `lesson`"), ("quick", "`quick`")):
             seconds = times[profile].get(lesson.name)
             line[head] = NOT_TIMED if seconds is None else f"{seconds:.0f} s"
@@ -249,19 +307,18 @@ def grading_block(home: Path) -> str:
     return markdown(pd.DataFrame(shown))
 
 
-BLOCKS = {
-    "results": results_block,
-    "speed": speed_block,
-    "lessons": lessons_block,
-    "bench": bench_block,
-    "trial": trial_block,
+Block = Callable[[Path], str]
+GUIDE = "notebooks/assignments/README.md"
+# The pages that have measured parts, and what makes each of them.
+PAGES: dict[str, dict[str, Block]] = {
+    "README.md": {"findings": findings_block, "lessons": lessons_block},
+    "figures/README.md": {"trial": trial_block, "results": results_block, "bench": bench_block},
+    "notebooks/README.md": {"times": times_block, "speed": speed_block},
+    GUIDE: {"grading": grading_block},
 }
 
 
-GUIDE, GUIDE_BLOCKS = "notebooks/assignments/README.md", {"grading": grading_block}
-
-
-def refreshed(text: str, home: Path, blocks: Mapping[str, Callable[[Path], str]] = BLOCKS) -> str:
+def refreshed(text: str, home: Path, blocks: Mapping[str, Block]) -> str:
     """Return the `text` of a page with each of `blocks` made anew between its marks.
 
     Raises:
@@ -284,18 +341,11 @@ def time_line(lesson: float, quick: float) -> str:
     )
 
 
-def refresh(home: Path) -> None:
-    """Write the measured numbers into README.md and the times into the lessons' headers."""
-    refresh_headers(home)
-    readme = home / "README.md"
-    files.write_bytes(readme, refreshed(readme.read_text(encoding="utf-8"), home).encode())
-
-
-def refresh_guide(home: Path) -> None:
-    """Write the measured numbers into the instructor's guide."""
-    guide = home / GUIDE
-    made = refreshed(guide.read_text(encoding="utf-8"), home, GUIDE_BLOCKS)
-    files.write_bytes(guide, made.encode())
+def refresh(home: Path, pages: Iterable[str] = PAGES) -> None:
+    """Write the measured numbers into the pages; no notebook is touched."""
+    for name in pages:
+        made = refreshed((home / name).read_text(encoding="utf-8"), home, PAGES[name])
+        files.write_bytes(home / name, made.encode())
 
 
 def refresh_headers(home: Path) -> None:
@@ -317,3 +367,7 @@ def refresh_headers(home: Path) -> None:
             )
         notebook.cells[0].source = source
         files.write_bytes(path, (nbformat.writes(notebook) + "\n").encode())
+
+
+if __name__ == "__main__":
+    refresh(files.home())

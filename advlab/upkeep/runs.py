@@ -307,7 +307,7 @@ def _announce(dataset: str, console: Console) -> None:
     if dataset == "shapes10":
         console.print(
             f"{paper.DATA} is neither here nor to be downloaded (or Shapes-10 was asked for). "
-            f"README.md, section\nData, says how to point at {paper.DATA}."
+            f"data/README.md says\nhow to point at {paper.DATA}."
         )
 
 

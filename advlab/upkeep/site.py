@@ -5,6 +5,7 @@ executed. `site_pages/` has the pages that are of the site alone, and Sphinx's s
 """
 
 import pkgutil
+import posixpath
 import re
 import shutil
 import tempfile
@@ -17,25 +18,26 @@ from nbformat import NotebookNode
 
 import advlab
 from advlab import files
-from advlab.upkeep import explorer, readme
+from advlab.upkeep import explorer, prose, readme
 
-# Where a link of README.md or of the guide leads on the site.
+# The clone's pages of which the site's own pages are made, and where links to them lead.
+SOURCES = ("figures", "notebooks", "data", "advlab")
 PAGES = {
-    "notebooks": "lessons.md",
+    "figures/README.md": "results.md",
+    "figures/README.md#speed": "speed.md",
+    "figures/README.md#what-differs-from-the-papers-procedure": "differences.md",
+    "notebooks/README.md": "lessons.md",
     "notebooks/solutions": "solutions.md",
     "notebooks/assignments": "assignments.md",
-    "#speed": "speed.md",
-    "../../README.md#more-than-one-machine": "../../machines.md",
+    "data/README.md": "data.md",
+    "advlab/README.md": "package.md",
+    "advlab/README.md#more-than-one-machine": "machines.md",
 }
 OWN_PAGES = Path(__file__).parent / "site_pages"
-EXERCISES = "## Your turn"  # the heading in each lesson
 COPIED = ("LICENSE", "constraints.txt", "figures")  # what pages link to, or show
 LEFT_OUT = ("__main__", "cli", "_torchvision")  # modules that nobody imports
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\)")
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\)")
 _ANCHOR = re.compile(r"(?<=\]\()#[^)]*(?=\))")
-_HINT = re.compile(
-    r"^(?P<in> *)<details><summary>(?P<head>.*?)</summary>(?P<text>.+?)</details>", re.M | re.S
-)
 _SAVED = re.compile(r"lesson\.save\(\s*\"(\w+)\"")
 
 
@@ -53,16 +55,27 @@ def need_sphinx() -> None:
         raise SiteError(told) from None
 
 
-def relink(text: str) -> str:
-    """Return a page of the clone whose links to modules and folders lead to pages of the site."""
+def relink(text: str, folder: str, page: str = "") -> str:
+    """Return a page of the clone whose links lead to pages of the site.
+
+    Args:
+        text: Of `folder`/README.md.
+        folder: Its place in the clone.
+        page: Folder of the page of the site that shows it; "": the first one's.
+    """
 
     def leads(link: re.Match[str]) -> str:
-        to = link["to"].rstrip("/")
-        if to.startswith("advlab/") and to.endswith(".py"):
-            return f"[{link['text']}](api/{to[:-3].replace('/', '.')}.md)"
-        if to in PAGES:
-            return f"[{link['text']}]({PAGES[to]})"
-        return link["text"] if (files.home() / to).is_dir() else link[0]  # a folder is no page
+        here = link["to"].startswith("#")
+        path, mark, part = (f"README.md{link['to']}" if here else link["to"]).partition("#")
+        path = posixpath.normpath(posixpath.join(folder, path))
+        to = PAGES.get(path + mark + part)
+        if to is None and here:
+            return link[0]
+        if to is None and (files.home() / path).is_dir():
+            return link["text"]  # a folder is no page
+        if path.startswith("advlab/") and path.endswith(".py"):
+            to = f"api/{path[:-3].replace('/', '.')}.md"
+        return f"[{link['text']}]({posixpath.relpath(to or path + mark + part, page or '.')})"
 
     return _LINK.sub(leads, text)
 
@@ -82,18 +95,29 @@ def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> Noteboo
     heading, solved = "", f"They are all [solved](solutions/{name}.ipynb). Try them first."
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _HINT.sub(_unfold, _ANCHOR.sub(_as_anchor, cell.source))
-            cell.source = cell.source.replace(EXERCISES, f"{EXERCISES}\n\n{solved}")
+            cell.source = prose.HINT.sub(_unfold, _ANCHOR.sub(_as_anchor, cell.source))
+            cell.source = cell.source.replace(prose.EXERCISES, f"{prose.EXERCISES}\n\n{solved}")
             heading = [heading, *re.findall(r"^##+ (.*)", cell.source, re.M)][-1]
             continue
         if "parameters" in (tags := cell.metadata.get("tags", [])):
             tags.append("hide-input")
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
-            names = [*_SAVED.findall(cell.source), f"{name}: {heading}"]
-            told = next((alts[key] for key in names if key in alts), "")
-            alt = told or f"Figure of the section {heading}; the text below says what it shows"
-            cell.metadata["mystnb"] = {"image": {"alt": alt}}
+            cell.metadata["mystnb"] = {"image": {"alt": alt(cell, name, heading, alts)}}
     return notebook
+
+
+def alt(cell: NotebookNode, name: str, heading: str, alts: dict[str, str]) -> str:
+    """Return a text in place of the figure that a cell shows.
+
+    Args:
+        cell: With code.
+        name: Of the cell's page; see `prepared`.
+        heading: Of the cell's section.
+        alts: As in `prepared`.
+    """
+    keys = [*_SAVED.findall(cell.source), f"{name}: {heading}"]
+    told = next((alts[key] for key in keys if key in alts), "")
+    return told or f"Figure of the section {heading}; the text below says what it shows"
 
 
 def _as_anchor(link: re.Match[str]) -> str:
@@ -128,9 +152,14 @@ def pages() -> dict[str, bytes]:
             root = top if top == OWN_PAGES else home
             made[path.relative_to(root).as_posix()] = path.read_bytes()
     alts = tomllib.loads(made.pop("alts.toml").decode())
-    text = relink((home / "README.md").read_text(encoding="utf-8"))
-    made["README.md"] = re.sub(r"^#(#+ )", r"\1", text, flags=re.M).encode()  # parts of pages
-    made[readme.GUIDE] = relink((home / readme.GUIDE).read_text(encoding="utf-8")).encode()
+    for folder in SOURCES:
+        text = (home / folder / "README.md").read_text(encoding="utf-8")
+        made[f"{folder}/README.md"] = relink(text, folder).encode()
+    text, folder = (
+        (home / readme.GUIDE).read_text(encoding="utf-8"),
+        posixpath.dirname(readme.GUIDE),
+    )
+    made[readme.GUIDE] = relink(text, folder, folder).encode()
     solved = sorted((home / "notebooks" / "solutions").glob("*.ipynb"))
     for path in (*readme.lesson_paths(home), *solved):
         name = path.relative_to(home / "notebooks").with_suffix("").as_posix()

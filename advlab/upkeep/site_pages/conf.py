@@ -8,6 +8,7 @@ from sphinx.application import Sphinx
 
 from advlab import files
 from advlab.classroom.page import formula
+from advlab.upkeep import site
 
 about = tomllib.loads((files.home() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 urls = about.get("urls", {})  # none before the repository is public: the pages do without
@@ -19,7 +20,7 @@ html_baseurl = urls.get("Documentation", "")
 language = "en"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["README.md"]  # its sections are parts of pages
+exclude_patterns = [f"{name}/README.md" for name in site.SOURCES]  # parts of pages
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "dollarmath"]
