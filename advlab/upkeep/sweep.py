@@ -250,10 +250,13 @@ def run(
         TaskError: if trainings or measurements failed; what the others made is kept.
         ClusterError: as `cluster.connect`.
         RuntimeError: if another sweep is at work in the same folder.
+        FileNotFoundError: if it was to be published outside a clone.
         ValueError: if other data than CIFAR-10, or another recipe than the paper's first, were to
             be published.
     """
     console = console or Console()
+    if publish:
+        files.clone()
     if publish and not (datasets.are_papers(base.dataset) and sweep.recipes[0] == "paper"):
         raise ValueError("--publish writes what the lessons show: CIFAR-10, recipe paper first")
     groups = list(sweep.groups(base))
