@@ -227,6 +227,27 @@ def run(
 
 
 @app.command()
+def lessons(
+    folder: Annotated[Path, typer.Argument(help="Gets the copy.")] = Path("lessons"),
+) -> None:
+    """Copy the lessons and their solutions, to open in JupyterLab; what is there is kept."""
+    from advlab.upkeep import anywhere
+
+    for path, new in anywhere.copy_lessons(folder):
+        _say(f"Written: {path}" if new else f"Kept as it is: {path}")
+    _say(f"Open them: jupyter lab {folder}")
+
+
+@app.command()
+def links() -> None:
+    """Write badges, links and the cell for Colab anew, by [project.urls] in pyproject.toml."""
+    from advlab.upkeep import anywhere
+
+    anywhere.refresh()
+    _say("Refreshed README.md and notebooks.")
+
+
+@app.command()
 @on_cluster
 def retrain(resume: Resume = False, *, scheduler: Scheduler) -> None:
     """Train all models again by the paper's recipe (hours); refresh notebooks and figures."""

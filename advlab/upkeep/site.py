@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 
 import advlab
 from advlab import files
-from advlab.upkeep import explorer, readme
+from advlab.upkeep import anywhere, explorer, readme
 
 # Where a link of README.md or of the guide leads on the site.
 PAGES = {
@@ -30,6 +30,7 @@ PAGES = {
 OWN_PAGES = Path(__file__).parent / "site_pages"
 EXERCISES = "## Your turn"  # the heading in each lesson
 COPIED = ("LICENSE", "constraints.txt", "figures")  # what pages link to, or show
+HIDDEN = {"parameters": "hide-input", anywhere.TAG: "remove-cell"}  # what MyST-NB calls it
 LEFT_OUT = ("__main__", "cli", "_torchvision")  # modules that nobody imports
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\)")
 _ANCHOR = re.compile(r"(?<=\]\()#[^)]*(?=\))")
@@ -71,8 +72,8 @@ def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> Noteboo
     """Return a notebook as MyST-NB reads it best.
 
     Exercises are linked to their solutions, anchors written as MyST makes them (JupyterLab keeps
-    capitals), the text of a fold becomes Markdown, the cell of parameters is folded, and figures
-    get a text in place of the picture.
+    capitals), the text of a fold becomes Markdown, the cell of parameters is folded, the one for
+    Colab left out, and figures get a text in place of the picture.
 
     Args:
         notebook: As committed; it is changed.
@@ -86,8 +87,8 @@ def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> Noteboo
             cell.source = cell.source.replace(EXERCISES, f"{EXERCISES}\n\n{solved}")
             heading = [heading, *re.findall(r"^##+ (.*)", cell.source, re.M)][-1]
             continue
-        if "parameters" in (tags := cell.metadata.get("tags", [])):
-            tags.append("hide-input")
+        tags = cell.metadata.get("tags", [])
+        tags += [HIDDEN[tag] for tag in tags if tag in HIDDEN]
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             names = [*_SAVED.findall(cell.source), f"{name}: {heading}"]
             told = next((alts[key] for key in names if key in alts), "")
