@@ -1,8 +1,8 @@
 """Adds to the wheel what the lessons need beside the package: notebooks, tables, trained models.
 
-Everything else about the package is said in pyproject.toml. `advlab.files.shipped` finds these files
-in an installed wheel. An editable install has them in the clone; a student's wheel is built without
-this file, because the answers of the assignments are among them.
+Everything else about the package is said in pyproject.toml. `advlab.files.shipped` finds these
+files in an installed wheel. An editable install has them in the clone. A student's wheel is built
+without this file, because the answers of the assignments are among them.
 """
 
 import shutil

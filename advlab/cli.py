@@ -108,7 +108,7 @@ def on_cluster(command: Callable[..., None]) -> Callable[..., None]:
 app = typer.Typer(
     cls=Group,
     help="Learn, by running it, how neural networks are fooled and defended.",
-    epilog="In a clone, `python -m advlab setup` makes the environment .venv, with nothing but Python.",
+    epilog="In a clone, `python -m advlab setup` makes the environment .venv from Python alone.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -190,5 +190,5 @@ def test_torch_that_is_not_supported_is_named(colab, torch, told):
 def test_package_that_was_replaced_while_in_use_asks_for_a_new_session(colab, monkeypatch):
     versions, _ = colab
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: versions.update(numpy="100"))
-    with pytest.raises(RuntimeError, match="^numpy was in use .* Restart session"):
+    with pytest.raises(RuntimeError, match=r"^numpy was in use .* Restart session"):
         setup.complete()

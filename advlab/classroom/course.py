@@ -137,7 +137,7 @@ def release(output: Path) -> dict[str, Path]:
 
 
 def _package() -> Path:
-    """Return the folder of the package's code: the clone's, or the installed one without a clone."""
+    """Return the folder of the package's code: the clone's, or the installed one."""
     return files.PACKAGE if files.repository() is None else files.home() / "advlab"
 
 

@@ -61,7 +61,7 @@ def github_name(home: Path) -> str:
 
 
 def colab_url(repository: str, path: str) -> str:
-    """Return where Colab opens a notebook of this version; `path` is the notebook's in the clone."""
+    """Return where Colab opens a notebook of this version; `path` is that in the clone."""
     return f"https://colab.research.google.com/github/{repository}/blob/v{__version__}/{path}"
 
 

@@ -1,7 +1,7 @@
-"""What is installed before advlab runs: the environment of a clone; in Colab, what is missing there.
+"""What is installed before advlab runs: a clone's environment; in Colab, what is missing there.
 
-`python -m advlab setup` makes the environment on any system, and `make` calls it. Only Python itself
-is imported here, because nothing else may be there yet.
+`python -m advlab setup` makes the environment on any system, and `make` calls it. Only Python
+itself is imported here, because nothing else may be there yet.
 """
 
 import argparse
@@ -19,8 +19,8 @@ LOCKED = ("pyproject.toml", "constraints.txt")  # an environment is older than n
 # On Linux, PyPI's torch brings gigabytes of CUDA; this index has the build for processors.
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 # What the lessons import beside torch. The rest of advlab's requirements are for its command line.
-LESSONS_NEED = ("filelock", "ipython", "ipywidgets", "matplotlib", "numpy", "pandas")
-LESSONS_NEED += ("platformdirs", "psutil", "safetensors", "seaborn", "tqdm")
+LESSONS_NEED = ["filelock", "ipython", "ipywidgets", "matplotlib", "numpy", "pandas"]
+LESSONS_NEED += ["platformdirs", "psutil", "safetensors", "seaborn", "tqdm"]
 # In Colab the running kernel uses these two already, and the page shows their widgets.
 COLABS_OWN = ("ipython", "ipywidgets")
 
@@ -50,7 +50,7 @@ def is_ready(environment: Path) -> bool:
 
 
 def pip(python: Path) -> list[str]:
-    """Return the words that install the exact versions that the committed numbers were made with."""
+    """Return the words that install the versions that the committed numbers were made with."""
     words = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     return [*words, "--constraint", "constraints.txt"]
 
@@ -82,7 +82,7 @@ def make(clone: Path, extras: Sequence[str] = ()) -> Path:
     Raises:
         SystemExit: if Python is too old, `clone` is none, or a command fails (which says why).
     """
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (nothing has checked it yet)
         raise SystemExit(
             "Python 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3.11 ..., or "
             "/path/to/python3.11 -m advlab setup"
