@@ -171,6 +171,7 @@ def test_what_is_not_there_at_all_is_installed(colab, monkeypatch):
     def run(command, **how):
         commands.append(command)
         versions.update(missing)
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
     setup.complete()
@@ -189,6 +190,18 @@ def test_torch_that_is_not_supported_is_named(colab, torch, told):
 
 def test_package_that_was_replaced_while_in_use_asks_for_a_new_session(colab, monkeypatch):
     versions, _ = colab
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: versions.update(numpy="100"))
+
+    def run(command, **how):
+        versions.update(numpy="100")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeError, match=r"^numpy was in use .* Restart session"):
+        setup.complete()
+
+
+def test_failure_of_pip_is_told(colab, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stderr="no network\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match="cannot install what the lessons need: no network"):
         setup.complete()

@@ -133,15 +133,18 @@ def complete() -> None:
     """Install what the lessons need and this Python lacks; its torch and its widgets stay.
 
     Raises:
-        RuntimeError: if its torch is none that advlab is tested with, or if a package was replaced
-            that this process had already imported.
-        CalledProcessError: if pip fails, which says why.
+        RuntimeError: if pip fails; if its torch is older than advlab needs; or if a package was
+            replaced that this process had already imported.
     """
     before = found(LESSONS_NEED)
     asked = {re.split(r"[^\w.-]", text)[0]: text for text in requires("advlab") or []}
     kept = [name for name in COLABS_OWN if name in before]
     wanted = [asked[name] for name in LESSONS_NEED if name not in kept]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *wanted]
+    # Of a success nothing is shown: pip complains that the command line's requirements are missing.
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"pip cannot install what the lessons need: {done.stderr.strip()}")
     importlib.invalidate_caches()
     _check_torch({name: asked[name] for name in ("torch", "torchvision")})
     after = found(LESSONS_NEED)
