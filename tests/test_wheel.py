@@ -167,7 +167,7 @@ def lowest(name: str) -> str:
 
 @pytest.mark.skipif(os.name != "posix", reason="links need rights that Windows does not give")
 @pytest.mark.parametrize("torch", ["this", "oldest"])
-def test_lesson_runs_as_in_colab_with_its_wheel_alone(wheel, cache, tmp_path, torch):
+def test_lesson_runs_as_in_colab_with_its_wheel_alone(wheel, cache, tmp_path, torch, monkeypatch):
     # What is in use elsewhere lies outside the environment: pip replaces nothing of it.
     links, environment, content = (tmp_path / name for name in ("links", "env", "content"))
     venv.create(environment, with_pip=True)
@@ -193,14 +193,13 @@ def test_lesson_runs_as_in_colab_with_its_wheel_alone(wheel, cache, tmp_path, to
     ask = "import advlab, json, torch; from advlab import files; print(json.dumps("
     ask += "[advlab.__file__, str(files.shipped()), torch.__version__]))"
     notebook.cells.append(nbformat.v4.new_code_cell(ask))
-    kept = {name: os.environ.pop(name) for name in ("PYTHONPATH",) if name in os.environ}
-    os.environ |= cache
-    try:
-        OtherKernel.python = str(python)
-        how = {"kernel_manager_class": OtherKernel, "timeout": 300}
-        NotebookClient(notebook, **how, resources={"metadata": {"path": content}}).execute()
-    finally:
-        os.environ |= kept
+    monkeypatch.setattr(OtherKernel, "python", str(python))
+    for name in ("PYTHONPATH", "ADVLAB_OUTPUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in cache.items():
+        monkeypatch.setenv(name, value)
+    how = {"kernel_manager_class": OtherKernel, "timeout": 300}
+    NotebookClient(notebook, **how, resources={"metadata": {"path": content}}).execute()
     [cell] = [cell for cell in notebook.cells if cell.id == anywhere.TAG]
     assert cell.outputs == []
     where, shipped, version = json.loads(notebook.cells[-1].outputs[0].text)
