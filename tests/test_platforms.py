@@ -24,7 +24,7 @@ def load():
 names = load()
 for name in [name for name in sys.modules if name.startswith("advlab.")]:
     del sys.modules[name]
-for name in "crypt fcntl grp nis ossaudiodev posix pty pwd resource spwd syslog termios tty".split():
+for name in "crypt fcntl grp nis posix pty pwd resource spwd syslog termios tty".split():
     sys.modules[name] = None
 for name in "SIGKILL SIGCHLD SIGUSR1 SIGALRM SIGHUP SIGQUIT setitimer alarm pthread_kill".split():
     delattr(signal, name)
