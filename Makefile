@@ -4,19 +4,6 @@ BIN := .venv/bin
 ADVLAB := $(BIN)/python -m advlab
 # The exact versions that the committed numbers were made with.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-# On Linux, PyPI's torch brings gigabytes of CUDA: the CPU build is installed before the rest. Another
-# build is taken with `make TORCH_INDEX=URL`, PyPI's with `make TORCH_INDEX=`, and none is named here
-# where pip's own variable names an index.
-ifndef PIP_EXTRA_INDEX_URL
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-endif
-
-# An environment does not move with its folder: one that was made elsewhere is made anew.
-NAMED := -e '=$(CURDIR)/.venv' -e '"$(CURDIR)/.venv' -e "'$(CURDIR)/.venv"
-ifeq ($(shell grep -sF $(NAMED) .venv/bin/activate),)
-ANEW := rm -rf .venv
-.PHONY: .venv/installed
-endif
 
 .PHONY: run test lab reproduce retrain audit bench libraries course browser site doctor lint clean
 
@@ -67,13 +54,7 @@ lint: .venv/installed         ## style of code and notebooks, and types
 clean:                        ## remove the environment and all outputs
 	rm -rf .venv outputs
 
-# Torch alone is asked for at its index: pip would ask there for every package, and wait for each
-# answer where the index cannot be reached.
-.venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
-	$(ANEW)
-	$(PYTHON) -m venv .venv
-	$(PIP) --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch torchvision
-	$(PIP) --editable ".[test,audit]"
-	touch .venv/installed
+# The package makes its environment itself, on systems without make too: `python -m advlab setup`.
+.PHONY: .venv/installed
+.venv/installed:
+	@$(PYTHON) -m advlab setup

@@ -21,6 +21,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: nothing that was started is left running
+    if sys.argv[1:2] == ["setup"]:  # before anything else is installed
+        from advlab.upkeep import setup
+
+        return setup.main(sys.argv[2:])
     try:
         from advlab import cli
     except Exception as error:  # a torch that is broken raises more than ImportError

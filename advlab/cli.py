@@ -108,6 +108,7 @@ def on_cluster(command: Callable[..., None]) -> Callable[..., None]:
 app = typer.Typer(
     cls=Group,
     help="Learn, by running it, how neural networks are fooled and defended.",
+    epilog="In a clone, `python -m advlab setup` makes the environment .venv from Python alone.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -223,6 +224,27 @@ def run(
     given = parse_parameters(param or [])
     on: dict[str, Any] = {"scheduler": scheduler, "console": console}
     runs.run(lessons or (), options, parameters=given, resume=resume, **on)
+
+
+@app.command()
+def lessons(
+    folder: Annotated[Path, typer.Argument(help="Gets the copy.")] = Path("lessons"),
+) -> None:
+    """Copy the lessons and their solutions, to open in JupyterLab; what is there is kept."""
+    from advlab.upkeep import anywhere
+
+    for path, new in anywhere.copy_lessons(folder):
+        _say(f"Written: {path}" if new else f"Kept as it is: {path}")
+    _say(f"Open them: jupyter lab {folder}")
+
+
+@app.command()
+def links() -> None:
+    """Write badges, links and the cell for Colab anew, by [project.urls] in pyproject.toml."""
+    from advlab.upkeep import anywhere
+
+    anywhere.refresh()
+    _say("Refreshed README.md and notebooks.")
 
 
 @app.command()

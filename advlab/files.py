@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 NAMES = ("CACHE", "DATA", "DATASET", "DEVICE", "OUTPUT", "PROFILE", "SCHEDULER", "THREADS")
 SETTINGS = [f"ADVLAB_{name}" for name in NAMES]
 SOURCES = ("advlab", "data", "figures", "notebooks", "tests")  # folders of a clone
+PACKAGE = Path(__file__).resolve().parent
+PACKED = "_repository"  # in an installed wheel: notebooks, tables and models (see setup.py)
 
 
 def setting(value: str | None, variable: str = "", default: str = "") -> str:
@@ -31,7 +33,7 @@ def is_clone(folder: Path) -> bool:
 def repository() -> Path | None:
     """Return the clone that holds the current folder, or else this package; None without one."""
     here = Path.cwd()
-    places = (here, *here.parents, Path(__file__).resolve().parent.parent)
+    places = (here, *here.parents, PACKAGE.parent)
     return next(filter(is_clone, places), None)
 
 
@@ -40,15 +42,39 @@ def home() -> Path:
     return repository() or Path.cwd()
 
 
+def clone() -> Path:
+    """Return the clone of the repository, into which results are published.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if repository() is None:
+        raise FileNotFoundError(
+            f"no clone of the repository holds {Path.cwd()}, and this writes into one; run it there"
+        )
+    return home()
+
+
+def shipped() -> Path:
+    """Return the folder of what comes with advlab, which is only read.
+
+    It holds notebooks/, figures/ (tables) and data/checkpoints/. It is the clone, or the wheel's
+    copy without one. A wheel that was made for students has no copy; then it is the current folder.
+    """
+    packed = PACKAGE / PACKED
+    return packed if repository() is None and packed.is_dir() else home()
+
+
 def results_folder(name: str | Path) -> Path:
     """Return the folder for results called `name`, absolute.
 
     Raises:
-        ValueError: if it is a clone of the repository or a folder of its sources, which results
-            would be written over.
+        ValueError: if it is a clone of the repository, a folder of its sources or one of the
+            installed package, which results would be written over.
     """
     folder = Path(name).expanduser().resolve()
-    if is_clone(folder) or (is_clone(folder.parent) and folder.name in SOURCES):
+    sources = is_clone(folder.parent) and folder.name in SOURCES
+    if is_clone(folder) or sources or folder.is_relative_to(PACKAGE):
         raise ValueError(
             f"the output folder {folder} holds the repository's own files, and results would be "
             "written over them; choose another, such as outputs/mine"
@@ -57,8 +83,8 @@ def results_folder(name: str | Path) -> Path:
 
 
 def shipped_checkpoints() -> Path:
-    """Return the folder of the trained models that come with the repository."""
-    return home() / "data" / "checkpoints"
+    """Return the folder of the trained models that come with advlab."""
+    return shipped() / "data" / "checkpoints"
 
 
 def cache_dir() -> Path:

@@ -116,7 +116,7 @@ class Lab:
             text += "nothing here compares with the paper."
         if not self.settings.keep and (reason := self.zoo.why_not_shipped("cnn")):
             text += f"\nModels are trained here, not those that are shipped: {reason}."
-            if files.repository() is None:
+            if files.repository() is None and not files.shipped_checkpoints().is_dir():
                 text += f"\nNo clone of the repository holds {Path.cwd()}: start the lesson in one."
         return text
 

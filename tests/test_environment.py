@@ -1,6 +1,5 @@
 """environment.yml, pyproject.toml and the Makefile say the same."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -50,47 +49,6 @@ def test_constraints_lock_every_requirement_within_its_range():
         asked = Requirement(text)
         assert asked.specifier.contains(locked[canonicalize_name(asked.name)]), text
     assert not any("==" in text for text in PROJECT["dependencies"])
-
-
-@pytest.mark.parametrize(
-    ("settings", "index"),
-    [
-        ([], ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]),
-        (["TORCH_INDEX=https://another"], ["--extra-index-url", "https://another"]),
-        (["TORCH_INDEX="], []),
-        (["PIP_EXTRA_INDEX_URL=https://of.pip"], []),
-    ],
-)
-def test_make_installs_the_locked_torch_first_and_its_cpu_build_unless_told(settings, index):
-    command = ["make", "--dry-run", "--always-make", ".venv/installed", *settings]
-    env = {name: v for name, v in os.environ.items() if name != "PIP_EXTRA_INDEX_URL"}
-    shown = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    first, rest = (line.split() for line in shown.stdout.splitlines() if " -m pip " in line)
-    assert first[-2:] == ["torch", "torchvision"]
-    assert first[first.index("--retries") + 2 : -2] == index
-    assert "--extra-index-url" not in rest
-    for words in (first, rest):
-        assert words[words.index("--constraint") + 1] == "constraints.txt"
-
-
-@pytest.mark.parametrize("made", [None, "/elsewhere/.venv", "{}/.venv", "/moved{}/.venv"])
-@pytest.mark.parametrize("quote", ["", "'", '"'])
-def test_environment_that_belongs_to_another_folder_is_made_anew(tmp_path, made, quote):
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    if made:
-        (tmp_path / ".venv" / "bin").mkdir(parents=True)
-        (tmp_path / ".venv" / "installed").write_text("")
-        line = f"export VIRTUAL_ENV={quote}{made.format(tmp_path)}{quote}\n"
-        (tmp_path / ".venv" / "bin" / "activate").write_text(line)
-    command = ["make", "--dry-run", "doctor"]
-    env = {name: v for name, v in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
-    shown = done.stdout
-    assert ("rm -rf .venv\n" in shown) is (made != "{}/.venv")
-    assert shown.endswith(".venv/bin/python -m advlab doctor\n")  # a script names its old folder
 
 
 def test_version_is_the_same_everywhere():

@@ -219,16 +219,26 @@ def test_home_is_the_clone_that_holds_the_notebook_or_the_package_or_the_current
     assert files.shipped_checkpoints() == files.home() / "data" / "checkpoints"
     monkeypatch.chdir(make_clone(tmp_path / "clone") / "notebooks")
     assert files.home() == tmp_path / "clone"
+    assert files.shipped() == files.clone() == tmp_path / "clone"
     wheel = tmp_path / "site-packages" / "advlab"
-    monkeypatch.setattr(files, "__file__", str(wheel / "files.py"))
+    monkeypatch.setattr(files, "PACKAGE", wheel)
     assert files.home() == tmp_path / "clone"
+    (wheel / "_repository").mkdir(parents=True)
+    assert files.shipped() == tmp_path / "clone"
     monkeypatch.chdir(tmp_path)
     assert files.repository() is None
     assert files.home() == tmp_path
+    assert files.shipped() == wheel / "_repository"
+    with pytest.raises(FileNotFoundError, match=r"no clone of the repository holds .*run it there"):
+        files.clone()
+    with pytest.raises(ValueError, match="holds the repository's own files"):
+        files.results_folder(wheel / "_repository" / "outputs")
+    (wheel / "_repository").rmdir()
+    assert files.shipped() == tmp_path
 
 
 def test_lesson_outside_any_clone_says_so(fake_cifar10, monkeypatch, tmp_path):
-    monkeypatch.setattr(files, "__file__", str(tmp_path / "site-packages" / "advlab" / "files.py"))
+    monkeypatch.setattr(files, "PACKAGE", tmp_path / "site-packages" / "advlab")
     monkeypatch.chdir(tmp_path)
     made = start("lesson", data_dir=str(fake_cifar10))
     assert str(made).endswith(

@@ -39,13 +39,15 @@ def test_notebook_gets_links_folds_and_texts_in_place_of_pictures():
     figure = new_output("display_data", data={"image/png": "abc"})
     cells = [
         new_code_cell("seed = 0", metadata={"tags": ["parameters"]}),
+        new_code_cell("", metadata={"tags": ["colab"]}),
         new_markdown_cell(text),
         new_code_cell('lesson.save(\n    "known", figure)', outputs=[figure]),
         new_code_cell("plt.show()", outputs=[figure]),
     ]
     made = site.prepared(new_notebook(cells=cells), "02_fgsm", {"known": "a curve that falls"})
-    first, prose, known, unknown = made.cells
+    first, colab, prose, known, unknown = made.cells
     assert first.metadata["tags"] == ["parameters", "hide-input"]
+    assert colab.metadata["tags"] == ["colab", "remove-cell"]
     assert "[x](#3-how-large-is-eps)" in prose.source
     fold = "   <details><summary>Hint</summary>\n\n   Call `f`\n   again.\n\n   </details>"
     assert fold in prose.source

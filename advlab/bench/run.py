@@ -89,7 +89,7 @@ def measure(
         jobs["AutoAttack"] = lambda: strongest_part(
             images, robust("cnn"), {f"{a} eps={eps:g}": zoo.get(a, eps).model for a, eps in ten}
         )
-        jobs["whole paper"] = lambda: whole_part([*known, *rows], files.home())
+        jobs["whole paper"] = lambda: whole_part([*known, *rows], files.shipped())
     names = ", ".join(jobs)
     jobs = {name: job for name, job in jobs.items() if not only or name.startswith(tuple(only))}
     if not jobs:
@@ -148,6 +148,7 @@ def run(
     Raises:
         ValueError: if `rounds` is below 1, there is no such part, or other data than CIFAR-10 are
             to be published.
+        FileNotFoundError: if it was to be published outside a clone.
         RuntimeError: if another way gives other results than ours: then no time is printed.
     """
     if rounds < 1:
@@ -157,7 +158,7 @@ def run(
     if publish and not datasets.are_papers(name):
         raise ValueError("--publish: there is no CIFAR-10, and figures/ holds nothing else")
     chosen = files.setting(output_dir) or files.home() / "outputs" / "bench"
-    output = files.home() / "figures" if publish else files.results_folder(chosen)
+    output = files.clone() / "figures" if publish else files.results_folder(chosen)
     earlier = pd.DataFrame()
     if only and (output / "bench.csv").is_file():
         texts = {"against": "", "note": ""}

@@ -53,12 +53,16 @@ def sources() -> dict[str, Path]:
     """Return the instructor's notebook of each assignment, by name.
 
     Raises:
-        CourseError: outside a clone of the repository, or if a notebook is not named aN/aN.ipynb.
+        CourseError: if neither a clone of the repository nor the installed package holds them, or
+            if a notebook is not named aN/aN.ipynb.
     """
-    folder = files.home() / "notebooks" / "assignments"
+    folder = files.shipped() / "notebooks" / "assignments"
     found = {path.stem: path for path in sorted(folder.glob("*/*.ipynb"))}
     if not found:
-        raise CourseError(f"there are no assignments in {folder}; run this in a clone")
+        raise CourseError(
+            f"there are no assignments in {folder}, nor in the installed package; run this in a "
+            "clone of the repository, or install its whole wheel"
+        )
     for name, path in found.items():
         if not re.fullmatch(r"a\d+", name) or path.parent.name != name:
             raise CourseError(f"{path}: an assignment is named a7/a7.ipynb, with a number")
@@ -115,7 +119,7 @@ def release(output: Path) -> dict[str, Path]:
             raise CourseError(f"{name}: no task cells; use a manually graded answer")
     config.CourseDirectory.course_id = "advlab"
     config.CourseDirectory.root = str(output.absolute())
-    config.CourseDirectory.source_directory = str(files.home() / "notebooks" / "assignments")
+    config.CourseDirectory.source_directory = str(files.shipped() / "notebooks" / "assignments")
     api = NbGraderAPI(config=config)
     released = {name: output / "release" / name / f"{name}.ipynb" for name in names}
     # nbgrader starts `alembic`, which is beside this Python and may not be on the path.
@@ -130,6 +134,11 @@ def release(output: Path) -> dict[str, Path]:
         selfcheck.hand_out(notebook)
         files.write_bytes(made, nbformat.writes(notebook).encode())
     return released
+
+
+def _package() -> Path:
+    """Return the folder of the package's code: the clone's, or the installed one."""
+    return files.PACKAGE if files.repository() is None else files.home() / "advlab"
 
 
 def _pack(contents: Mapping[str, bytes], path: Path) -> None:
@@ -152,13 +161,16 @@ def _solution(source: Path) -> str:
 
 
 def _wheel(output: Path) -> Path:
-    """Write the package to `output` as students install it: without notebooks, and no clone."""
+    """Write the package to `output` as students install it: without notebooks and models.
+
+    The answers are among the notebooks. Without setup.py, which adds them, the wheel has none.
+    """
     pack = "import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))"
     with tempfile.TemporaryDirectory() as folder:  # setuptools leaves files where it works
         for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(files.home() / name, folder)
-        left_out = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(files.home() / "advlab", Path(folder, "advlab"), ignore=left_out)
+            shutil.copy(files.shipped() / name, folder)
+        left_out = shutil.ignore_patterns("__pycache__", files.PACKED)
+        shutil.copytree(_package(), Path(folder, "advlab"), ignore=left_out)
         command = [sys.executable, "-c", pack, str(output.absolute())]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
@@ -294,7 +306,10 @@ def rehearse(
 
     Raises:
         CourseError, ClusterError: see `grade`; or if a solution does not get all its points.
+        FileNotFoundError: if it was to be published outside a clone.
     """
+    if publish:
+        files.clone()
     shutil.rmtree(output, ignore_errors=True)
     names = sources()
     with tempfile.TemporaryDirectory() as made:

@@ -85,7 +85,9 @@ class Hidden:
         package = Path(advlab.__file__).resolve().parent.parent
         clones = [files.home(), *filter(files.is_clone, [package])]
         answers = [
-            path for clone in clones for path in clone.glob("notebooks/assignments/*/*.ipynb")
+            path
+            for folder in (*clones, files.shipped())
+            for path in folder.glob("notebooks/assignments/*/*.ipynb")
         ]
         user = filter(None, [files.user_home()])
         # The sandbox has a /tmp of its own.

@@ -106,7 +106,8 @@ def _checkpoints() -> tuple[bool, str]:
     for path in paths:
         checkpoints.load(path)
     if not paths:
-        return False, f"none in {files.shipped_checkpoints()}; git checkout"
+        mend = "git checkout, or install the whole wheel"
+        return False, f"none in {files.shipped_checkpoints()}; {mend}"
     return True, f"{len(paths)} trained models, all intact"
 
 

@@ -78,9 +78,11 @@ def retrain(
 
     Raises:
         BatchError: as `runs.run`.
+        FileNotFoundError: outside a clone of the repository.
         DataError: if there is no CIFAR-10: nothing computed on other data belongs in those folders.
     """
     console = console or Console()
+    files.clone()
     datasets.resolve("cifar10")  # before anything is removed
     output = lab.default_output("paper", "cifar10")
     if not resume and output.exists():
@@ -142,10 +144,13 @@ def reproduce(
 
     Raises:
         BatchError: as `runs.run`, and if other data than CIFAR-10 were to be published.
+        FileNotFoundError: if it was to be published outside a clone.
         ValueError: if `seeds` is below 1.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; train with one seed at least")
+    if publish:
+        files.clone()
     name, root = datasets.resolve(dataset, data_dir)
     if publish and not datasets.are_papers(name):
         raise BatchError("--publish: there is no CIFAR-10, and figures/ holds nothing else")

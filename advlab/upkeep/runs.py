@@ -59,19 +59,20 @@ def lesson_files() -> dict[str, Path]:
     """Return the lessons in order, by name ("01_baseline").
 
     Raises:
-        BatchError: outside a clone of the repository, which holds the notebooks.
+        BatchError: if neither a clone of the repository nor the installed package holds them.
     """
-    found = readme.lesson_paths(files.home())
+    found = readme.lesson_paths(files.shipped())
     if not found:
         raise BatchError(
-            f"no lessons in {files.home() / 'notebooks'}; run this in a clone of the repository"
+            f"no lessons in {files.shipped() / 'notebooks'}, nor in the installed package; run "
+            "this in a clone of the repository, or install its whole wheel"
         )
     return {path.stem: path for path in found}
 
 
 def solution_files() -> dict[str, Path]:
     """Return the solutions of the lessons' exercises, by name ("solutions/01_baseline")."""
-    found = sorted((files.home() / "notebooks" / "solutions").glob("[0-9][0-9]_*.ipynb"))
+    found = sorted((files.shipped() / "notebooks" / "solutions").glob("[0-9][0-9]_*.ipynb"))
     return {f"solutions/{path.stem}": path for path in found}
 
 

@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 
 import advlab
 from advlab import files
-from advlab.upkeep import explorer, prose, readme
+from advlab.upkeep import anywhere, explorer, prose, readme
 
 # The clone's pages of which the site's own pages are made, and where links to them lead.
 SOURCES = ("figures", "notebooks", "data", "advlab")
@@ -35,6 +35,7 @@ PAGES = {
 }
 OWN_PAGES = Path(__file__).parent / "site_pages"
 COPIED = ("LICENSE", "constraints.txt", "figures")  # what pages link to, or show
+HIDDEN = {"parameters": "hide-input", anywhere.TAG: "remove-cell"}  # what MyST-NB calls it
 LEFT_OUT = ("__main__", "cli", "_torchvision")  # modules that nobody imports
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\)")
 _ANCHOR = re.compile(r"(?<=\]\()#[^)]*(?=\))")
@@ -84,8 +85,8 @@ def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> Noteboo
     """Return a notebook as MyST-NB reads it best.
 
     Exercises are linked to their solutions, anchors written as MyST makes them (JupyterLab keeps
-    capitals), the text of a fold becomes Markdown, the cell of parameters is folded, and figures
-    get a text in place of the picture.
+    capitals), the text of a fold becomes Markdown, the cell of parameters is folded, the one for
+    Colab left out, and figures get a text in place of the picture.
 
     Args:
         notebook: As committed; it is changed.
@@ -99,8 +100,8 @@ def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> Noteboo
             cell.source = cell.source.replace(prose.EXERCISES, f"{prose.EXERCISES}\n\n{solved}")
             heading = [heading, *re.findall(r"^##+ (.*)", cell.source, re.M)][-1]
             continue
-        if "parameters" in (tags := cell.metadata.get("tags", [])):
-            tags.append("hide-input")
+        tags = cell.metadata.get("tags", [])
+        tags += [HIDDEN[tag] for tag in tags if tag in HIDDEN]
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             cell.metadata["mystnb"] = {"image": {"alt": alt(cell, name, heading, alts)}}
     return notebook

@@ -251,10 +251,13 @@ def run(
         TaskError: if trainings or measurements failed; what the others made is kept.
         ClusterError: as `cluster.connect`.
         RuntimeError: if another sweep is at work in the same folder.
+        FileNotFoundError: if it was to be published outside a clone.
         ValueError: if other data than CIFAR-10, or a table without the paper's recipe that is not
             of adversarial trainings alone, were to be published.
     """
     console = console or Console()
+    if publish:
+        files.clone()
     adversarial = all(recipe in ADVERSARIAL for recipe in sweep.recipes)
     known = adversarial or sweep.recipes[0] == "paper"
     if publish and not (datasets.are_papers(base.dataset) and known):

@@ -64,9 +64,12 @@ def run(
         TaskError, ClusterError: as `graph.measure` and `cluster.connect`.
         ValueError: if no checkpoint is called so, or other data than CIFAR-10 or a part of the
             models were to be published.
+        FileNotFoundError: if it was to be published outside a clone.
         ImportError: without the extra "audit", unless `auto_n` is 0.
     """
     console = console or Console()
+    if publish:
+        files.clone()
     asked = Options("lesson", dataset, data_dir, device=device).resolved()
     opened = asked.open()
     if publish and (not opened.data.papers or names or test_n or not auto_n):

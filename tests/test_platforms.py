@@ -1,0 +1,58 @@
+"""What other systems than Linux need; nothing here was run on one."""
+
+import re
+import subprocess
+import sys
+
+import yaml
+
+from advlab import files
+
+ROOT = files.repository()
+# Imports the package twice: once for what it stands on, and again without what Windows lacks.
+IMPORT_AS_ON_WINDOWS = """
+import importlib, os, pkgutil, signal, socket, sys
+import advlab
+
+def load():
+    found = pkgutil.walk_packages(advlab.__path__, "advlab.")
+    names = [m.name for m in found if not m.name.endswith("__main__")]
+    for name in names:
+        importlib.import_module(name)
+    return names
+
+names = load()
+for name in [name for name in sys.modules if name.startswith("advlab.")]:
+    del sys.modules[name]
+for name in "crypt fcntl grp nis posix pty pwd resource spwd syslog termios tty".split():
+    sys.modules[name] = None
+for name in "SIGKILL SIGCHLD SIGUSR1 SIGALRM SIGHUP SIGQUIT setitimer alarm pthread_kill".split():
+    delattr(signal, name)
+for name in ("fork killpg getuid geteuid getgid setsid getpgid mkfifo uname getloadavg chown "
+             "sched_getaffinity statvfs O_NOFOLLOW O_NONBLOCK O_PATH O_CLOEXEC WNOHANG").split():
+    delattr(os, name)
+del socket.AF_UNIX
+load()
+print(len(names))
+"""
+
+
+def test_every_module_can_be_imported_without_what_windows_lacks():
+    command = [sys.executable, "-c", IMPORT_AS_ON_WINDOWS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) > 70
+
+
+def test_github_runs_every_system_and_python():
+    text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    pythons = {"3.11", "3.12", "3.13", "3.14"}
+    assert set(jobs["lessons"]["strategy"]["matrix"]["python"]) == pythons
+    other = jobs["systems"]["strategy"]["matrix"]
+    assert set(other["os"]) == {"windows-latest", "macos-latest"}
+    assert set(other["python"]) == pythons
+    commands = "\n".join(step.get("run", "") for step in jobs["systems"]["steps"])
+    assert not re.search(r"\bmake\b", commands)
+    for one in ("python -m advlab setup", "advlab doctor", "advlab run", "pytest"):
+        assert one in commands
