@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advlab.attacks import check_eps
+from advlab.attacks import COARSE, check_eps
 from advlab.data import check_batch, check_images, check_integer, check_labels
 from advlab.forward import (
     CHUNK,
@@ -292,9 +292,15 @@ def _layers(module: Any) -> list[nn.Module]:
 @torch.no_grad()
 def _pass(model: Classifier, layers: list[nn.Module], images: Tensor, eps: float) -> list[Interval]:
     """Return the bounds of what comes out of the last of `layers`, for each part of the images."""
-    parts = []
+    parts, weights = [], [w for layer in layers for w in layer.parameters()]
+    dtype = weights[0].dtype if weights else torch.float32
+    if dtype in COARSE:
+        raise TypeError(
+            f"the weights are {dtype}, which rounds by more than a proof can leave out; give "
+            "model.float()"
+        )
     with eval_mode(model), float32_mode(images.device):
-        for part in images.detach().float().split(CHUNK):
+        for part in images.detach().to(dtype).split(CHUNK):
             low, high = (part - eps).clamp(0, 1), (part + eps).clamp(0, 1)
             interval = (low + high) / 2, (high - low) / 2
             for layer in layers:
@@ -311,7 +317,8 @@ def interval_bounds(model: Classifier, images: Tensor, eps: float) -> tuple[Tens
     inputs move together, so the intervals grow from layer to layer.
 
     Args:
-        model: `nn.Sequential`, or the paper's CNN, of layers in `RULES`, with float32 weights.
+        model: `nn.Sequential`, or the paper's CNN, of layers in `RULES`; its weights float32 (or
+            float64: the bounds are then, too).
         images: (N, C, H, W) float in [0, 1].
         eps: From 0 to 1.
 
@@ -321,7 +328,7 @@ def interval_bounds(model: Classifier, images: Tensor, eps: float) -> tuple[Tens
 
     Raises:
         ValueError, TypeError: if `images` or `eps` is out of range, the model has a layer without a
-            rule (it is named), or bounds are not finite.
+            rule (it is named) or weights of 16 bits, or bounds are not finite.
     """
     check_images(images)
     check_device(model, images)

@@ -342,7 +342,6 @@ def test_the_papers_cnn_is_its_layers_and_every_part_is_bounded():
     torch.testing.assert_close(found, worst_margins(model.network, images, labels, 1e-5))
     last = worst_margins(model, images[120:], labels[120:], 1e-5)
     torch.testing.assert_close(found[120:], last, atol=1e-4, rtol=1e-4)
-    assert bool((found > 0).any())
 
 
 def test_a_network_that_does_not_end_in_a_linear_layer_is_bounded():
@@ -391,6 +390,46 @@ def test_what_has_no_bounds_is_refused(model, told):
     labels = labels * 0 if "one logit" in told else labels
     with pytest.raises(ValueError, match=told):
         worst_margins(model, images, labels, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (lambda x: x.flatten(1) / 0, "NaN or infinity for 1 of 1 images"),
+        (lambda x: x, r"returned \(1, 3, 8, 8\) for 1 images"),
+        (make_small_cnn(0, SHAPE).to("meta"), "model is on meta, the images on cpu"),
+    ],
+    ids=["nan", "rank", "device"],
+)
+def test_certify_refuses_bad_answers(model, told):
+    with pytest.raises(ValueError, match=told):
+        certify(model, make_batch(1, shape=SHAPE)[0], 0.25, n0=1, n=4)
+
+
+def test_other_dtypes_are_measured_as_float32_is():
+    model, images = make_small_cnn(0, SHAPE), make_batch(6, shape=SHAPE)[0]
+    labels = balance(model, images)
+    expected = worst_margins(model, images, labels, 0.01)
+    for one in (images.double(), images.half().double()):
+        found = worst_margins(model, one, labels, 0.01)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=0.01, rtol=0.01)
+    counts = certify(model, images, 0.2, n=50).counts
+    assert torch.equal(certify(model, images.double(), 0.2, n=50).counts, counts)
+    double = worst_margins(copy.deepcopy(model).double(), images, labels, 0.01)
+    torch.testing.assert_close(double.float(), expected, atol=1e-4, rtol=1e-4)
+    for coarse in (torch.float16, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"the weights are {coarse}.*give model.float"):
+            worst_margins(copy.deepcopy(model).to(coarse), images, labels, 0.01)
+
+
+def test_bounds_of_a_network_elsewhere_are_refused():
+    images, labels = make_batch(2, shape=SHAPE)
+    model = make_small_cnn(0, SHAPE).to("meta")
+    for bound in (lambda: interval_bounds(model, images, 0.1),
+                  lambda: worst_margins(model, images, labels, 0.1)):  # fmt: skip
+        with pytest.raises(ValueError, match="model is on meta, the images on cpu"):
+            bound()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
