@@ -15,7 +15,7 @@ from advlab import files, paper
 from advlab.evaluation import wilson
 
 ROOT = files.repository()
-HELD = ("01", "02", "03", "04", "05", "06", "07", "08", "09")
+HELD = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "11")
 TABLES = {"cnn": "table1_cnn", "cnn-lstm": "table2_cnn_lstm"}
 NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?) ?(?:%|points?\b|in \d+\b)")
 
