@@ -6,6 +6,7 @@ A number with "%" or "points" in the text is printed by a cell before it, or its
 import math
 import re
 from collections.abc import Callable
+from statistics import NormalDist
 
 import nbformat
 import pandas as pd
@@ -203,6 +204,12 @@ def certified(sigma: float, radius: float) -> float:
     rows = table("l11_certified").query("sigma == @sigma")
     (share,) = rows["certified"][(rows["radius"] - radius).abs() < 1e-6]
     return 100 * share
+
+
+def still_open() -> list[float]:
+    """Return the share of images neither proved nor broken, of those of which some are proved."""
+    rows = table("l11_both_ends").query("proved > 0")
+    return ((rows["left"] - rows["proved"]) / rows["n"]).tolist()
 
 
 def intervals(eps: str, column: str) -> int:
@@ -464,6 +471,11 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
      lambda: intervals("2/255", "proved") > 0.7 * intervals("2/255", "left by PGD-20")),
     ("11", "This network is far less accurate than the robust CNN",
      lambda: intervals("0/255", "proved") / 10 < under_noise("robust", 0) - 20),
+    ("11", "with $\\sigma$ = 0.12 nothing can be proved beyond 0.254",
+     lambda: round(0.12 * NormalDist().inv_cdf(0.001 ** (1 / 400)), 3) == 0.254),
+    ("11", "For the small network the truth is known within six points, for the vote within 13",
+     lambda: all(0 < 100 * share <= most
+                 for most, share in zip((6, 13), still_open(), strict=True))),
     ("11", "the outer ends of the 95 % intervals", always),
 ]  # fmt: skip
 
