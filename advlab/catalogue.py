@@ -253,5 +253,16 @@ _LESSONS = (
         minutes=75,
         after=("06", "07"),
     ),
+    Lesson(
+        "11_noise_that_proves",
+        "Noise that proves: certificates by smoothing and by intervals",
+        lambda profile: [
+            ("cnn", 0.0),
+            ("cnn", profile.adversarial["robust"]),
+            ("cnn", profile.noise),
+        ],
+        minutes=75,
+        after=("03", "06", "07"),
+    ),
 )
 LESSONS = {lesson.name: lesson for lesson in _LESSONS}

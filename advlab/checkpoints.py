@@ -92,7 +92,7 @@ def save(model: nn.Module, metadata: dict[str, Any], path: Path) -> None:
 
 
 def is_adversarial(metadata: Mapping[str, Any]) -> bool:
-    """Tell whether a model was attacked anew in every batch (older files name no adversary)."""
+    """Tell whether each batch was attacked or made noisy (older files name no adversary)."""
     return metadata["recipe"].get("adversary", "fixed") != "fixed"
 
 

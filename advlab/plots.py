@@ -45,6 +45,7 @@ TRAININGS = {
     "rs-fgsm": ("#CC79A7", "p"),
     "robust": ("#009E73", "8"),
     "robust-soft": ("#999933", "H"),
+    "noise": ("#882255", "*"),
     "other seeds": ("0.5", "x"),  # undefended, and shown the images of the first seed's baseline
 }
 LINES = {"cnn": "-", "cnn-lstm": "--", "cnn-lstm-positions": "-."}

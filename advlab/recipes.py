@@ -10,8 +10,9 @@ from advlab.data import check_integer, check_name
 
 # "fgsm": one step without a random start, which overfits catastrophically (Wong et al. 2020);
 # "rs-fgsm": one step from a random start (the same); "pgd": many steps (Madry et al. 2018);
-# "trades": many steps away from the model's own answer (Zhang et al. 2019, 1901.08573).
-ADVERSARIES = ("fixed", "fgsm", "rs-fgsm", "pgd", "trades")
+# "trades": many steps away from the model's own answer (Zhang et al. 2019, 1901.08573);
+# "noise": no attack, but Gaussian noise, for randomised smoothing (Cohen et al. 2019, 1902.02918).
+ADVERSARIES = ("fixed", "fgsm", "rs-fgsm", "pgd", "trades", "noise")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Recipe:
             1708.07120).
         augmented_epochs: Passes over an augmented set, which is twice as large; None: `epochs`.
         adversary: One of `ADVERSARIES`: "fixed" trains on the images as they are (the paper's set
-            holds its attacked images); the others attack every batch anew (see `attack_batch`).
+            holds its attacked images); the others change every batch anew (see `attack_batch`).
         eps, alpha, steps: Of that attack, as in `attacks.pgd`.
+        sigma: Of "noise": the standard deviation of what is added to each value of an image.
         beta: Weight of the attacked images' term in the loss of "trades".
         crop: Move each image by up to so many pixels either way, anew each epoch; zeros fill in.
         warm_up: Share of the steps over which the attack grows from 0 to its full size; with a few
@@ -66,6 +68,7 @@ class Recipe:
     eps: float = 0.0
     alpha: float = 0.0
     steps: int = 1
+    sigma: float = 0.0
     beta: float = 0.0
     warm_up: float = 0.0
     average: float = 0.0
@@ -80,6 +83,11 @@ class Recipe:
         check_integer("crop", self.crop)
         check_name("optimiser", self.optimiser, ("adam", "sgd"))
         check_name("adversary", self.adversary, ADVERSARIES)
+        if not (self.sigma > 0 if self.adversary == "noise" else self.sigma == 0):
+            raise ValueError(
+                f'sigma is {self.sigma} and the adversary {self.adversary!r}; "noise" needs one '
+                "above 0, and the others have none"
+            )
         if self.on_the_fly and not (check_eps(self.eps) > 0 and check_eps(self.alpha, "alpha") > 0):
             told = f"eps is {self.eps} and alpha {self.alpha}"
             raise ValueError(f"{told}; {self.adversary} needs both above 0")
@@ -95,7 +103,7 @@ class Recipe:
     @property
     def on_the_fly(self) -> bool:
         """Whether every batch is attacked anew."""
-        return self.adversary != "fixed"
+        return self.adversary not in ("fixed", "noise")
 
     def at_step(self, step: int, steps: int) -> "Recipe":
         """Return the recipe at one of a training's `steps`: in the warm-up its attack is weaker."""
@@ -160,6 +168,8 @@ ROBUST_SOFT = replace(
     weight_decay=2e-3,
     soft=0.5,
 )
+# Augmentation with noise, for the proofs of lesson 11.
+NOISE = replace(RS_FGSM, name="noise", epochs=20, adversary="noise", eps=0.0, alpha=0.0, sigma=0.25)
 
 # The training eps of the paper's defence (0: the baseline), or an adversarial training's recipe.
 Training = float | Recipe
@@ -186,16 +196,22 @@ def _at_eps(steps: int) -> Recipe:
 
 
 _ADVERSARIAL = {r.name: r for r in (FGSM, _at_eps(2), _at_eps(4), RS_FGSM, ROBUST, ROBUST_SOFT)}
-RECIPES = {r.name: r for r in (PAPER, FAST, QUICK)} | _ADVERSARIAL
+RECIPES = {r.name: r for r in (PAPER, FAST, QUICK, NOISE)} | _ADVERSARIAL
 
 
-def _in_short(epochs: int) -> dict[str, Recipe]:
-    """Return the same recipes for a few thousand images."""
+def _in_short(recipe: Recipe, epochs: int) -> Recipe:
+    """Return the same recipe for a few thousand images."""
     short: dict[str, Any] = {"epochs": epochs, "batch_size": 32, "average": 0.0, "soft": 0.0}
     short["warm_up"] = 0.7
     # No early stopping: by a few hundred images, an epoch that names one class could be the best.
     short |= {"optimiser": "adam", "lr": 3e-3, "weight_decay": 0.0, "early_stopping": False}
-    return {name: replace(recipe, **short) for name, recipe in _ADVERSARIAL.items()}
+    return replace(recipe, **short)
+
+
+def _all_in_short(epochs: int) -> dict[str, Any]:
+    """Return the recipes of a profile that are the same on all data, for a few thousand images."""
+    adversarial = {name: _in_short(recipe, epochs) for name, recipe in _ADVERSARIAL.items()}
+    return {"adversarial": adversarial, "noise": _in_short(NOISE, epochs)}
 
 
 @dataclass(frozen=True)
@@ -207,6 +223,7 @@ class Profile:
         train_n, test_n: Images used, at most; None for all.
         sweep: Training eps of the CNN's sweep.
         adversarial: Recipes of the adversarially trained models (lessons 06 to 08), by name.
+        noise: Recipe of the CNN that is trained on noisy images (lesson 11).
         shipped: Whether the trained models of the repository may be used.
         keep: Whether trained models belong to the run's results, not to the cache.
     """
@@ -216,6 +233,7 @@ class Profile:
     test_n: int | None = None
     sweep: tuple[float, ...] = paper.SWEEP_TRAIN_EPS
     adversarial: Mapping[str, Recipe] = field(default_factory=lambda: _ADVERSARIAL)
+    noise: Recipe = NOISE
     shipped: bool = False
     keep: bool = False
 
@@ -238,9 +256,7 @@ class Profile:
 
 _SHORT_SWEEP = (0.0, 0.005, 0.01, 0.015, 0.2, 0.5)
 PROFILES = {
-    "quick": Profile(
-        QUICK, train_n=2_000, test_n=500, sweep=_SHORT_SWEEP, adversarial=_in_short(4)
-    ),
+    "quick": Profile(QUICK, train_n=2_000, test_n=500, sweep=_SHORT_SWEEP, **_all_in_short(4)),
     "lesson": Profile(PAPER, shipped=True),
     # Of the shipped models none is of recipe FAST; the adversarially trained ones are the same.
     "fast": Profile(FAST, sweep=_SHORT_SWEEP, shipped=True, keep=True),
@@ -248,7 +264,7 @@ PROFILES = {
 }
 # On other data than the paper's nothing is shipped: profile "lesson" trains small models on the
 # spot.
-SMALL = Profile(QUICK, train_n=4_000, test_n=500, sweep=_SHORT_SWEEP, adversarial=_in_short(5))
+SMALL = Profile(QUICK, train_n=4_000, test_n=500, sweep=_SHORT_SWEEP, **_all_in_short(5))
 
 
 def profile_for(name: str, papers: bool) -> Profile:

@@ -194,6 +194,9 @@ def _loss(
     averaged: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch and the logits by which training accuracy is counted."""
+    if recipe.sigma:
+        noise = torch.randn(images.shape, generator=generator, dtype=torch.float32)
+        images = torch.add(images, noise.to(images.device), alpha=recipe.sigma)
     if not recipe.on_the_fly:
         logits = model(images).float()
         return F.cross_entropy(logits, labels), logits

@@ -6,7 +6,7 @@ from queue import Queue
 from threading import Thread
 from unittest.mock import patch
 
-from advlab import attacks, forward, minimal, models, training
+from advlab import attacks, forward, minimal, models, proofs, training
 from advlab.classroom import merging
 from advlab.classroom.examining import Examiner
 from advlab.classroom.remote import Peer
@@ -14,6 +14,7 @@ from advlab.classroom.remote import Peer
 # What tests take away for good, in a process of their own.
 TAKEN = ((attacks, "check_batch"), (forward, "check_batch"), (models, "CNN"))
 TAKEN += ((training, "fastest_layout"), (minimal, "check_batch"))
+TAKEN += ((proofs, "check_images"), (proofs, "_lower_bound"))
 
 
 class Line:

@@ -1,10 +1,12 @@
 """FGSM, MI-FGSM and PGD of other libraries agree with ours on the same model and images."""
 
+import copy
+
 import pytest
 import torch
 from conftest import balance, make_batch, make_small_cnn, randomise_batch_norm
 
-from advlab import checkpoints, datasets, evaluation, files, minimal, models
+from advlab import checkpoints, datasets, evaluation, files, minimal, models, proofs
 from advlab.attacks import fgsm, mifgsm, pgd
 from advlab.bench import rivals
 
@@ -238,3 +240,53 @@ def test_jsma_of_art_looks_at_the_targets_slopes_alone():
     ours = minimal.jsma(model, image, zero, gamma=1.0, targeted=1 - zero)
     assert theirs.flatten().nonzero()[0].tolist() == [0, 1]  # the steepest two
     assert ours.flatten().nonzero()[:, 0].tolist() == [0, 2]  # 4 x 4, not 5 x 0
+
+
+def test_certificates_agree_with_art(monkeypatch):
+    pytest.importorskip("art", reason="art is not installed; it is in the extra [bench]")
+    from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+    from scipy.stats import beta
+
+    def quantile(self, count, n):  # what ART asks of statsmodels, which it does not install
+        return beta.ppf(self.alpha, count, n - count + 1) if count else 0.0
+
+    monkeypatch.setattr(PyTorchRandomizedSmoothing, "_lower_confidence_bound", quantile)
+    model, (images, _) = make_small_cnn(), make_batch(12)
+    balance(model, images)
+    about = {"loss": torch.nn.CrossEntropyLoss(), "input_shape": (3, 32, 32), "nb_classes": 10}
+    noise = {"sample_size": 50, "scale": 0.1, "alpha": 0.001}
+    theirs = PyTorchRandomizedSmoothing(model=model, **about, **noise)
+    named, radii = map(torch.from_numpy, theirs.certify(images.numpy(), n=2_000))
+    ours = proofs.certify(model, images, 0.1, n0=50, n=2_000)
+    both = (ours.answers != proofs.ABSTAIN) & (named != -1)
+    assert int(both.sum()) >= 4
+    assert torch.equal(ours.answers[both], named[both])
+    assert float((ours.radii - radii).abs().max()) < 0.02
+
+
+class Unflattened(torch.nn.Module):
+    """The layers of a network with its nn.Flatten, which ART's intervals do not know, as a call."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.first, self.relu, _, self.last = network
+
+    def forward(self, x):
+        return self.last(self.relu(self.first(x)).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_interval_bounds_agree_with_art():
+    pytest.importorskip("art", reason="art is not installed; it is in the extra [bench]")
+    from art.estimators.certification.interval import PyTorchIBPClassifier
+
+    torch.manual_seed(0)
+    first, last = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.nn.Linear(64, 5)
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Flatten(), last)
+    images = make_batch(6, shape=(3, 8, 8))[0]
+    about = {"loss": torch.nn.CrossEntropyLoss(), "input_shape": (3, 8, 8), "nb_classes": 5}
+    about |= {"model": Unflattened(copy.deepcopy(model)), "device_type": "cpu"}  # it sets hooks
+    theirs = PyTorchIBPClassifier(**about)
+    ends = theirs.predict_intervals(images.numpy(), bounds=0.05, limits=[0.0, 1.0])
+    ours = torch.stack(proofs.interval_bounds(model, images, 0.05), 1)
+    torch.testing.assert_close(ours, torch.from_numpy(ends).reshape(ours.shape).float())

@@ -11,7 +11,7 @@ import torch
 from conftest import make_batch, make_small_cnn
 from torch import nn
 
-from advlab import attacks, forward, minimal
+from advlab import attacks, forward, minimal, proofs
 from advlab.attacks import bim, fgsm, fgsm_direction, input_gradient, mifgsm, perturb, pgd, rfgsm
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
@@ -55,6 +55,11 @@ MINIMAL = {
 MEASURES["distortion"] = lambda model, images, labels: minimal.distortion(
     model, images, labels, IMAGES
 )
+PROOFS = {  # more of these is in test_proofs.py
+    "certify": lambda model, images, _: proofs.certify(model, images, 0.1, n0=1, n=1),
+    "interval_bounds": lambda model, images, _: proofs.interval_bounds(model, images, 0.01),
+    "worst_margins": partial(proofs.worst_margins, eps=0.01),
+}
 ATTACKING = MINIMAL | GRADIENTS | SIZED | SEEDED | {"minimal_eps": minimal_eps}
 ALL = MEASURES | ATTACKING | NO_GRADIENT
 
@@ -89,11 +94,11 @@ def pairs(functions, kinds, **left_out):
 
 
 # The transform takes one image, too, and says what belongs before it.
-@pairs(ALL, BAD_IMAGES, transform=("numpy", "none", "one"))
+@pairs(ALL | PROOFS, BAD_IMAGES, transform=("numpy", "none", "one"))
 def test_bad_images(name, kind):
     images, told = BAD_IMAGES[kind]
     with pytest.raises((TypeError, ValueError), match=told):
-        ALL[name](MODEL, images, LABELS)
+        (ALL | PROOFS)[name](MODEL, images, LABELS)
 
 
 SOFT = torch.full((12, 10), 0.1)
@@ -111,18 +116,20 @@ BAD_LABELS = {
 }
 
 
-# The transform takes what a data loader makes, noise asks no model, `predict` takes no labels.
+# The transform takes what a data loader makes, noise asks no model, some take no labels.
 @pairs(
-    ALL,
+    ALL | PROOFS,
     BAD_LABELS,
     predict=BAD_LABELS,
+    certify=BAD_LABELS,
+    interval_bounds=BAD_LABELS,
     noise=("none such",),
     transform=("numpy", "list", "column", "device"),
 )
 def test_bad_labels(name, kind):
     labels, told = BAD_LABELS[kind]
     with pytest.raises((TypeError, ValueError), match=told):
-        ALL[name](MODEL, IMAGES, labels)
+        (ALL | PROOFS)[name](MODEL, IMAGES, labels)
 
 
 class Answers(nn.Module):
@@ -301,8 +308,9 @@ def test_the_table_is_complete():
     inside = {"attack_loss", "check_targets", "check_device", "ask", "gradient_of", "check_outputs"}
     inside |= {"recurrent_gradients", "gradient_mode", "eval_mode", "float32_mode", "check_eps"}
     inside |= {"per_image_statistics_mode", "modules_of", "sharing"}
+    inside |= {"check_sigma", "check_alpha", "clopper_pearson"}
     written = Path(__file__).read_text()
-    for module in (attacks, forward, minimal):
+    for module in (attacks, forward, minimal, proofs):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):
                 assert name in inside or f'"{name}"' in written, name

@@ -134,8 +134,8 @@ def page_of(folder, student):
 # --- sources and releases
 
 
-def test_there_are_seven():
-    assert NAMES == ["a1", "a2", "a3", "a4", "a5", "a6", "a7"]
+def test_there_are_eight():
+    assert NAMES == ["a1", "a2", "a3", "a4", "a5", "a6", "a7", "a9"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,8 +245,8 @@ def test_the_solutions_are_graded_and_timed(rehearsed, tmp_path, monkeypatch):
     (tmp_path / "out" / "graded" / "solutions" / "a1").mkdir(parents=True)  # of an earlier one
     table = course.rehearse(tmp_path / "out", publish=True).set_index("assignment")
     assert rehearsed == list(NAMES)
-    assert table["seconds"].tolist() == [1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 10.5]
-    assert table["by_hand"].tolist() == [0, 0, 0, 0, 10, 0, 0]
+    assert table["seconds"].tolist() == [1.5, 3.0, 4.5, 6.0, 7.5, 9.0, 10.5, 12.0]
+    assert table["by_hand"].tolist() == [0, 0, 0, 0, 10, 0, 0, 0]
     assert table.loc["a5", "points"] == 24
     lines = [re.sub(" +", " ", line) for line in guide.read_text().splitlines()]
     assert lines[0] == "Before"
@@ -400,6 +400,69 @@ SUBTLE = {
         "    return deepfool(model, images, labels, overshoot=overshoot, steps=steps)\n"
         "    made, walk =", ["linear-test", "curved-test", "way-test", "leaves-test"],
     ),
+    "a bound from both sides": (
+        "a9", "chance(count, n, p) <= alpha", "chance(count, n, p) <= alpha / 2",
+        ["bound-test", "coverage-test", "ceiling-test", "abstain-test"],
+    ),
+    "noise is cut": (
+        "a9", "model(image + sigma * noise)", "model((image + sigma * noise).clamp(0, 1))",
+        ["noise-test"],
+    ),
+    "sigma is the variance": (
+        "a9", "image + sigma * noise", "image + sigma**0.5 * noise",
+        ["votes-test", "noise-test", "distance-test"],
+    ),
+    "all copies at once": (
+        "a9", "range(0, n, 100):\n        noise = torch.randn(min(100, n - start)",
+        "range(1):\n        noise = torch.randn(n - start", ["noise-test"],
+    ),
+    "the copies that choose are counted": (
+        "a9", "    chosen = int(votes(model, image, sigma, n0, generator).argmax())\n"
+        "    count = int(votes(model, image, sigma, n, generator)[chosen])",
+        "    counts = votes(model, image, sigma, n, generator)\n"
+        "    chosen, count = int(counts.argmax()), int(counts.max())",
+        ["ceiling-test", "fresh-test"],
+    ),
+    "a majority is enough": (
+        "a9", "if bound > 0.5:", "if count > n / 2:", ["abstain-test"],
+    ),
+    "the ceiling for everybody": (
+        "a9", "inv_cdf(bound)", "inv_cdf(alpha ** (1 / n))", ["fresh-test", "distance-test"],
+    ),
+    "no sigma": (
+        "a9", "sigma * NormalDist()", "NormalDist()",
+        ["ceiling-test", "abstain-test", "fresh-test", "distance-test"],
+    ),
+    "at the radius itself": (
+        "a9", "radii > radius", "radii >= radius", ["report-test"],
+    ),
+    "to abstain is to be wrong": (
+        "a9", "(~right & ~abstained)", "(~right)", ["report-test"],
+    ),
+    "what abstained is left out": (
+        "a9", "(right & (radii > radius))", "(right & (radii > radius))[~abstained]",
+        ["report-test"],
+    ),
+    "the network is certified, not its vote": (
+        "a9", '"b": False', '"b": True', ["proved-test"],
+    ),
+    "any box in the ball": (
+        "a9", '"h": False', '"h": True', ["attack-test"],
+    ),
+    "the bound of the package": (
+        "a9", "    if count == 0:",
+        "    from advlab.proofs import clopper_pearson\n"
+        "    return clopper_pearson(count, n, alpha)\n    if count == 0:",
+        ["bound-test", "coverage-test", "ceiling-test", "abstain-test", "fresh-test",
+         "distance-test"],
+    ),
+    "the certificate of the package": (
+        "a9", "    chosen = int(votes",
+        "    from advlab import proofs\n"
+        "    found = proofs.certify(model, image[None], sigma, n0=n0, n=n, alpha=alpha)\n"
+        "    return int(found.answers), float(found.radii)\n    chosen = int(votes",
+        ["ceiling-test", "abstain-test", "fresh-test", "distance-test"],
+    ),
     "FGSM of the package": (
         "a2", "    return (images + eps * image_gradient(model, images, labels)", PACKAGE_FGSM,
         ["size-test", "direction-test", "clamp-test", "leaves-test"],
@@ -447,6 +510,14 @@ OTHERWISE_RIGHT = {
         ("change.norm(dim=1)", "change.square().sum(1).sqrt()"),
         ("(gaps.abs() / lengths).argmin(1)", "(-gaps / lengths).min(1).indices"),
         ("    made, walk =", EACH_ALONE),
+    ],
+    "a9": [
+        ("range(40)", "range(60)"),
+        ("torch.randn(min(100, n - start), *image.shape, generator=generator)",
+         "torch.empty(min(100, n - start), *image.shape).normal_(generator=generator)"),
+        ("100", "64"),
+        ("bound > 0.5", "not bound <= 1 / 2"),
+        ("inv_cdf(bound)", "inv_cdf(round(bound, 7))"),
     ],
 }  # fmt: skip
 
@@ -577,7 +648,7 @@ def hand_in_a_class(folder, released):
     (folder / "text_a2.ipynb").write_text("not a notebook")
     with (folder / "huge_a2.ipynb").open("wb") as huge:
         huge.truncate(101_000_000)
-    assert len(list(folder.iterdir())) == 35
+    assert len(list(folder.iterdir())) == 37
 
 
 def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monkeypatch):

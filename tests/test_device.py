@@ -27,6 +27,7 @@ from advlab import (
     minimal,
     models,
     plots,
+    proofs,
     training,
     widgets,
 )
@@ -126,6 +127,13 @@ def shortest(b: SimpleNamespace) -> list[Tensor]:
     return [*found, *minimal.distortion(*b.batch, found[0]).values()]
 
 
+def proved(b: SimpleNamespace) -> list[Tensor]:
+    votes = proofs.certify(b.hybrid, b.x, 0.1, n0=5, n=50)
+    found = [votes.counts.tolist(), votes.hold(b.y, 0.01).tolist()]  # they are on the CPU
+    found += proofs.interval_bounds(b.cnn, b.x, 1e-5)
+    return [*found, proofs.worst_margins(b.cnn, b.x, b.y, 1e-5)]
+
+
 def named(b: SimpleNamespace) -> list[Any]:
     found = [attack(*b.batch, EPS) for attack in ATTACKS.values()]
     for attack, source in (("fgsm", b.known[1]), ("noise", None), ("rfgsm", None)):
@@ -150,7 +158,8 @@ def train(b: SimpleNamespace, precision: str = "float32") -> list[Tensor]:
     for adversary in ADVERSARIES:
         model = models.build("cnn-lstm", 0, SPEC.shape).to(b.x.device)
         model.lstm.register_forward_pre_hook(refuse_cudnn)
-        recipe = replace(TINY, adversary=adversary, eps=EPS, alpha=EPS, steps=2)
+        recipe = replace(TINY, adversary=adversary, eps=EPS, alpha=EPS, steps=2,
+                         sigma=EPS if adversary == "noise" else 0.0)  # fmt: skip
         options = {"validation": b.data.test, "precision": precision, "test": b.near.test}
         data = b.data.train if recipe.on_the_fly else b.near.train
         training.fit(model, data, recipe, state_path=b.folder / "state", **options)
@@ -190,8 +199,8 @@ def explore(b: SimpleNamespace) -> list[Any]:
 
 
 ON_CPU = (saved, explore)
-PARTS = (images, answers, one_step, many_steps, shortest, named, audit, authors_code, train, zoo)
-PARTS += ON_CPU
+PARTS = (images, answers, one_step, many_steps, shortest, proved, named, audit, authors_code)
+PARTS += (train, zoo, *ON_CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +268,7 @@ def test_every_public_function_of_tensors_is_tried():
     inside |= {"sharing", "craft"}
     on_cpu, written = {"read_state", "read_tensors", "read_upload"}, Path(__file__).read_text()
     for name in ("attacks", "audit", "autoattack", "catalogue", "checkpoints", "data", "evaluation",
-                 "forward", "minimal", "plots", "store", "training", "transforms",
+                 "forward", "minimal", "plots", "proofs", "store", "training", "transforms",
                  "widgets"):  # fmt: skip
         module = import_module(f"advlab.{name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):

@@ -6,6 +6,7 @@ A number with "%" or "points" in the text is printed by a cell before it, or its
 import math
 import re
 from collections.abc import Callable
+from statistics import NormalDist
 
 import nbformat
 import pandas as pd
@@ -15,7 +16,7 @@ from advlab import files, paper
 from advlab.evaluation import wilson
 
 ROOT = files.repository()
-HELD = ("01", "02", "03", "04", "05", "06", "07", "08", "09")
+HELD = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "11")
 TABLES = {"cnn": "table1_cnn", "cnn-lstm": "table2_cnn_lstm"}
 NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?) ?(?:%|points?\b|in \d+\b)")
 
@@ -193,6 +194,26 @@ def transferred(source: str, arch: str) -> float:
 def way(arch: str, train_eps: float, name: str) -> float:
     where = {"architecture": arch, "train_eps": train_eps, "way": name}
     return percent("l06_transfer_and_white_box", **where)
+
+
+def under_noise(network: str, sigma: float) -> float:
+    return table("l11_noise").set_index("network").loc[network, f"sigma {sigma:g}"]
+
+
+def certified(sigma: float, radius: float) -> float:
+    rows = table("l11_certified").query("sigma == @sigma")
+    (share,) = rows["certified"][(rows["radius"] - radius).abs() < 1e-6]
+    return 100 * share
+
+
+def still_open() -> list[float]:
+    """Return the share of images neither proved nor broken, of those of which some are proved."""
+    rows = table("l11_both_ends").query("proved > 0")
+    return ((rows["left"] - rows["proved"]) / rows["n"]).tolist()
+
+
+def intervals(eps: str, column: str) -> int:
+    return table("l11_intervals").set_index("eps").loc[eps, column]
 
 
 def trade_off(model: str, steps: int) -> float:
@@ -430,6 +451,32 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
      lambda: all(trade_off("rs-fgsm", k) > trade_off("rs-fgsm-eps4", k)
                  > trade_off("rs-fgsm-eps2", k)
                  for k in (6, 8, 12, 16))),
+    # 11
+    ("11", "leaves a network 40 % of its images. What is its true robust accuracy, the share of "
+     "images on which *no* change within eps succeeds? At most 40 %.", always),
+    ("11", "such an attack is at most 1.7 long in L2, and this noise is about 14 long",
+     lambda: (round(8 / 255 * 3072**0.5, 1), round(0.25 * 3072**0.5)) == (1.7, 14)),
+    ("11", "The robust network loses points too", lambda: under_noise("robust", 0.25)
+     < under_noise("robust", 0) - 5),
+    ("11", "The network that was trained on noise is even *better* with it than without",
+     lambda: under_noise("noise", 0.25) > under_noise("noise", 0) + 3),
+    ("11", "The noise of the training does best until its own ceiling",
+     lambda: all(certified(0.25, r) >= max(certified(0.12, r), certified(0.5, r))
+                 for r in table("l11_certified")["radius"] if r < 0.525)),
+    ("11", "With 0.5 the proofs reach further, for few images",
+     lambda: 0 < certified(0.5, 0.75) < 20 and certified(0.25, 0.75) == 0),
+    ("11", "The bands are 95 % intervals, for 100 images",
+     lambda: set(table("l11_certified")["n"]) == {100}),
+    ("11", "at 2/255 most images that PGD leaves are *proved*",
+     lambda: intervals("2/255", "proved") > 0.7 * intervals("2/255", "left by PGD-20")),
+    ("11", "This network is far less accurate than the robust CNN",
+     lambda: intervals("0/255", "proved") / 10 < under_noise("robust", 0) - 20),
+    ("11", "with $\\sigma$ = 0.12 nothing can be proved beyond 0.254",
+     lambda: round(0.12 * NormalDist().inv_cdf(0.001 ** (1 / 400)), 3) == 0.254),
+    ("11", "For the small network the truth is known within six points, for the vote within 13",
+     lambda: all(0 < 100 * share <= most
+                 for most, share in zip((6, 13), still_open(), strict=True))),
+    ("11", "the outer ends of the 95 % intervals", always),
 ]  # fmt: skip
 
 

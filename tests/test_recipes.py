@@ -52,7 +52,11 @@ PGD = {"adversary": "pgd", "eps": 0.1, "alpha": 0.1}
         ({"soft": 0.5, **PGD}, "soft is 0.5; it needs an average of the weights"),
         ({"soft": 0.5, "average": 0.9}, 'soft is 0.5; .* the adversary "fgsm", "rs-fgsm" or "pgd"'),
         ({"crop": -1}, "crop is -1"),
-        ({"adversary": "noise"}, "unknown adversary 'noise'; choose one of fixed, fgsm, rs-fgsm"),
+        ({"adversary": "cw"}, "unknown adversary 'cw'; choose one of fixed, fgsm, rs-fgsm"),
+        ({"adversary": "noise"}, r"sigma is 0.0 and the adversary 'noise'; \"noise\" needs one"),
+        ({"adversary": "noise", "sigma": math.nan}, "sigma is nan and the adversary 'noise'"),
+        ({"sigma": 0.25}, "sigma is 0.25 and the adversary 'fixed'; .* the others have none"),
+        ({"sigma": -1, **PGD}, "sigma is -1 and the adversary 'pgd'"),
         ({"adversary": "pgd"}, r"eps is 0.0 and alpha 0.0; pgd needs both above 0"),
         ({"adversary": "pgd", "eps": 8}, "eps is 8; it must be a number from 0 to 1"),
         ({"adversary": "pgd", "eps": 0.1, "alpha": 2}, "alpha is 2; it must be a number from 0"),
@@ -72,6 +76,7 @@ def test_attack_grows_during_the_warm_up():
     assert replace(recipe, warm_up=0.0).at_step(0, 8).eps == 0.05
     plain = Recipe("plain", 1, warm_up=0.5)
     assert plain.at_step(0, 8) is plain
+    assert SMALL.noise.at_step(0, 8) is SMALL.noise  # noise has no warm-up
 
 
 @pytest.mark.parametrize(
@@ -109,6 +114,8 @@ def test_models_are_those_of_the_lessons(profile):
     adversarial = profile.adversarial_models()
     assert len(adversarial) == len(set(adversarial)) == 8
     assert {recipe.name for arch, recipe in adversarial if arch == "cnn"} == {*profile.adversarial}
+    assert (profile.noise.name, profile.noise.sigma) == ("noise", 0.25)
+    assert not profile.noise.on_the_fly
 
 
 def test_profile_depends_on_the_data_for_lesson_alone():

@@ -423,6 +423,18 @@ def test_two_at_once_train_once(tiny_shapes, tmp_path):
 RS_FGSM = Recipe("rs", 1, 32, adversary="rs-fgsm", eps=0.05, alpha=0.06)
 
 
+def test_noise_is_trained_on_with_all_images_and_has_a_name_of_its_own(tiny_shapes, tmp_path):
+    noise = replace(TINY, name="noise", adversary="noise", sigma=0.25, epochs=1)
+    found = tiny_zoo(tiny_shapes, tmp_path).get("cnn", noise)
+    assert (found.path.name, found.name) == ("cnn-noise-seed0.safetensors", "cnn noise")
+    assert found.metadata["recipe"]["sigma"] == 0.25
+    assert found.history[0].keys() == {
+        "epoch", "train_loss", "train_accuracy", "seconds", "images_per_second"
+    }  # fmt: skip
+    seen = found.metadata["images_per_second"] * found.metadata["seconds"]
+    assert seen == pytest.approx(len(tiny_shapes.train))
+
+
 def test_zoo_trains_by_an_adversarial_recipe_once(tiny_shapes, tmp_path, monkeypatch):
     asked = {}
 

@@ -375,15 +375,15 @@ def test_cnn_learns_shapes10_and_fgsm_fools_it(learned):
 
 
 def adversarial(name, **options):
-    attack = {"name": name, "adversary": name, "eps": 0.05, "alpha": 0.06}
-    return replace(TINY, **{**attack, **options})
+    attack = {"sigma": 0.2} if name == "noise" else {"eps": 0.05, "alpha": 0.06}
+    return replace(TINY, **{"name": name, "adversary": name, **attack, **options})
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("name", ADVERSARIES[1:])
+@pytest.mark.parametrize("name", ADVERSARIES[1:-1])  # noise is no attack
 @pytest.mark.parametrize("steps", [1, 3])
 def test_attacked_batch_keeps_norm_and_range(shapes, name, steps):
     model = make_small_cnn().train()
@@ -517,6 +517,21 @@ def test_soft_labels_come_from_the_average_of_the_weights_in_training(tiny_shape
     assert weights_hash(hard) != weights_hash(soft)
 
 
+def test_noise_is_new_in_every_step_and_not_clipped(shapes):
+    model, seen = make_small_cnn().train(), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    images, labels = shapes.train.batch(slice(0, 20))
+    recipe, draw = adversarial("noise", sigma=0.5), generator()
+    for _ in range(2):
+        loss, logits = training._loss(model, images, labels, recipe, draw)
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels))
+    for shown in seen:
+        assert float((shown - images).std()) == pytest.approx(0.5, rel=0.02)
+        assert float(shown.min()) < -0.5
+    assert not torch.equal(*seen)
+    assert len(seen) == 2
+
+
 def test_validation_keeps_the_best_epoch(shapes, monkeypatch):
     scores = iter([0.3, 0.5, 0.4])
     seen = []
@@ -610,7 +625,7 @@ def test_every_recipe_trains_on_any_image(adversary, arch, shape, classes):
         train = AugmentedSet(split, fgsm_direction(model, *split.batch(slice(None))), 0.1)
     else:
         recipe = replace(adversarial(adversary, beta=1.0, steps=2), epochs=1)
-        options["validation"] = split.first(10)
+        options["validation"] = split.first(10) if recipe.on_the_fly else None
     (row,) = fit(model, train, recipe, test=split, **options)
     assert weights_hash(model) != before
     assert all(math.isfinite(value) for value in row.values())

@@ -177,7 +177,8 @@ def speed_block(home: Path) -> str:
         )
     for log in filter(is_adversarial, logs):
         name, epochs = log["recipe"]["name"], len(log["history"])
-        lines[f"adversarial training of {log['arch']}, recipe `{name}`, {epochs} epochs"] = (
+        how = "training on noise" if log["recipe"].get("sigma") else "adversarial training"
+        lines[f"{how} of {log['arch']}, recipe `{name}`, {epochs} epochs"] = (
             f"{log['seconds'] / 60:.0f} min, {log['images_per_second']:,.0f} images/s"
         )
     for profile in ("lesson", "quick"):

@@ -122,6 +122,7 @@ def needed_models(lessons: Mapping[str, Path], options: Options) -> list[Model]:
     entries = [LESSONS[path.stem] for path in lessons.values() if path.stem in LESSONS]
     needed = {model for lesson in entries for model in lesson.needs(settings)}
     everything = settings.paper_models() + settings.adversarial_models()
+    everything.append(("cnn", settings.noise))
     return [model for model in everything if model in needed]
 
 
