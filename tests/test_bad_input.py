@@ -11,7 +11,8 @@ import torch
 from conftest import make_batch, make_small_cnn
 from torch import nn
 
-from advlab import attacks, forward, minimal
+from advlab import adaptive, attacks, forward, minimal
+from advlab.adaptive import has_gradient, share_held
 from advlab.attacks import bim, fgsm, fgsm_direction, input_gradient, mifgsm, perturb, pgd, rfgsm
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
@@ -31,7 +32,8 @@ def trial(model, images, labels, **settings):
 
 # Called with a model, images and labels; and with eps, and a seed, where they take one.
 MEASURES = {"predict": lambda model, images, _: predict(model, images)}
-MEASURES |= {"evaluate": evaluate, "holds": holds}
+MEASURES |= {"evaluate": evaluate, "holds": holds, "share_held": partial(share_held, asks=2)}
+MEASURES["has_gradient"] = lambda model, images, _: torch.tensor(has_gradient(model, images))
 GRADIENTS = {"input_gradient": input_gradient, "fgsm_direction": fgsm_direction}
 SIZED = {
     "fgsm": partial(fgsm, eps=0.1),
@@ -111,11 +113,12 @@ BAD_LABELS = {
 }
 
 
-# The transform takes what a data loader makes, noise asks no model, `predict` takes no labels.
+# The transform takes what a data loader makes, noise asks no model, two take no labels.
 @pairs(
     ALL,
     BAD_LABELS,
     predict=BAD_LABELS,
+    has_gradient=BAD_LABELS,
     noise=("none such",),
     transform=("numpy", "list", "column", "device"),
 )
@@ -163,11 +166,12 @@ BAD_MODELS = {
 }
 
 
-# `predict` knows no labels; per-image statistics need no running variance, and take no function.
+# Two know no labels; per-image statistics need no running variance, and take no function.
 @pairs(
     MEASURES | ATTACKING,
     BAD_MODELS,
     predict=("few",),
+    has_gradient=("few",),
     **{"fgsm-per-image": ("variance", "training")},
 )
 def test_bad_models(name, kind):
@@ -302,7 +306,7 @@ def test_the_table_is_complete():
     inside |= {"recurrent_gradients", "gradient_mode", "eval_mode", "float32_mode", "check_eps"}
     inside |= {"per_image_statistics_mode", "modules_of", "sharing"}
     written = Path(__file__).read_text()
-    for module in (attacks, forward, minimal):
+    for module in (adaptive, attacks, forward, minimal):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):
                 assert name in inside or f'"{name}"' in written, name
