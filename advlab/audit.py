@@ -424,8 +424,17 @@ CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = 
     ("every answer is a class of the data", _known_classes),
     ("the worst attack leaves what is claimed", _claimed),
 )
-WITHOUT_GRADIENT = (_above_chance, _same_answer, _leads_back, _black_box, _never_above_clean)
-WITHOUT_GRADIENT += (_known_classes, _claimed)
+WITHOUT_GRADIENT = frozenset(
+    {
+        _above_chance,
+        _same_answer,
+        _leads_back,
+        _black_box,
+        _never_above_clean,
+        _known_classes,
+        _claimed,
+    }
+)
 
 
 def audit(model: Classifier, images: Tensor, labels: Tensor, **options: Any) -> pd.DataFrame:

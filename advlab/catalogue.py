@@ -253,5 +253,12 @@ _LESSONS = (
         minutes=75,
         after=("06", "07"),
     ),
+    Lesson(
+        "10_attacks_that_adapt",
+        "Attacks that adapt: BPDA, EOT and another loss",
+        lambda profile: [("cnn", 0.0), ("cnn", profile.adversarial["robust"])],
+        minutes=75,
+        after=("06", "07"),
+    ),
 )
 LESSONS = {lesson.name: lesson for lesson in _LESSONS}
