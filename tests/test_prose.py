@@ -452,7 +452,7 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
      lambda: kept("blind")["low"][CHANCE].min() > 0.2),
     ("10", "going on does nearly all of the work, and averaging adds no more than the intervals",
      lambda: kept("goes on")["accuracy"][CHANCE].max() < 0.1
-     and (kept("goes on")["low"] <= kept("adapts")["high"])[CHANCE].all()),
+     and (kept("goes on")["low"][CHANCE] <= kept("adapts")["high"][CHANCE]).all()),
     ("10", "the network with noise and the one without cannot be told apart",
      lambda: kept("adapts")["low"]["robust, noise 0.1"]
      <= kept("adapts")["accuracy"]["robust"] <= kept("adapts")["high"]["robust, noise 0.1"]),
