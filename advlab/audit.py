@@ -25,17 +25,20 @@ import pandas as pd
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advlab.adaptive import has_gradient, share_held
 from advlab.attacks import attack_loss, check_eps, input_gradient, perturb, pgd
 from advlab.autoattack import answers_vary, auto_attack
 from advlab.catalogue import ATTACKS
 from advlab.data import check_batch
 from advlab.evaluation import wilson
-from advlab.forward import Classifier, holds, predict
+from advlab.forward import Classifier, predict
 
 TRANSFER_SIZES = (0.05, 0.1)  # beside eps itself
 HUGE = 0.5
 LITTLE = 0.01  # a share that should be 0 counts once its interval lies above this
 TINY = 0.25 / 255  # a step so small that every honest model is nearly linear along it
+ASKS = 5  # how often a model that answers at random is asked about each image
+DRAWS = 10  # and over how many answers its gradients are averaged
 
 
 class Rescaled(nn.Module):
@@ -90,8 +93,12 @@ class Trial:
             raise ValueError(f"classes is {self.classes}, but there is a label {highest}")
 
     def share(self, shown: Tensor) -> float:
-        """Return the accuracy of the model on `shown`, versions of the images."""
-        return float(holds(self.model, shown, self.labels).float().mean())
+        """Return the accuracy of the model on `shown`, versions of the images.
+
+        That of a model that answers at random is the mean over `ASKS` answers.
+        """
+        asks = ASKS if self.random else 1
+        return float(share_held(self.model, shown, self.labels, asks).mean())
 
     def under(self, attack: str, eps: float) -> float:
         """Return the accuracy under an attack of `catalogue.ATTACKS`, white box."""
@@ -140,6 +147,22 @@ class Trial:
         return answers_vary(self.model, self.images)
 
     @cached_property
+    def has_gradient(self) -> bool:
+        """Whether a gradient leads from the model's answers to the pixels."""
+        return has_gradient(self.model, self.images)
+
+    @cached_property
+    def averaged(self) -> float | None:
+        """Accuracy of a model that answers at random under PGD-20 with EOT; None of any other.
+
+        EOT: each gradient is the mean over `DRAWS` answers.
+        """
+        if not self.random:
+            return None
+        attack = partial(pgd, alpha=self.eps / 8, steps=20, eot=DRAWS, seed=self.seed)
+        return self.share(attack(self.model, self.images, self.labels, self.eps))
+
+    @cached_property
     def converged(self) -> float:
         """Accuracy under 100 steps from two other random starts."""
         attack = partial(pgd, alpha=self.eps / 10, steps=100, restarts=2, seed=self.seed + 1)
@@ -173,14 +196,21 @@ class Trial:
     @cached_property
     def white(self) -> float:
         """Accuracy under the strongest of the white-box attacks."""
-        return min(self.sweep[-1], self.iterated, self.converged)
+        found = [self.sweep[-1], self.iterated, self.converged]
+        return min(found if self.averaged is None else [*found, self.averaged])
 
     @cached_property
     def worst(self) -> float:
         """Accuracy under the strongest of all attacks within `eps` that were tried."""
-        found = [self.white, self.on_margin, self.noise, *self.sweep, *self.transfer[:1]]
-        square = self.square if self.white > self.near else None
-        return min(found if square is None else [*found, square])
+        found = [self.noise, *self.transfer[:1]]
+        if self.has_gradient:
+            found += [self.white, self.on_margin, *self.sweep]
+        return min(found if self.left_by_square is None else [*found, self.left_by_square])
+
+    @property
+    def left_by_square(self) -> float | None:
+        """Accuracy under Square, as `square`; None, too, where the white box leaves nothing."""
+        return None if self.has_gradient and self.white <= self.near else self.square
 
     @property
     def near(self) -> float:
@@ -197,12 +227,17 @@ class Trial:
     def checklist(self) -> pd.DataFrame:
         """Return a row per line: check, verdict ("pass", "ALARM" or "not run"), measured, n.
 
-        Of a model that is right by chance or less nothing else is asked.
+        Of a model that is right by chance or less nothing else is asked, and of one without a
+        gradient nothing that needs one.
         """
         rows, learned = [], _above_chance(self)[0] is not False
         for check, judge in CHECKLIST:
-            asked = learned or judge is _above_chance
-            passed, measured = judge(self) if asked else (None, "clean accuracy is at chance")
+            if not learned and judge is not _above_chance:
+                passed, measured = None, "clean accuracy is at chance"
+            elif judge not in WITHOUT_GRADIENT and not self.has_gradient:
+                passed, measured = None, "needs a gradient"
+            else:
+                passed, measured = judge(self)
             verdict = "not run" if passed is None else "pass" if passed else "ALARM"
             n = len(self.images)
             rows.append({"check": check, "verdict": verdict, "measured": measured, "n": n})
@@ -211,18 +246,21 @@ class Trial:
     def accuracies(self) -> pd.DataFrame:
         """Return what was measured, a row each: test, eps, accuracy, low, high, correct, n."""
         eps, n = self.eps, len(self.images)
-        quarters = [("FGSM", eps * k / 4, value) for k, value in enumerate(self.sweep, 1)]
         sizes = (eps, *TRANSFER_SIZES) if self.source else ()
         found: list[tuple[str, float, float | None]] = [
             ("clean", 0.0, self.clean),
             ("noise", eps, self.noise),
-            *quarters,
-            ("PGD, 20 steps", eps, self.iterated),
-            ("PGD, 100 steps x 2", eps, self.converged),
-            ("PGD, 20 steps", HUGE, self.huge),
-            *(("FGSM, transfer", s, v) for s, v in zip(sizes, self.transfer, strict=True)),
-            ("Square, 1,000 queries", eps, self.square if self.white > self.near else None),
         ]
+        if self.has_gradient:
+            found += [("FGSM", eps * k / 4, value) for k, value in enumerate(self.sweep, 1)]
+            found += [
+                ("PGD, 20 steps", eps, self.iterated),
+                (f"PGD, 20 steps, {DRAWS} answers a step", eps, self.averaged),
+                ("PGD, 100 steps x 2", eps, self.converged),
+                ("PGD, 20 steps", HUGE, self.huge),
+            ]
+        found += [("FGSM, transfer", s, v) for s, v in zip(sizes, self.transfer, strict=True)]
+        found.append(("Square, 1,000 queries", eps, self.left_by_square))
         rows = []
         for test, size, value in found:
             if value is not None:
@@ -244,7 +282,19 @@ def _above_chance(t: Trial) -> tuple[bool | None, str]:
 
 
 def _same_answer(t: Trial) -> tuple[bool | None, str]:
-    return not t.random, "asked 5 times: " + ("other logits" if t.random else "the same logits")
+    if not t.random:
+        return True, "asked 5 times: the same logits"
+    told = "asked 5 times: other logits; average gradients over answers (EOT, pgd's eot)"
+    if t.averaged is None or not t.has_gradient:
+        return False, told
+    return False, told + _percent(f": {DRAWS} a step {{}}, 1 a step {{}}", t.averaged, t.iterated)
+
+
+def _leads_back(t: Trial) -> tuple[bool | None, str]:
+    if t.has_gradient:
+        return True, "there is a gradient"
+    told = "the logits carry no gradient; put a function that has one in the place of what stops "
+    return False, told + "it (BPDA, adaptive.StraightThrough)"
 
 
 def _iterated(t: Trial) -> tuple[bool | None, str]:
@@ -261,6 +311,11 @@ def _transfer(t: Trial) -> tuple[bool | None, str]:
 
 
 def _black_box(t: Trial) -> tuple[bool | None, str]:
+    if not t.has_gradient:
+        told = "needs a gradient"
+        if t.square is None:
+            return None, told
+        return None, _percent("Square, 1,000 queries, {}; to compare it ", t.square) + told
     # Square takes long, and where nothing is left it can find nothing.
     if t.white <= t.near:
         return True, _percent("white box {}, nothing is left to break", t.white)
@@ -285,7 +340,10 @@ def _noise(t: Trial) -> tuple[bool | None, str]:
 
 
 def _never_above_clean(t: Trial) -> tuple[bool | None, str]:
-    best = max([t.noise, t.iterated, t.converged, *t.transfer, *t.sweep])
+    found = [t.noise, *t.transfer]
+    if t.has_gradient:
+        found += [t.iterated, t.converged, *t.sweep]
+    best = max(found)
     told = _percent("clean {}, best under attack {}", t.clean, best)
     return best <= t.clean + t.near, told
 
@@ -294,7 +352,9 @@ def _gradients(t: Trial) -> tuple[bool | None, str]:
     lengths = input_gradient(t.model, t.images, t.labels).flatten(1).norm(dim=1)
     flat, middle = float((lengths < 1e-12).float().mean()), float(lengths.median())
     told = f"median length {middle:.2g}, all but 0 for {100 * flat:.1f} %"
-    return flat <= t.near and 1e-6 < middle < 1e6, told
+    if flat <= t.near and 1e-6 < middle < 1e6:
+        return True, told
+    return False, told + '; try another loss (pgd\'s loss="margin"), then BPDA'
 
 
 def _steadily(t: Trial) -> tuple[bool | None, str]:
@@ -331,9 +391,11 @@ def _no_scale(t: Trial) -> tuple[bool | None, str]:
 def _known_classes(t: Trial) -> tuple[bool | None, str]:
     if t.classes is None:
         return None, "needs the number of classes"
-    shown = (t.images, t.walked)
+    shown = (t.images, t.walked) if t.has_gradient else (t.images,)
     other = [float((predict(t.model, x).argmax(1) >= t.classes).float().mean()) for x in shown]
-    told = _percent("no class is the answer to {} of clean images, {} under PGD-20", *other)
+    told = _percent("no class is the answer to {} of clean images", other[0])
+    if t.has_gradient:
+        told += _percent(", {} under PGD-20", other[1])
     return t.interval(max(other))[0] <= LITTLE, told
 
 
@@ -347,6 +409,7 @@ def _claimed(t: Trial) -> tuple[bool | None, str]:
 CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = (
     ("clean accuracy is above chance", _above_chance),
     ("the same answer to the same image", _same_answer),
+    ("a gradient leads from the answers to the pixels", _leads_back),
     ("iterated attack at least as strong as one step", _iterated),
     ("white box at least as strong as transfer", _transfer),
     ("black box weaker than white box", _black_box),
@@ -360,6 +423,17 @@ CHECKLIST: tuple[tuple[str, Callable[[Trial], tuple[bool | None, str]]], ...] = 
     ("the loss hides nothing that the margin shows", _no_scale),
     ("every answer is a class of the data", _known_classes),
     ("the worst attack leaves what is claimed", _claimed),
+)
+WITHOUT_GRADIENT = frozenset(
+    {
+        _above_chance,
+        _same_answer,
+        _leads_back,
+        _black_box,
+        _never_above_clean,
+        _known_classes,
+        _claimed,
+    }
 )
 
 

@@ -254,6 +254,13 @@ _LESSONS = (
         after=("06", "07"),
     ),
     Lesson(
+        "10_attacks_that_adapt",
+        "Attacks that adapt: BPDA, EOT and another loss",
+        lambda profile: [("cnn", 0.0), ("cnn", profile.adversarial["robust"])],
+        minutes=75,
+        after=("06", "07"),
+    ),
+    Lesson(
         "11_noise_that_proves",
         "Noise that proves: certificates by smoothing and by intervals",
         lambda profile: [

@@ -37,6 +37,7 @@ CHANCE, SAME = "clean accuracy is above chance", "the same answer to the same im
 FLAT, STEP = "gradients neither vanish nor explode", "a tiny step does what the gradient says"
 SCALE = "the loss hides nothing that the margin shows"
 CLASSES = "every answer is a class of the data"
+PATH = "a gradient leads from the answers to the pixels"
 CLAIM = "the worst attack leaves what is claimed"
 
 
@@ -49,7 +50,7 @@ def test_audit_of_an_honest_model_has_no_alarm(learned, no_square):
     images, labels = test.first(40).batch(slice(None))
     table = audit.audit(model, images, labels, eps=0.004, classes=10)
     assert list(table.columns) == ["check", "verdict", "measured", "n"]
-    assert len(table) == 15
+    assert len(table) == 16
     found = verdicts(table)
     assert found.pop(BLACK_BOX) == "not run"
     assert found.pop("white box at least as strong as transfer") == "not run"
@@ -198,6 +199,8 @@ UNTRUE = [  # made from a model, heard by the line of this name
     ("resize and pad", lambda m: Changed(m, resized), SAME),
     ("flip", lambda m: Changed(m, lambda x: x.flip(3) if torch.rand(()) < 0.5 else x), SAME),
     ("dropout", drops_out, SAME),
+    ("detached", lambda m: Changed(m, after=lambda _, logits: logits.detach()), PATH),
+    ("JPEG without a derivative", lambda m: Changed(m, lambda x: jpeg(x).detach()), PATH),
     ("8 bits", lambda m: Changed(m, lambda x: (255 * x).round() / 255), FLAT),
     ("JPEG", lambda m: Changed(m, jpeg), STEP),
     ("k-winners", k_winners, STEP),
@@ -217,6 +220,66 @@ def test_the_line_for_it_hears_what_only_looks_robust(learned, make, check):
         assert judge(Trial(network, images, labels, eps=0.02, classes=64))[0] is passes
 
 
+def test_an_audit_goes_on_without_a_gradient(learned, monkeypatch):
+    model, test = learned
+    images, labels = test.first(40).batch(slice(None))
+    monkeypatch.setattr(audit, "auto_attack", lambda *_, **__: torch.arange(40) < 20)
+    blind = Changed(model, after=lambda _, logits: logits.detach())
+    trial = Trial(blind, images, labels, model, eps=0.03, classes=64, claim=0.9)
+    found = trial.checklist().set_index("check")
+    without = found[found["measured"] == "needs a gradient"]
+    assert set(without["verdict"]) == {"not run"}
+    assert len(without) == 9
+    assert "adaptive.StraightThrough" in found["measured"][PATH]
+    told = "Square, 1,000 queries, 50.0 %; to compare it needs a gradient"
+    assert found["measured"][BLACK_BOX] == told
+    assert found["verdict"].drop(without.index).to_dict() == {
+        **{CHANCE: "pass", SAME: "pass", PATH: "ALARM", BLACK_BOX: "not run", CLASSES: "pass"},
+        **{"never more accurate than on clean images": "pass", CLAIM: "ALARM"},
+    }
+    assert trial.worst == min(0.5, trial.transfer[0])
+    assert list(trial.accuracies()["test"]) == [
+        *("clean", "noise", "FGSM, transfer", "FGSM, transfer", "FGSM, transfer"),
+        "Square, 1,000 queries",
+    ]
+
+
+def test_what_answers_at_random_is_asked_and_attacked_several_times(learned, no_square):
+    model, test = learned
+    images, labels = test.first(30).batch(slice(None))
+    drawn = torch.Generator().manual_seed(0)
+
+    def noisy(x):
+        return model((x + 0.1 * torch.randn(x.shape, generator=drawn)).clamp(0, 1))
+
+    trial, same = Trial(noisy, images, labels, eps=0.02), Trial(model, images, labels, eps=0.02)
+    assert same.averaged is None
+    assert trial.averaged < trial.iterated - 0.05  # an image that was wrong by chance stays
+    assert trial.worst <= trial.white <= trial.averaged
+    row = trial.accuracies().set_index("test").loc["PGD, 20 steps, 10 answers a step"]
+    assert row["correct"] == round(30 * trial.averaged)
+    told = trial.checklist().set_index("check")["measured"][SAME]
+    assert f"10 a step {100 * trial.averaged:.1f} %, 1 a step {100 * trial.iterated:.1f} %" in told
+
+    def undecided(x):  # right in every second answer
+        undecided.calls += 1
+        return model(x).roll(undecided.calls % 2, 1)
+
+    undecided.calls = 0
+    clean = same.clean
+    assert Trial(undecided, images, labels).clean == pytest.approx(clean * 0.4, abs=clean / 4)
+    assert 0.3 < Trial(undecided, images, labels).clean < 0.7
+
+
+def test_a_vanished_gradient_names_what_to_try(learned):
+    model, test = learned
+    images, labels = test.first(30).batch(slice(None))
+    judge = dict(audit.CHECKLIST)[FLAT]
+    assert "try" not in judge(Trial(model, images, labels))[1]
+    masked = Changed(model, after=lambda _, logits: 10_000 * logits)
+    assert judge(Trial(masked, images, labels))[1].endswith("then BPDA")
+
+
 def test_a_line_needs_more_than_one_image_that_differs():
     images, labels = make_batch(100)
     trial = Trial(make_small_cnn(), images, labels)
@@ -228,7 +291,7 @@ def test_nothing_is_asked_of_a_model_at_chance(learned):
     model, test = learned
     images, labels = test.first(40).batch(slice(None))
     table = audit.audit(model, images, (labels + 1) % 10)
-    assert list(table["verdict"]) == ["ALARM"] + 14 * ["not run"]
+    assert list(table["verdict"]) == ["ALARM"] + 15 * ["not run"]
     assert set(table["measured"][1:]) == {"clean accuracy is at chance"}
     judge = dict(audit.CHECKLIST)[CHANCE]
     assert judge(Trial(model, images, labels))[0] is True

@@ -11,7 +11,8 @@ import torch
 from conftest import make_batch, make_small_cnn
 from torch import nn
 
-from advlab import attacks, forward, minimal, proofs
+from advlab import adaptive, attacks, forward, minimal, proofs
+from advlab.adaptive import has_gradient, share_held
 from advlab.attacks import bim, fgsm, fgsm_direction, input_gradient, mifgsm, perturb, pgd, rfgsm
 from advlab.audit import Trial
 from advlab.autoattack import auto_attack
@@ -31,7 +32,8 @@ def trial(model, images, labels, **settings):
 
 # Called with a model, images and labels; and with eps, and a seed, where they take one.
 MEASURES = {"predict": lambda model, images, _: predict(model, images)}
-MEASURES |= {"evaluate": evaluate, "holds": holds}
+MEASURES |= {"evaluate": evaluate, "holds": holds, "share_held": partial(share_held, asks=2)}
+MEASURES["has_gradient"] = lambda model, images, _: torch.tensor(has_gradient(model, images))
 GRADIENTS = {"input_gradient": input_gradient, "fgsm_direction": fgsm_direction}
 SIZED = {
     "fgsm": partial(fgsm, eps=0.1),
@@ -121,6 +123,7 @@ BAD_LABELS = {
     ALL | PROOFS,
     BAD_LABELS,
     predict=BAD_LABELS,
+    has_gradient=BAD_LABELS,
     certify=BAD_LABELS,
     interval_bounds=BAD_LABELS,
     noise=("none such",),
@@ -170,16 +173,17 @@ BAD_MODELS = {
 }
 
 
-# `predict` knows no labels; per-image statistics need no running variance, and take no function.
+# Two know no labels; per-image statistics need no running variance, and take no function.
 @pairs(
     MEASURES | ATTACKING,
     BAD_MODELS,
     predict=("few",),
+    has_gradient=("few", "length"),
     **{"fgsm-per-image": ("variance", "training")},
 )
 def test_bad_models(name, kind):
     model, told = BAD_MODELS[kind]
-    if name == "auto_attack":  # it first asks for one image
+    if name in ("auto_attack", "has_gradient"):  # they first ask for one image
         told = told.replace("12", r"\d+")
     with pytest.raises(ValueError, match=told):
         ALL[name](model, IMAGES, LABELS)
@@ -310,7 +314,7 @@ def test_the_table_is_complete():
     inside |= {"per_image_statistics_mode", "modules_of", "sharing"}
     inside |= {"check_sigma", "check_alpha", "clopper_pearson"}
     written = Path(__file__).read_text()
-    for module in (attacks, forward, minimal, proofs):
+    for module in (adaptive, attacks, forward, minimal, proofs):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and not name.startswith("_"):
                 assert name in inside or f'"{name}"' in written, name

@@ -134,8 +134,8 @@ def page_of(folder, student):
 # --- sources and releases
 
 
-def test_there_are_eight():
-    assert NAMES == ["a1", "a2", "a3", "a4", "a5", "a6", "a7", "a9"]
+def test_there_are_nine():
+    assert [f"a{number}" for number in range(1, 10)] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -303,6 +303,10 @@ PACKAGE_PGD = """    from advlab.attacks import pgd
     return pgd(model, images, labels, eps, alpha=alpha, steps=steps, seed=generator.initial_seed())
 """
 ONE_NUMBER = "torch.rand(len(images), 1, 1, 1, generator=generator)"
+THROUGH = "seen = x + (step(x) - x).detach()"
+EACH_STEP = "\n    for _ in range(steps):\n        x = x + alpha * "
+EACH_GRADIENT = "plain_gradient(model, images, labels) for _ in range(draws)"
+MEAN_GRADIENT = f"    return torch.stack([{EACH_GRADIENT}]).mean(0)"
 LENGTHS = "grad(loss, x)[0].flatten(1).norm(dim=1)"
 SUBTLE = {
     # as WRONG; these run without the grader
@@ -399,6 +403,61 @@ SUBTLE = {
         "    from advlab.minimal import deepfool\n"
         "    return deepfool(model, images, labels, overshoot=overshoot, steps=steps)\n"
         "    made, walk =", ["linear-test", "curved-test", "way-test", "leaves-test"],
+    ),
+    "differentiates the step": (
+        "a8", THROUGH, "seen = step(x) + 0 * x",
+        ["through-test", "bpda-test", "way-test"],
+    ),
+    "gradient at the image": (
+        "a8", THROUGH, "seen = x", ["through-test", "way-test"],
+    ),
+    "asks the step twice": (
+        "a8", "    seen = x + (", "    step(x)\n    seen = x + (", ["through-test"],
+    ),
+    "mean over the batch": (
+        "a8", 'model(seen), labels, reduction="sum")', "model(seen), labels)", ["through-test"],
+    ),
+    "attacked image is rounded": (
+        "a8", f"    x = images.clone(){EACH_STEP}bpda", f"    x = step(images){EACH_STEP}bpda",
+        ["way-test"],
+    ),
+    "leaves the ball": ("a8", ".clamp(images - eps, images + eps).clamp", ".clamp",
+        ["bpda-test", "way-test", "eot-test"],
+    ),
+    "one draw": (
+        "a8", "for _ in range(draws)]).mean(0)", "for _ in range(1)]).mean(0)",
+        ["expected-test", "eot-test"],
+    ),
+    "gradient at the mean of the logits": (
+        "a8", MEAN_GRADIENT,
+        "    x = images.clone().requires_grad_()\n"
+        "    logits = sum(model(x) for _ in range(draws)) / draws\n"
+        '    return torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)[0]',
+        ["expected-test", "eot-test"],
+    ),
+    "stops at a wrong answer": (
+        "a8", "        x = x + alpha * expected_gradient(model, x, labels, draws).sign()",
+        "        left = (answers(model, x) == labels)[:, None, None, None]\n"
+        "        x = x + left * alpha * expected_gradient(model, x, labels, draws).sign()",
+        ["eot-test"],
+    ),
+    "asked once": ("a8", "for _ in range(asks)]", "for _ in range(1)]", ["accuracy-test"]),
+    "right at least once": (
+        "a8", "torch.stack(right).mean()", "torch.stack(right).amax(0).mean()", ["accuracy-test"],
+    ),
+    "the first sign decides": (
+        "a8", "    if float((model(x) - logits)", "    if False and float((model(x) - logits)",
+        ["advice-test"],
+    ),
+    "every zero is a step's": (
+        "a8", '"loss": margin.sum()}', '"loss": 0 * margin.sum()}', ["advice-test"],
+    ),
+    "EOT of the package": (
+        "a8", f"    x = images.clone(){EACH_STEP}expected",
+        "    from advlab.attacks import pgd\n"
+        "    return pgd(model, images, labels, eps, alpha=alpha, steps=steps, eot=draws,\n"
+        "               random_start=False)\n"
+        f"    x = images.clone(){EACH_STEP}expected", ["eot-test"],
     ),
     "a bound from both sides": (
         "a9", "chance(count, n, p) <= alpha", "chance(count, n, p) <= alpha / 2",
@@ -510,6 +569,15 @@ OTHERWISE_RIGHT = {
         ("change.norm(dim=1)", "change.square().sum(1).sqrt()"),
         ("(gaps.abs() / lengths).argmin(1)", "(-gaps / lengths).min(1).indices"),
         ("    made, walk =", EACH_ALONE),
+    ],
+    "a8": [
+        (THROUGH, "seen = step(x).detach() + (x - x.detach())"),
+        (
+            f"    x = images.detach().clone().requires_grad_()\n    {THROUGH}",
+            "    x = step(images).detach().requires_grad_()\n    seen = x",
+        ),
+        ("torch.stack(right).mean()", "sum(float(one.mean()) for one in right) / asks"),
+        (".clamp(images - eps, images + eps)", ".clamp(min=images - eps).clamp(max=images + eps)"),
     ],
     "a9": [
         ("range(40)", "range(60)"),

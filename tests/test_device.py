@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from advlab import (
+    adaptive,
     attacks,
     checkpoints,
     evaluation,
@@ -93,6 +94,8 @@ def answers(b: SimpleNamespace) -> list[Any]:
     found = [logits, forward.evaluate(*b.batch), forward.holds(*b.batch)]
     found += [evaluation.confusion(b.y, b.aims, SPEC.classes), attacks.attack_loss(logits, b.y)]
     found += [training.measure_on_test(b.hybrid, split) for split in (b.near.test, b.data.test)]
+    found += [adaptive.share_held(*b.batch, 2), adaptive.has_gradient(b.hybrid, b.x)]
+    found += [adaptive.StraightThrough(torch.round)(b.x)]
     return [*found, training.measure_on_validation(b.hybrid, b.near.test, EPS)]
 
 
@@ -267,8 +270,9 @@ def test_every_public_function_of_tensors_is_tried():
     inside |= {"answers_vary", "ask", "gradient_of", "check_images", "check_labels", "modules_of"}
     inside |= {"sharing", "craft"}
     on_cpu, written = {"read_state", "read_tensors", "read_upload"}, Path(__file__).read_text()
-    for name in ("attacks", "audit", "autoattack", "catalogue", "checkpoints", "data", "evaluation",
-                 "forward", "minimal", "plots", "proofs", "store", "training", "transforms",
+    for name in ("adaptive", "attacks", "audit", "autoattack", "catalogue", "checkpoints", "data",
+                 "evaluation", "forward", "minimal", "plots", "proofs", "store", "training",
+                 "transforms",
                  "widgets"):  # fmt: skip
         module = import_module(f"advlab.{name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):

@@ -16,7 +16,7 @@ from advlab import files, paper
 from advlab.evaluation import wilson
 
 ROOT = files.repository()
-HELD = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "11")
+HELD = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11")
 TABLES = {"cnn": "table1_cnn", "cnn-lstm": "table2_cnn_lstm"}
 NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?) ?(?:%|points?\b|in \d+\b)")
 
@@ -227,6 +227,15 @@ def robust_pgd(arch: str) -> float:
 
 
 RS = ("rs-fgsm-eps2", "rs-fgsm-eps4", "rs-fgsm")  # trained at 2, 4 and 8 steps of 1/255
+
+
+def kept(kind: str) -> pd.DataFrame:
+    """Return what the defences of lesson 10 keep under a kind of attack, by their names."""
+    rows = table("l10_defences").query("kind == @kind").set_index("defence")
+    return rows[["accuracy", "low", "high"]]
+
+
+CHANCE = ["shift and flip", "shrink", "noise 0.05"]
 WHITE = "white box"
 PAPERS = "transfer, per-image statistics (the paper's)"
 RUNNING = "transfer, running statistics"
@@ -451,6 +460,31 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
      lambda: all(trade_off("rs-fgsm", k) > trade_off("rs-fgsm-eps4", k)
                  > trade_off("rs-fgsm-eps2", k)
                  for k in (6, 8, 12, 16))),
+    # 10
+    ("10", "Nothing is left of the undefended network",
+     lambda: kept("adapts")["accuracy"]["none"] == 0),
+    ("10", "Under the attack that stops, the JPEG network kept more than half of the images",
+     lambda: kept("blind")["accuracy"]["JPEG"] > 0.5),
+    ("10", "The attack that goes on already breaks most of them",
+     lambda: kept("goes on")["accuracy"]["JPEG"] < 0.1),
+    ("10", "Both networks fall.",
+     lambda: kept("adapts")["accuracy"][["4 bits", "JPEG"]].max() < 0.05),
+    ("10", "each of the three is far better than no defence",
+     lambda: kept("blind")["low"][CHANCE].min() > 0.2),
+    ("10", "going on does nearly all of the work, and averaging adds no more than the intervals",
+     lambda: kept("goes on")["accuracy"][CHANCE].max() < 0.1
+     and (kept("goes on")["low"][CHANCE] <= kept("adapts")["high"][CHANCE]).all()),
+    ("10", "the network with noise and the one without cannot be told apart",
+     lambda: kept("adapts")["low"]["robust, noise 0.1"]
+     <= kept("adapts")["accuracy"]["robust"] <= kept("adapts")["high"]["robust, noise 0.1"]),
+    ("10", "By the attack that stops, noise adds many points",
+     lambda: kept("blind")["accuracy"]["robust, noise 0.1"]
+     - kept("adapts")["accuracy"]["robust"] > 0.1),
+    ("10", "Look at the red squares alone, and seven defences seem to work",
+     lambda: len(kept("blind")) == 7 and kept("blind")["low"].min() > 0.2),
+    ("10", "*trained* against attacks keeps more than a few images",
+     lambda: all((share > 0.3) == name.startswith("robust") and (share < 0.1 or share > 0.3)
+                 for name, share in kept("adapts")["accuracy"].items())),
     # 11
     ("11", "leaves a network 40 % of its images. What is its true robust accuracy, the share of "
      "images on which *no* change within eps succeeds? At most 40 %.", always),

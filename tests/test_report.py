@@ -360,7 +360,7 @@ def test_texts_of_the_user_s_are_shown_as_they_are(labelled, tmp_path):
     assert "<i>" not in page
 
 
-def test_no_gradient_is_named(labelled, tmp_path):
+def test_a_model_without_a_gradient_is_reported_on(labelled, tmp_path, monkeypatch):
     model, data = labelled
 
     class Blind(Times):
@@ -372,11 +372,17 @@ def test_no_gradient_is_named(labelled, tmp_path):
         def forward(self, images):
             return self.model(torch.from_numpy(images.numpy()))
 
-    with pytest.raises(ValueError, match="logits carry no gradient"):
-        audit(tmp_path, Blind(model, 1.0), data)
-    with pytest.raises(ValueError, match="no gradient passes through the model"):
-        audit(tmp_path, InNumpy(model, 1.0), data)
-    assert not (tmp_path / "report").exists()
+    monkeypatch.setattr("advlab.audit.auto_attack", lambda model, x, y, eps, **options: y < 5)
+    check = "a gradient leads from the answers to the pixels"
+    settings = report.Settings(n=20)
+    for blind in (Blind(model, 1.0), InNumpy(model, 1.0)):
+        found, text, _ = audit(tmp_path, blind, data, settings=settings)
+        assert found.checklist.set_index("check")["verdict"][check] == "ALARM"
+        assert f"- **{check}.** {pages.escape(pages.MEANING[check][0])[:40]}" in text
+        assert found.accuracies["test"].tolist() == ["clean", "noise", "Square, 1,000 queries"]
+    settings = report.Settings(n=20, autoattack=True)
+    with pytest.raises(ValueError, match="the logits carry no gradient, and AutoAttack needs one"):
+        audit(tmp_path, Blind(model, 1.0), data, settings=settings)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(labelled, tmp_path, monkeypatch):

@@ -25,10 +25,16 @@ MEANING = {
         "training (--dataset), and train first.",
     ),
     "the same answer to the same image": (
-        "The model draws something at random, so each attack followed the gradient of one draw and "
-        "was judged by another: the figures here are too high.",
-        "Average every gradient over many draws (EOT): --autoattack then runs the version that "
-        'does so, and `auto_attack(..., version="rand")` in Python.',
+        "The model draws something at random, so an attack that asks once a step follows the "
+        "gradient of one draw and is judged by another: such figures are too high.",
+        "Average every gradient over many draws (EOT): the row with several answers a step did so, "
+        '--autoattack does, and so do `pgd(..., eot=20)` and `auto_attack(..., version="rand")`.',
+    ),
+    "a gradient leads from the answers to the pixels": (
+        "The model detaches what it computes, or leaves PyTorch (JPEG, NumPy, no_grad), so no "
+        "attack could follow its gradient, and nothing here is a white box.",
+        "Attack through a function that has a derivative in the place of what stops it (BPDA): "
+        "`adaptive.StraightThrough(step)`, and the audit of that model.",
     ),
     "iterated attack at least as strong as one step": (
         "Many small steps break fewer images than one large step, so the small ones lose their "
