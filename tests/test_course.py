@@ -716,7 +716,7 @@ def hand_in_a_class(folder, released):
     (folder / "text_a2.ipynb").write_text("not a notebook")
     with (folder / "huge_a2.ipynb").open("wb") as huge:
         huge.truncate(101_000_000)
-    assert len(list(folder.iterdir())) == 37
+    assert len(list(folder.iterdir())) == 39
 
 
 def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monkeypatch):
