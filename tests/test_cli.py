@@ -175,7 +175,8 @@ def test_options_are_passed_on_as_plain_text(monkeypatch):
         assert result.exit_code == 0, result.output
     shared = {"dataset": "shapes10", "data_dir": "here"}
     options = Options("quick", "shapes10", "here", "auto", 3, "cpu")
-    numbers = {"device": "cpu", "auto_n": 0, "test_n": 9, "publish": False}
+    numbers = {"device": "cpu", "auto_n": 0, "best_n": 0, "test_n": 9}
+    numbers["publish"] = False
     on = {"console": cli.console, "scheduler": Scheduler("tls://a:1", tls_ca="b")}
     assert asked == [
         ((["02"], options), {"parameters": {"a": 1}, "resume": True} | on),
