@@ -328,9 +328,7 @@ def search(
         str, typer.Option(help="Folder of models and table; auto: outputs/search-DATASET.")
     ] = "auto",
     device: Device = ANY_DEVICE,
-    publish: Annotated[
-        bool, typer.Option("--publish", help="Write figures/search.csv, which README names.")
-    ] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Write figures/search.csv.")] = False,
     *,
     scheduler: Scheduler,
 ) -> None:

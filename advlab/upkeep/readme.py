@@ -211,24 +211,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def search_block(home: Path) -> str:
-    """Return what each change behind the recipe robust-soft does alone: `advlab search`."""
-    rows = pd.read_csv(home / "figures" / "search.csv")
-    first, shown = rows.iloc[0], ["clean", "ce", "margin", "both"]
-    table = (100 * rows[shown]).map("{:.1f}".format).assign(step=rows["step"])
-    pairs = rows[["better", "worse", "p"]].apply(
-        "{better:.0f} / {worse:.0f}, {p:.2g}".format_map, 1
-    )
-    table["only this / only the first, p"] = pairs.where(rows.index > 0, "")
-    last = table.columns[-1]
-    return (
-        f"Accuracy in % of the CNN, {first['epochs']} epochs each, seed {first['seed']}, on "
-        f"{first['n']:,} CIFAR-10 training images that none was trained on: clean, under PGD-20 at "
-        "8/255 on the cross entropy (ce), on the margin, and under both (the worse for each image)."
-        f"\n\n{markdown(table[['step', *shown, last]])}"
-    )
-
-
 def findings_block(home: Path) -> str:
     """Return the three results that matter, a sentence or two each.
 
@@ -333,7 +315,6 @@ PAGES: dict[str, dict[str, Block]] = {
     "README.md": {"findings": findings_block, "lessons": lessons_block},
     "figures/README.md": {
         "trial": trial_block,
-        "search": search_block,
         "results": results_block,
         "bench": bench_block,
     },
