@@ -185,7 +185,8 @@ def test_the_search_changes_one_thing_a_step():
     named = {name for one in changed for name in one}
     own = ["name", "crop", "eps", "alpha", "soft", "weight_decay", "adversary", "beta"]
     assert named == set(own)
-    together = {k: v for k, v in changed[-2].items() if k != "name"}
+    both = dict(zip(search.STEPS, [{}, *changed], strict=True))["soft labels and weight decay"]
+    together = {k: v for k, v in both.items() if k != "name"}
     assert asdict(ROBUST_SOFT) | together == asdict(ROBUST_SOFT)
     assert len({one["name"] for one in changed}) == len(changed)
 
