@@ -112,6 +112,13 @@ def test_the_two_best_are_attacked_on_more_images(house, monkeypatch):
     assert list(best["p"]) == pytest.approx([2 * 0.5**18] * 2)
 
 
+@pytest.mark.parametrize("options", [{"auto_n": 0}, {"auto_n": 20, "names": ["cnn-baseline"]}])
+def test_the_two_best_of_fewer_or_of_none_attacked_are_refused(house, options):
+    with pytest.raises(ValueError, match=r"best_n is 40, .* give two models or more, and auto_n"):
+        run(best_n=40, **options)
+    assert not house
+
+
 def held(*right, n=40):
     """Return which of `n` images hold: those numbered."""
     found = torch.zeros(n, dtype=torch.bool)

@@ -79,9 +79,12 @@ def run(
     Raises:
         TaskError: if trainings or measurements failed; what the others made is kept.
         ClusterError: as `cluster.connect`.
+        FileNotFoundError: if it was to be published outside a clone.
         ValueError: if other data than CIFAR-10 were to be published.
     """
     console = console or Console()
+    if publish:
+        files.clone()
     name, _ = datasets.resolve(dataset, data_dir)
     if publish and not datasets.are_papers(name):
         raise ValueError(f"--publish writes what was measured on CIFAR-10; the data are {name}")

@@ -62,8 +62,8 @@ def run(
 
     Raises:
         TaskError, ClusterError: as `graph.measure` and `cluster.connect`.
-        ValueError: if no checkpoint is called so, or other data than CIFAR-10 or a part of the
-            models were to be published.
+        ValueError: if no checkpoint is called so, `best_n` has no two models to choose among, or
+            other data than CIFAR-10 or a part of the models were to be published.
         FileNotFoundError: if it was to be published outside a clone.
         ImportError: without the extra "audit", unless `auto_n` is 0.
     """
@@ -77,6 +77,11 @@ def run(
             "--publish writes what the lessons show: all models, all images, on CIFAR-10"
         )
     chosen = choose_models(names)
+    if best_n and (not auto_n or len(chosen) < 2):
+        raise ValueError(
+            f"best_n is {best_n}, for the two models that AutoAttack leaves most of; there are "
+            f"{len(chosen)} models, and auto_n is {auto_n}: give two models or more, and auto_n"
+        )
     trials = [_Trial(load(path), opened, auto_n, test_n) for path in chosen]
     known = Kept(opened.store.folder)
     if not all(trial.is_measured(known) for trial in trials):
