@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import nbformat
 import pandas as pd
@@ -10,6 +11,7 @@ from conftest import write_lesson
 from nbformat.v4 import new_markdown_cell
 
 from advlab import files
+from advlab.bench.measure import once
 from advlab.catalogue import Lesson
 from advlab.upkeep import readme
 
@@ -74,6 +76,21 @@ def test_findings_are_not_told_when_the_tables_do_not_show_them(empty_home):
     with_figures(empty_home, high=("cnn eps=0.2", 0.3))
     with pytest.raises(ValueError, match=r"cnn eps=0.2 gains .* Write the sentences"):
         readme.findings_block(empty_home)
+
+
+def test_the_benchmark_names_each_machine_and_what_was_measured_there(empty_home):
+    row = partial(once, way="advlab", value=2.0, unit="s", target=1.0)
+    rows = [row("training", "cnn"), row("workers", "cnn"), row("precision", "cnn")]
+    table = pd.DataFrame(rows).assign(machine=["old", "new", "new"], torch=["1", "2", "2"])
+    (empty_home / "figures").mkdir()
+    table.to_csv(empty_home / "figures" / "bench.csv", index=False)
+    block = readme.bench_block(empty_home)
+    assert block.startswith(
+        "Machine: old; torch 1. On another machine: workers, precision: new; torch 2. Each"
+    )
+    assert "Part precision: accuracies" in block
+    table[:1].to_csv(empty_home / "figures" / "bench.csv", index=False)
+    assert readme.bench_block(empty_home).startswith("Machine: old; torch 1. Each")
 
 
 def test_a_refresh_of_the_pages_touches_no_notebook(empty_home, monkeypatch):

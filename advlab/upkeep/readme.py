@@ -277,22 +277,31 @@ def times_block(home: Path) -> str:
     return markdown(pd.DataFrame(lines))
 
 
-TOLD = ("a training step's time", "workers")  # parts of the benchmark without targets
+# Parts of the benchmark without targets.
+TOLD = ("a training step's time", "workers", "precision")
 
 
 def bench_block(home: Path) -> str:
-    """Return the benchmark's lines with a target, those of `TOLD`, and where it was run."""
-    rows = pd.read_csv(home / "figures" / "bench.csv")
-    first, lines = rows.iloc[0], []
+    """Return the benchmark's lines with a target, those of `TOLD`, and where each was run."""
+    rows, lines = pd.read_csv(home / "figures" / "bench.csv"), []
     shown = rows["target"].notna() | rows["part"].isin(TOLD) | rows["what"].str.contains("share of")
     for row in rows[shown].itertuples():
         what, way, value, _, ratio, _, target = cells(row)
         line = {"task": f"{row.part}: {what}", "way": way, "measured": value}
         lines.append(line | {"ratio": f"{ratio} {row.against}" if ratio else "", "target": target})
-    return (
-        f"Machine: {first['machine']}; torch {first['torch']}. Each comparison in turn on the same "
-        f"images, medians.\n\n{markdown(pd.DataFrame(lines))}"
-    )
+    where = [f"{_places(rows[shown])}. Each comparison in turn on the same images, medians."]
+    if "precision" in rows["part"].tolist():
+        where.append("Part precision: accuracies, measured once.")
+    return f"{' '.join(where)}\n\n{markdown(pd.DataFrame(lines))}"
+
+
+def _places(rows: pd.DataFrame) -> str:
+    """Return on which machine lines of the benchmark were measured, by part if on several."""
+    told = []
+    for (machine, torch), here in rows.groupby(["machine", "torch"], sort=False):
+        parts = ", ".join(here["part"].unique()) if told else ""
+        told.append(f"{parts or 'Machine'}: {machine}; torch {torch}")
+    return ". On another machine: ".join(told)
 
 
 def grading_block(home: Path) -> str:
