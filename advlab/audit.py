@@ -32,6 +32,7 @@ from advlab.catalogue import ATTACKS
 from advlab.data import check_batch
 from advlab.evaluation import wilson
 from advlab.forward import Classifier, predict
+from advlab.minimal import deepfool, distortion
 
 TRANSFER_SIZES = (0.05, 0.1)  # beside eps itself
 HUGE = 0.5
@@ -206,6 +207,19 @@ class Trial:
         if self.has_gradient:
             found += [self.white, self.on_margin, *self.sweep]
         return min(found if self.left_by_square is None else [*found, self.left_by_square])
+
+    @cached_property
+    def lengths(self) -> Tensor | None:
+        """How long, in L2, DeepFool's changes are of the images that are right: (M,) float32.
+
+        inf where it found none. None where it cannot say: without a gradient, or where the model
+        answers at random.
+        """
+        if self.random or not self.has_gradient:
+            return None
+        asked = self.model, self.images, self.labels
+        found = distortion(*asked, deepfool(*asked))["l2"]
+        return found[found > 0]
 
     @property
     def left_by_square(self) -> float | None:
