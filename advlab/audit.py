@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from advlab.autoattack import answers_vary, auto_attack
 from advlab.catalogue import ATTACKS
 from advlab.data import check_batch
 from advlab.evaluation import wilson
-from advlab.forward import Classifier, predict
+from advlab.forward import CHUNK, PIXELS, Classifier, predict
 from advlab.minimal import deepfool, distortion
 
 TRANSFER_SIZES = (0.05, 0.1)  # beside eps itself
@@ -217,8 +218,12 @@ class Trial:
         """
         if self.random or not self.has_gradient:
             return None
-        asked = self.model, self.images, self.labels
-        found = distortion(*asked, deepfool(*asked))["l2"]
+        # It holds ten gradients of each image at once; of large images it gets fewer.
+        height, width = self.images.shape[2:]
+        few = max(1, CHUNK * PIXELS // max(height * width, PIXELS))
+        parts = zip(self.images.split(few), self.labels.split(few), strict=True)
+        made = torch.cat([deepfool(self.model, *part) for part in parts])
+        found = distortion(self.model, self.images, self.labels, made)["l2"]
         return found[found > 0]
 
     @property

@@ -392,6 +392,21 @@ def test_a_model_without_a_gradient_is_reported_on(labelled, tmp_path, monkeypat
         audit(tmp_path, Blind(model, 1.0), data, settings=settings)
 
 
+def test_large_images_get_fewer_ways_out_at_once(labelled, monkeypatch):
+    model, data = labelled
+    images, labels = data.test.first(7).batch(slice(None))
+    expected, sizes = Trial(model, images, labels).lengths, []
+
+    def watched(model, images, labels):
+        sizes.append(len(images))
+        return minimal.deepfool(model, images, labels)
+
+    monkeypatch.setattr("advlab.audit.deepfool", watched)
+    monkeypatch.setattr("advlab.audit.PIXELS", 32 * 32 // 33)  # as if they were 33 times as large
+    torch.testing.assert_close(Trial(model, images, labels).lengths, expected)
+    assert sizes == [3, 3, 1]
+
+
 def test_ways_out_that_were_not_found_are_told(labelled):
     model, data = labelled
     images, labels = data.test.first(6).batch(slice(None))
