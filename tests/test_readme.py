@@ -93,6 +93,51 @@ def test_the_benchmark_names_each_machine_and_what_was_measured_there(empty_home
     assert readme.bench_block(empty_home).startswith("Machine: old; torch 1. Each")
 
 
+def with_lengths(home, shares=(0.75, 0.5, 0.49), sigma=0.25, n=100):
+    """Write made-up tables of lessons 09 and 11 into a home."""
+    (home / "figures").mkdir()
+    names = ["baseline", "eps = 0.2", "robust"]
+    rows = [
+        {"network": name, "attack": attack, "images": 40, "l2": length}
+        for attack, lengths in {"DeepFool": (9, 9, 9), "C&W": (0.171, 0.208, float("inf"))}.items()
+        for name, length in zip(names, lengths, strict=True)
+    ]
+    pd.DataFrame(rows).to_csv(home / "figures" / "l09_distortions.csv")
+    proved = {"sigma": sigma, "radius": (0.0, 0.3, 0.325), "certified": shares, "n": n}
+    far = {"sigma": 0.5, "radius": (9.0,), "certified": (1.0,), "n": 7}  # of another noise
+    both = pd.concat([pd.DataFrame(proved), pd.DataFrame(far)])
+    both.to_csv(home / "figures" / "l11_certified.csv")
+    return home
+
+
+def test_board_has_the_lengths_that_were_measured_and_dashes(empty_home):
+    models = ["cnn robust", "cnn noise", "cnn eps=0.2", "cnn-lstm robust"]
+    board = pd.DataFrame({"clean": ["1", "2", "3", "4"]}, index=models)
+    made, told = readme.with_lengths(board, with_lengths(empty_home))
+    assert made.columns.tolist() == ["clean", "minimal L2 (n = 40)", "certified L2 (n = 100)"]
+    assert made["minimal L2 (n = 40)"].tolist() == ["inf", "-", "0.208", "-"]
+    assert made["certified L2 (n = 100)"].tolist() == ["-", "0.3", "-", "-"]
+    assert "that C&W found" in told
+    assert "under noise of 0.25 is proved to be right for half" in told
+    assert board.columns.tolist() == ["clean"]
+
+
+def test_a_length_that_no_model_of_the_board_has_is_no_column(empty_home):
+    board = pd.DataFrame({"clean": ["1", "2"]}, index=["cnn baseline", "cnn fgsm"])
+    made, told = readme.with_lengths(board, with_lengths(empty_home))
+    assert made.columns.tolist() == ["clean", "minimal L2 (n = 40)"]
+    assert "certified" not in told
+    made, told = readme.with_lengths(board.iloc[1:], empty_home)
+    assert made.columns.tolist() == ["clean"]
+    assert told == ""
+
+
+def test_a_vote_that_is_proved_for_fewer_than_half_has_radius_0(empty_home):
+    board = pd.DataFrame({"clean": ["1"]}, index=["cnn noise"])
+    made, _ = readme.with_lengths(board, with_lengths(empty_home, shares=(0.4, 0.3, 0.2)))
+    assert made["certified L2 (n = 100)"].tolist() == ["0"]
+
+
 def test_a_refresh_of_the_pages_touches_no_notebook(empty_home, monkeypatch):
     # `advlab bench --publish` does no more than this.
     page = empty_home / "figures" / "README.md"
