@@ -30,7 +30,7 @@ def lesson_paths(home: Path) -> list[Path]:
 
 
 def _read_times(figures: Path) -> dict[str, Any]:
-    return json.loads((figures / "times.json").read_text())
+    return json.loads((figures / "times.json").read_text(encoding="utf-8"))
 
 
 def markdown(table: pd.DataFrame) -> str:
