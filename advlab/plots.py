@@ -169,10 +169,14 @@ def fgsm_equation(
 
 
 def learning_curves(histories: dict[str, pd.DataFrame]) -> Figure:
-    """Draw loss and accuracy per epoch (tables as from `training.fit`), one colour per model."""
+    """Draw loss and accuracy per epoch: tables as from `training.fit`, by the names of the models.
+
+    A model has the colour of its look (see `model_look`), another name one of the palette.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     colours = sns.color_palette("colorblind", len(histories))
-    for (name, history), colour in zip(histories.items(), colours, strict=True):
+    for (name, history), other in zip(histories.items(), colours, strict=True):
+        colour = model_look(name).get("color", other)
         for axis, kind, scale in zip(axes, ("loss", "accuracy"), (1, 100), strict=True):
             for split, style in (("train", "--o"), ("test", "-s")):
                 if f"{split}_{kind}" in history:
