@@ -282,17 +282,17 @@ TOLD = ("a training step's time", "workers")  # parts of the benchmark without t
 
 def bench_block(home: Path) -> str:
     """Return the benchmark's lines with a target, those of `TOLD`, and where it was run."""
-    rows = pd.read_csv(home / "figures" / "bench.csv")
-    first, lines = rows.iloc[0], []
+    rows, lines = pd.read_csv(home / "figures" / "bench.csv"), []
     shown = rows["target"].notna() | rows["part"].isin(TOLD) | rows["what"].str.contains("share of")
     for row in rows[shown].itertuples():
         what, way, value, _, ratio, _, target = cells(row)
         line = {"task": f"{row.part}: {what}", "way": way, "measured": value}
         lines.append(line | {"ratio": f"{ratio} {row.against}" if ratio else "", "target": target})
-    return (
-        f"Machine: {first['machine']}; torch {first['torch']}. Each comparison in turn on the same "
-        f"images, medians.\n\n{markdown(pd.DataFrame(lines))}"
-    )
+    where = "Machine: " + rows["machine"] + "; torch " + rows["torch"] + "."
+    told = [where.iloc[0], "Each comparison in turn on the same images, medians."]
+    for other, part in rows[where != where.iloc[0]].groupby(where)["part"]:
+        told.append(f"*{', '.join(part.unique())}* measured later. {other}")
+    return f"{' '.join(told)}\n\n{markdown(pd.DataFrame(lines))}"
 
 
 def grading_block(home: Path) -> str:
