@@ -118,7 +118,8 @@ def compare(
 def cells(row: Any) -> list[str]:
     """Return the texts of one row: task, way, median, spread, ratio, of ceiling, target."""
     target = f"{row.target:g} x" if row.target_of == "ratio" else f"{row.target_of} {row.target:,g}"
-    by = missed_by(row)
+    if by := missed_by(row):
+        target += f": missed by {number(by)} %"
     return [
         row.what,
         row.way,
@@ -126,7 +127,7 @@ def cells(row: Any) -> list[str]:
         "" if row.low == row.high else f"± {50 * (row.high - row.low) / row.value:.0f} %",
         "" if math.isnan(row.ratio) else f"{number(row.ratio)} x",
         "" if math.isnan(row.of_ceiling) else f"{100 * row.of_ceiling:.0f} %",
-        "" if math.isnan(row.target) else target + (f": missed by {number(by)} %" if by > 0 else ""),
+        "" if math.isnan(row.target) else target,
     ]
 
 
