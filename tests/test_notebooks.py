@@ -173,6 +173,22 @@ def test_lesson_has_its_parts(path):
 
 
 @by_name
+def test_checks_for_the_tests_are_folded_away(path):
+    for cell in read_code(path):
+        if has_tag(cell, "hide-cell"):
+            folded = {"outputs_hidden": True, "source_hidden": True}
+            assert cell.metadata.get("jupyter") == folded, cell.source
+
+
+@each_notebook
+def test_no_line_of_a_paragraph_becomes_a_list(path):
+    # A year at the beginning of a line, with a full stop, would be the number of an item.
+    cells = nbformat.read(path, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert re.findall(r"^ *\d{3,}[.)] .*", prose, re.M) == []
+
+
+@by_name
 def test_nothing_stands_between_a_prediction_and_its_answer(path):
     # The question ends its cell of text; then come the reader's range, if any, and the answer.
     cells = nbformat.read(path, as_version=4).cells

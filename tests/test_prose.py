@@ -14,6 +14,7 @@ import pytest
 
 from advlab import files, paper
 from advlab.evaluation import wilson
+from advlab.recipes import ROBUST
 
 ROOT = files.repository()
 HELD = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11")
@@ -210,6 +211,24 @@ def still_open() -> list[float]:
     """Return the share of images neither proved nor broken, of those of which some are proved."""
     rows = table("l11_both_ends").query("proved > 0")
     return ((rows["left"] - rows["proved"]) / rows["n"]).tolist()
+
+
+def ends(network: str) -> tuple[int, int]:
+    """Return how many images of a network are proved, and how many an attack leaves."""
+    rows = table("l11_both_ends")
+    (row,) = rows[rows["network"].str.startswith(network)].itertuples()
+    return row.proved, row.left
+
+
+def way_out(network: str, attack: str, column: str = "l2") -> float:
+    """Return what lesson 09 measured of an attack: a median distance, or what it cost."""
+    return table("l09_distortions").set_index(["network", "attack"]).loc[(network, attack), column]
+
+
+def farther(network: str) -> list[float]:
+    """Return how many times as far from its next mistake as the baseline a network is."""
+    ways = {"l0": "JSMA, one value", "l2": "C&W", "linf": "PGD-20, smallest eps"}
+    return [way_out(network, w, norm) / way_out("baseline", w, norm) for norm, w in ways.items()]
 
 
 def intervals(eps: str, column: str) -> int:
@@ -475,14 +494,35 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
      lambda: all(trade_off("rs-fgsm", k) > trade_off("rs-fgsm-eps4", k)
                  > trade_off("rs-fgsm-eps2", k)
                  for k in (6, 8, 12, 16))),
+    # 09
+    ("09", "DeepFool's change is less than half as long as FGSM's",
+     lambda: way_out("baseline", "DeepFool") < way_out("baseline", "FGSM, smallest eps") / 2),
+    ("09", "C&W's way out is 14.4 % shorter, and takes about nineteen times as many gradients",
+     lambda: [way_out("baseline", "C&W", column) / way_out("baseline", "DeepFool", column)
+              for column in ("l2", "gradients")] == pytest.approx([0.856, 18.9], rel=1e-2)),
+    ("09", "For an image they take fewer gradients, and more seconds",
+     lambda: all(sign * way_out(own, "JSMA, pairs", column)
+                 < sign * way_out(own, "JSMA, one value", column)
+                 for own in ("baseline", "eps = 0.2", "robust")
+                 for sign, column in ((1, "gradients"), (-1, "seconds")))),
+    ("09", "0.9, 1.2 and 1.0 times as far in the three norms",
+     lambda: farther("eps = 0.2") == pytest.approx([0.9, 1.2, 1.0], abs=0.05)),
+    ("09", "The adversarially trained network is 4.1, 6.0 and 5.0 times as far away",
+     lambda: farther("robust") == pytest.approx([4.1, 6.0, 5.0], abs=0.05)),
+    ("09", "JSMA fools it on 75 % of the images only",
+     lambda: way_out("robust", "JSMA, one value", "fooled %") == 75),
+    ("09", "C&W takes more than 400, and JSMA from 57 to 395",
+     lambda: all(way_out(own, "C&W", "gradients") > 400
+                 and 57 <= round(way_out(own, "JSMA, one value", "gradients")) <= 395
+                 for own in ("baseline", "eps = 0.2", "robust"))),
     # 10
     ("10", "Nothing is left of the undefended network",
      lambda: kept("adapts")["accuracy"]["none"] == 0),
     ("10", "Under the attack that stops, the JPEG network kept more than half of the images",
      lambda: kept("blind")["accuracy"]["JPEG"] > 0.5),
-    ("10", "The attack that goes on already breaks most of them",
+    ("10", "The attack that goes on leaves 6.0 %",
      lambda: kept("goes on")["accuracy"]["JPEG"] < 0.1),
-    ("10", "Both networks fall.",
+    ("10", "Both networks fall to 0.0 %",
      lambda: kept("adapts")["accuracy"][["4 bits", "JPEG"]].max() < 0.05),
     ("10", "each of the three is far better than no defence",
      lambda: kept("blind")["low"][CHANCE].min() > 0.2),
@@ -492,11 +532,11 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
     ("10", "the network with noise and the one without cannot be told apart",
      lambda: kept("adapts")["low"]["robust, noise 0.1"]
      <= kept("adapts")["accuracy"]["robust"] <= kept("adapts")["high"]["robust, noise 0.1"]),
-    ("10", "By the attack that stops, noise adds many points",
-     lambda: kept("blind")["accuracy"]["robust, noise 0.1"]
-     - kept("adapts")["accuracy"]["robust"] > 0.1),
-    ("10", "Look at the red squares alone, and seven defences seem to work",
-     lambda: len(kept("blind")) == 7 and kept("blind")["low"].min() > 0.2),
+    ("10", "Judged by the attack that stops, noise lifts the accuracy from 41.0 to 57.9 %",
+     lambda: (kept("adapts")["accuracy"]["robust"],
+              kept("blind")["accuracy"]["robust, noise 0.1"]) == pytest.approx((0.410, 0.579))),
+    ("10", "Judged by the red squares, seven defences seem to work: each keeps 33.8 % or more",
+     lambda: len(kept("blind")) == 7 and kept("blind")["accuracy"].min().round(3) == 0.338),
     ("10", "*trained* against attacks keeps more than a few images",
      lambda: all((share > 0.3) == name.startswith("robust") and (share < 0.1 or share > 0.3)
                  for name, share in kept("adapts")["accuracy"].items())),
@@ -509,6 +549,10 @@ SENTENCES: list[tuple[str, str, Callable[[], bool]]] = [
      < under_noise("robust", 0) - 5),
     ("11", "The network that was trained on noise is even *better* with it than without",
      lambda: under_noise("noise", 0.25) > under_noise("noise", 0) + 3),
+    ("11", "less than a quarter of what it was trained for", lambda: ROBUST.eps > 4 * 2 / 255),
+    ("11", "is right on at least 58 of the first 100 test images", lambda: ends("vote")[0] == 58),
+    ("11", "An attack leaves 71", lambda: ends("vote")[1] == 71),
+    ("11", "from 0 to 175 of 300 images", lambda: ends("robust") == (0, 175)),
     ("11", "The noise of the training does best until its own ceiling",
      lambda: all(certified(0.25, r) >= max(certified(0.12, r), certified(0.5, r))
                  for r in table("l11_certified")["radius"] if r < 0.525)),

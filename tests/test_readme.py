@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 
 import nbformat
 import pandas as pd
@@ -11,7 +10,8 @@ from conftest import write_lesson
 from nbformat.v4 import new_markdown_cell
 
 from advlab import files
-from advlab.bench.measure import once
+from advlab.bench import scale
+from advlab.bench.measure import missed_by
 from advlab.catalogue import Lesson
 from advlab.upkeep import readme
 
@@ -72,25 +72,44 @@ def with_figures(home, **changed):
     return home
 
 
+def bench_rows():
+    return pd.read_csv(ROOT / "figures" / "bench.csv")
+
+
+def test_each_target_that_was_missed_is_explained():
+    told = set(re.findall(r"^- \*\*([^*]+)\*\*", PAGES["figures/README.md"], re.M))
+    missed = {row.part for row in bench_rows().itertuples() if missed_by(row) > 0}
+    assert missed == told
+
+
+def test_what_is_said_of_many_workers_is_in_the_table():
+    rows = bench_rows().query("part == 'workers' and what.str.contains('simulated')")
+    (note,) = set(rows["note"])
+    work, path = re.findall(r"([\d.]+) h", note)
+    page = " ".join(PAGES["advlab/README.md"].split())
+    assert rows["what"].str.contains(f"sweep of {scale.SEEDS} seeds").all()
+    assert f"a sweep of five seeds ({work} h of work) on 16 and on 256" in page
+    assert set(rows["way"]) == {f"{number} workers" for number in scale.WORKERS}
+    assert f"sleep a {scale.FASTER}th of" in page
+    assert f"(baseline, directions, augmented model, table) is {path} h" in page
+
+
+def test_lines_from_another_machine_say_so(empty_home):
+    rows = bench_rows()
+    rows.loc[rows["part"].isin(["workers", "start"]), ["machine", "torch"]] = "another", "9.9"
+    (empty_home / "figures").mkdir()
+    rows.to_csv(empty_home / "figures" / "bench.csv", index=False)
+    first, *_ = readme.bench_block(empty_home).splitlines()
+    own = rows.iloc[0]
+    assert first.startswith(f"Machine: {own['machine']}; torch {own['torch']}.")
+    assert "*start, workers* measured later. Machine: another; torch 9.9." in first
+    assert ("*precision* is accuracies" in first) == ("precision" in set(rows["part"]))
+
+
 def test_findings_are_not_told_when_the_tables_do_not_show_them(empty_home):
     with_figures(empty_home, high=("cnn eps=0.2", 0.3))
     with pytest.raises(ValueError, match=r"cnn eps=0.2 gains .* Write the sentences"):
         readme.findings_block(empty_home)
-
-
-def test_the_benchmark_names_each_machine_and_what_was_measured_there(empty_home):
-    row = partial(once, way="advlab", value=2.0, unit="s", target=1.0)
-    rows = [row("training", "cnn"), row("workers", "cnn"), row("precision", "cnn")]
-    table = pd.DataFrame(rows).assign(machine=["old", "new", "new"], torch=["1", "2", "2"])
-    (empty_home / "figures").mkdir()
-    table.to_csv(empty_home / "figures" / "bench.csv", index=False)
-    block = readme.bench_block(empty_home)
-    assert block.startswith(
-        "Machine: old; torch 1. On another machine: workers, precision: new; torch 2. Each"
-    )
-    assert "Part precision: accuracies" in block
-    table[:1].to_csv(empty_home / "figures" / "bench.csv", index=False)
-    assert readme.bench_block(empty_home).startswith("Machine: old; torch 1. Each")
 
 
 def with_lengths(home, shares=(0.75, 0.5, 0.49), sigma=0.25, n=100):

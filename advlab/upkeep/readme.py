@@ -340,26 +340,20 @@ TOLD = ("a training step's time", "workers", "precision")
 
 
 def bench_block(home: Path) -> str:
-    """Return the benchmark's lines with a target, those of `TOLD`, and where each was run."""
+    """Return the benchmark's lines with a target, those of `TOLD`, and where it was run."""
     rows, lines = pd.read_csv(home / "figures" / "bench.csv"), []
     shown = rows["target"].notna() | rows["part"].isin(TOLD) | rows["what"].str.contains("share of")
     for row in rows[shown].itertuples():
         what, way, value, _, ratio, _, target = cells(row)
         line = {"task": f"{row.part}: {what}", "way": way, "measured": value}
         lines.append(line | {"ratio": f"{ratio} {row.against}" if ratio else "", "target": target})
-    where = [f"{_places(rows[shown])}. Each comparison in turn on the same images, medians."]
+    where = "Machine: " + rows["machine"] + "; torch " + rows["torch"] + "."
+    told = [where.iloc[0], "Each comparison in turn on the same images, medians."]
+    for other, part in rows[where != where.iloc[0]].groupby(where)["part"]:
+        told.append(f"*{', '.join(part.unique())}* measured later. {other}")
     if "precision" in rows["part"].tolist():
-        where.append("Part precision: accuracies, measured once.")
-    return f"{' '.join(where)}\n\n{markdown(pd.DataFrame(lines))}"
-
-
-def _places(rows: pd.DataFrame) -> str:
-    """Return on which machine lines of the benchmark were measured, by part if on several."""
-    told = []
-    for (machine, torch), here in rows.groupby(["machine", "torch"], sort=False):
-        parts = ", ".join(here["part"].unique()) if told else ""
-        told.append(f"{parts or 'Machine'}: {machine}; torch {torch}")
-    return ". On another machine: ".join(told)
+        told.append("*precision* is accuracies, measured once.")
+    return f"{' '.join(told)}\n\n{markdown(pd.DataFrame(lines))}"
 
 
 def grading_block(home: Path) -> str:
