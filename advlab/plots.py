@@ -315,9 +315,12 @@ def bars(table: pd.DataFrame, *, x: str, title: str = "") -> Figure:
     for i, (test, rows) in enumerate(tests):
         at = np.array([groups.index(name) for name in rows[x]]) + width * (i - (len(tests) - 1) / 2)
         height, low, high = (100 * rows[column] for column in ("accuracy", "low", "high"))
-        interval = {"yerr": [height - low, high - height], "capsize": 2, "ecolor": "0.5"}
-        colour = attack_look(str(test).lower()).get("color")
-        drawn = axis.bar(at, height, 0.96 * width, color=colour, label=test, **interval)
+        style: dict[str, Any] = {
+            "color": attack_look(str(test).lower()).get("color"),
+            "label": test,
+        }
+        style |= {"yerr": [height - low, high - height], "capsize": 2, "ecolor": "0.5"}
+        drawn = axis.bar(at, height, 0.96 * width, **style)
         axis.bar_label(drawn, fmt="{:.0f}", fontsize="x-small", padding=1)
     axis.set_xticks(range(len(groups)), [str(name).replace(" (", "\n(") for name in groups])
     axis.set(ylabel="accuracy (%)", ylim=(0, 100), title=title)
