@@ -261,7 +261,46 @@ def trial_block(home: Path) -> str:
         "gradient; pgd-50x3 is 50 steps from three random starts on cross entropy and margin. "
         f"In brackets: the 95 % interval. {told}".rstrip()
         + f"\n\n{markdown(board.reset_index())}"
-        f"\n\n{pairs_text(pd.read_csv(home / 'figures' / 'audit_pairs.csv'))}"
+        f"\n\n{pairs_text(pd.read_csv(home / 'figures' / 'audit_pairs.csv'))} {best_text(home)}"
+        f"\n\n{_devices(rows)}"
+    )
+
+
+def best_text(home: Path) -> str:
+    """Tell how two models did under AutoAttack on more images: audit_best.csv."""
+    first, second = pd.read_csv(home / "figures" / "audit_best.csv").itertuples()
+    kept = []
+    for row in (first, second):
+        interval = f"{100 * row.low:.1f} to {100 * row.high:.1f}"
+        kept.append(f"`{row.model}` keeps {_percent(row.accuracy)} ({interval})")
+    return f"On {first.n:,} images {kept[0]} and {kept[1]}; p = {first.p:.2g}."
+
+
+def _devices(rows: pd.DataFrame) -> str:
+    """Return on which device the trial's rows were measured."""
+    most = rows["device"].mode()[0]
+    others = rows[rows["device"] != most]
+    told = [f"Measured in float32 on the device {most}"]
+    for (device, attack), here in others.groupby(["device", "attack"]):
+        told.append(f"{attack} of {', '.join(here['model'])} on {device}, not compared in pairs")
+    return "; ".join(told) + "."
+
+
+def search_block(home: Path) -> str:
+    """Return what each change behind the recipe robust-soft does alone: `advlab search`."""
+    rows = pd.read_csv(home / "figures" / "search.csv")
+    first, shown = rows.iloc[0], ["clean", "ce", "margin", "both"]
+    table = (100 * rows[shown]).map("{:.1f}".format).assign(step=rows["step"])
+    pairs = rows[["better", "worse", "p"]].apply(
+        "{better:.0f} / {worse:.0f}, {p:.2g}".format_map, 1
+    )
+    last = "only this / only the first, p"
+    table[last] = pairs.where(rows.index > 0, "")
+    return (
+        f"Accuracy in % of the CNN, {first['epochs']} epochs each, seed {first['seed']}, on "
+        f"{first['n']:,} CIFAR-10 training images that none was trained on: clean, under PGD-20 at "
+        "8/255 on the cross entropy (ce), on the margin, and under both (the worse for each image)."
+        f"\n\n{markdown(table[['step', *shown, last]])}"
     )
 
 
@@ -376,6 +415,7 @@ PAGES: dict[str, dict[str, Block]] = {
     "README.md": {"findings": findings_block, "lessons": lessons_block},
     "figures/README.md": {
         "trial": trial_block,
+        "search": search_block,
         "results": results_block,
         "bench": bench_block,
     },
