@@ -117,6 +117,22 @@ def test_every_lesson_has_slides_with_all_its_figures_and_questions():
         assert len(asked) == sum(cell.source.count(prose.PREDICT) for cell in notebook.cells)
 
 
+def test_printed_lines_that_no_slide_holds_go_on_below_from_a_blank_line_on():
+    tables = ["head\n" + "row\n" * 20, "other\n" + "row\n" * 18]
+    printed = new_output("stream", text="\n".join(tables))
+    shown = list(laid_out(new_markdown_cell("# T"), new_code_cell("x\n" * 21, outputs=[printed])))
+    below = ("subslide", '<p class="running">T</p>')
+    assert shown == [
+        ("slide", "# T"),
+        below,
+        ("-", tables[0].strip()),
+        below,
+        ("-", tables[1].strip()),
+    ]
+    fits = new_output("stream", text="row\n" * 10 + "\n" + "row\n" * 10)
+    assert len(list(laid_out(new_code_cell("x\n" * 21, outputs=[fits])))) == 2
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_slides_are_shown_from_a_disk_and_nothing_is_fetched(page, tmp_path):
     (path,) = slides.write(tmp_path, ["02"])

@@ -31,6 +31,7 @@ WIDE_CODE = 104  # characters of such a line
 SMALLEST = 60  # percent of its size to which a slide that is too full may shrink
 LONGEST_TEXT = 40  # words of a paragraph: a longer one is for the speaker's notes
 LONGEST_CODE = 20  # lines of a cell: longer code is left to the notebook
+LONGEST_OUTPUT = 34  # printed lines: longer ones go on below, from a blank line on
 TIMES = "**Time on two cores:**"  # how long the notebook runs
 UNTOLD = ("References",)  # sections that are left out
 REVEAL = ("dist/reset.css", "dist/reveal.css", "dist/theme/white.css")
@@ -128,14 +129,23 @@ def _picture(output: NotebookNode, alt: str) -> NotebookNode:
 def _results(cell: NotebookNode, alt: str) -> Iterator[tuple[NotebookNode, str]]:
     """Yield a cell for each output of a code cell that is shown: figures, and printed lines."""
     for output in cell.outputs:
-        part = new_code_cell()
-        part.metadata["transient"] = {"remove_source": True}
         if "image/png" in output.get("data", {}):
-            part.outputs = [_picture(output, alt)]
-            yield part, "subslide"
+            yield _shown(_picture(output, alt)), "subslide"
         elif output.output_type == "stream":
-            part.outputs = [output]
-            yield part, "-"
+            for text in _screens(output.text):
+                yield _shown(nbformat.v4.new_output("stream", text=text)), "-"
+
+
+def _shown(output: NotebookNode) -> NotebookNode:
+    """Return a cell of which an output is shown, and no code."""
+    return new_code_cell(outputs=[output], metadata={"transient": {"remove_source": True}})
+
+
+def _screens(printed: str) -> list[str]:
+    """Return printed lines in parts that a slide can hold, where blank lines allow it."""
+    if len(printed.splitlines()) <= LONGEST_OUTPUT:
+        return [printed]
+    return [part.strip("\n") + "\n" for part in printed.split("\n\n") if part.strip()]
 
 
 def _code(cell: NotebookNode, alt: str) -> Iterator[tuple[NotebookNode, str]]:
