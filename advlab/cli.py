@@ -240,7 +240,7 @@ def lessons(
 
 @app.command()
 def links() -> None:
-    """Write badges, links and the cell for Colab anew, by [project.urls] in pyproject.toml."""
+    """Write badges, links and the cell for Colab anew, by the address in pyproject.toml."""
     from advlab.upkeep import anywhere
 
     anywhere.refresh()
@@ -254,6 +254,15 @@ def retrain(resume: Resume = False, *, scheduler: Scheduler) -> None:
     from advlab.upkeep import publish
 
     publish.retrain(resume=resume, scheduler=scheduler, console=console)
+
+
+@app.command(name="time")
+def time_lessons() -> None:
+    """Time all lessons on CIFAR-10, on a quiet machine; refresh headers and pages (minutes)."""
+    from advlab.upkeep import publish
+
+    publish.time_lessons(console=console)
+    _say("Refreshed figures/times.json, the lessons' headers and the pages that show them.")
 
 
 @app.command()

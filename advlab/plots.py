@@ -50,6 +50,15 @@ TRAININGS = {
 }
 LINES = {"cnn": "-", "cnn-lstm": "--", "cnn-lstm-positions": "-."}
 
+# What an attack does about a defence: label, marker and colour.
+ATTACKERS = {
+    "clean": ("no attack", "o", "0.6"),
+    "blind": ("attack that is blind or stops", "s", "#CC3311"),
+    "goes on": ("attack that goes on", "D", "#DDAA33"),
+    "adapts": ("attack that adapts", "X", "#004488"),
+}
+SIGMAS = ("#88CCEE", "#882255", "#DDCC77")  # sizes of noise, from small to large
+
 
 def attack_look(name: str) -> dict[str, Any]:
     """Return color and marker of an attack, by its name ("pgd-20"); nothing for an unknown one."""
@@ -445,4 +454,71 @@ def matrix(percent: pd.DataFrame, *, label: str, title: str = "") -> Figure:
     figure, axis = plt.subplots(figsize=(1.6 + 1.15 * percent.shape[1], 1.3 + 0.5 * len(percent)))
     _heat_map(axis, percent, label, title, fmt=".1f")
     axis.tick_params(axis="x", rotation=25)
+    return figure
+
+
+def by_defence(table: pd.DataFrame) -> Figure:
+    """Draw what is left of each defence, a marker for each kind of attack, with 95 % intervals.
+
+    Args:
+        table: Tidy rows, in the order of the defences: defence; kind, of `ATTACKERS`; accuracy, low
+            and high (fractions), from `n` images.
+    """
+    names = list(dict.fromkeys(table["defence"]))
+    figure, axis = plt.subplots(figsize=(8.4, 5))
+    for k, (kind, (label, marker, colour)) in enumerate(ATTACKERS.items()):
+        rows = table[table["kind"] == kind]
+        y = [len(names) - names.index(name) + 0.24 - 0.16 * k for name in rows["defence"]]
+        at, low, high = (100 * rows[column] for column in ("accuracy", "low", "high"))
+        reach = np.array([at - low, high - at]).clip(0)  # over draws a mean may leave its interval
+        style: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 6, "capsize": 2}
+        axis.errorbar(at, y, xerr=reach, label=label, **style)
+    sizes = table.groupby("defence")["n"].max()
+    axis.set_yticks(range(len(names), 0, -1), [f"{name} (n = {sizes[name]})" for name in names])
+    axis.set(xlabel="accuracy (%)", xlim=(-3, 103), ylabel="defence")
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8)
+    return figure
+
+
+def certified(table: pd.DataFrame, title: str = "") -> Figure:
+    """Draw certified accuracy against radius, a line for each sigma, with 95 % intervals.
+
+    Args:
+        table: Tidy rows: sigma, radius (L2), and certified, low and high (fractions).
+        title: Of the figure.
+    """
+    figure, axis = plt.subplots(figsize=(7.6, 4.0))
+    colours = sns.color_palette(SIGMAS, table["sigma"].nunique())
+    for (sigma, rows), colour in zip(table.groupby("sigma"), colours, strict=True):
+        axis.step(rows["radius"], 100 * rows["certified"], color=colour, label=f"sigma = {sigma:g}")
+        low, high = 100 * rows["low"], 100 * rows["high"]
+        band: dict[str, Any] = {"step": "pre", "where": rows["certified"] > 0, "linewidth": 0}
+        axis.fill_between(rows["radius"], low, high, color=colour, alpha=0.15, **band)
+    axis.set(xlabel="radius (L2)", ylabel="certified accuracy (%)", ylim=(0, 100), title=title)
+    axis.legend()
+    return figure
+
+
+def both_ends(table: pd.DataFrame, title: str = "") -> Figure:
+    """Draw what is proved and what an attack leaves; a bar for each network, the truth between.
+
+    Args:
+        table: Rows in the order of the bars: network; proved and left, numbers of images out of
+            `n`; low, of the 95 % interval of what is proved, and high, of what is left, in percent.
+        title: Of the figure.
+    """
+    figure, axis = plt.subplots(figsize=(8.4, 3.4))
+    names = [str(name).replace(", ", "\n") for name in table["network"]]
+    lower, upper = (100 * table[column] / table["n"] for column in ("proved", "left"))
+    style: dict[str, Any] = {"height": 0.6, "edgecolor": "0.4"}
+    axis.barh(names, lower, color="#117733", label="proved", **style)
+    axis.barh(names, upper - lower, left=lower, color="w", hatch="///", label="open", **style)
+    axis.barh(names, 100 - upper, left=upper, color="#CC6677", label="broken", **style)
+    whisker: dict[str, Any] = {"fmt": "none", "color": "black", "capsize": 4}
+    axis.errorbar(lower, names, xerr=[lower - table["low"], 0 * lower], **whisker)
+    axis.errorbar(upper, names, xerr=[0 * upper, table["high"] - upper], **whisker)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 100), xlabel="share of the images (%)", title=title)
+    axis.legend(loc="lower left", bbox_to_anchor=(1.0, 0.3))
     return figure

@@ -307,3 +307,44 @@ def test_matrix():
     figure = plots.matrix(percent, label="accuracy (%)", title="transfer")
     assert [text.get_text() for text in figure.axes[0].texts] == ["1.0", "50.0", "99.5", "0.0"]
     assert figure.axes[1].get_ylabel() == "accuracy (%)"
+
+
+def test_each_defence_has_its_attacks_with_intervals_in_one_row():
+    rows = [("4 bits", "clean", 0.8), ("4 bits", "adapts", 0.0), ("JPEG", "blind", 0.6)]
+    table = pd.DataFrame(rows, columns=["defence", "kind", "accuracy"])
+    table["low"], table["high"], table["n"] = table["accuracy"] - 0.1, table["accuracy"] + 0.1, 50
+    (axis,) = plots.by_defence(table).axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == [
+        "4 bits (n = 50)",
+        "JPEG (n = 50)",
+    ]
+    drawn = {
+        bars.get_label(): bars.lines[0].get_xydata().round(2).tolist() for bars in axis.containers
+    }
+    assert drawn["no attack"] == [[80, 2.24]]
+    assert drawn["attack that adapts"] == [[0, 1.76]]
+    assert drawn["attack that is blind or stops"] == [[60, 1.08]]
+    reach = axis.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert reach == pytest.approx([70, 90])
+
+
+def test_certified_accuracy_falls_with_the_radius_a_line_for_each_sigma():
+    rows = [(s, r, max(0.0, 0.8 - r / s)) for s in (0.1, 0.2, 0.3, 0.4) for r in (0.0, 0.05, 0.1)]
+    table = pd.DataFrame(rows, columns=["sigma", "radius", "certified"])
+    table = table.assign(low=table["certified"] - 0.05, high=table["certified"] + 0.05)
+    (axis,) = plots.certified(table, "title").axes
+    assert [line.get_label() for line in axis.lines] == [
+        f"sigma = {s}" for s in (0.1, 0.2, 0.3, 0.4)
+    ]
+    assert axis.lines[0].get_ydata() == pytest.approx([80, 30, 0])
+    assert axis.get_xlabel() == "radius (L2)"
+
+
+def test_the_bar_of_a_network_is_proved_open_and_broken():
+    columns = ["network", "n", "proved", "left", "low", "high"]
+    table = pd.DataFrame([("a, L2", 50, 10, 40, 11.0, 89.0)], columns=columns)
+    (axis,) = plots.both_ends(table, "title").axes
+    spans = {bars.get_label(): bars[0] for bars in axis.containers if hasattr(bars, "patches")}
+    ends = {name: (bar.get_x(), bar.get_x() + bar.get_width()) for name, bar in spans.items()}
+    assert ends == {"proved": (0, 20), "open": (20, 80), "broken": (80, 100)}
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["a\nL2"]

@@ -164,6 +164,23 @@ def test_retrain_reads_no_cache_of_the_user_s_and_publishes(clone):
     }
 
 
+def test_lessons_are_timed_anew_with_nothing_measured_and_the_rest_of_the_times_is_kept(clone):
+    path = clone / "figures" / "times.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"machine": "trained here", "processes": 7, "profiles": {"lesson": {"x": 1}}}')
+    publish.time_lessons()
+    times = json.loads(path.read_text())
+    assert (times["machine"], times["processes"]) == ("trained here", 7)
+    assert times["timed_on"] == publish.machine()
+    assert {name: list(parts) for name, parts in times["profiles"].items()} == {
+        "lesson": ["01_first"],
+        "quick": ["01_first"],
+    }
+    for profile in ("lesson", "quick"):
+        executed = clone / "outputs" / f"{profile}-cifar10" / "notebooks" / "01_first.ipynb"
+        assert nbformat.read(executed, as_version=4).cells[-1].outputs[0].text.strip() == "False"
+
+
 def test_retrain_without_cifar10_removes_nothing(clone, monkeypatch, no_network):
     kept = clone / "outputs" / "paper-cifar10" / "hours of work"
     kept.mkdir(parents=True)

@@ -94,6 +94,40 @@ def test_what_is_said_of_many_workers_is_in_the_table():
     assert f"(baseline, directions, augmented model, table) is {path} h" in page
 
 
+def test_what_is_said_of_the_search_is_in_its_table():
+    rows = pd.read_csv(ROOT / "figures" / "search.csv").set_index("step")
+    page = " ".join(PAGES["figures/README.md"].split())
+    below = rows[(rows["p"] < 0.05) & (rows["better"] < rows["worse"])]
+    assert set(below.index) == {"crops of 4 pixels", "8/255 in training", "TRADES"}
+    assert "Crops, TRADES and 8/255 keep fewer images than the recipe as it is." in page
+    assert (rows["p"].drop(below.index).drop("as robust") >= 0.05).all()
+    both = rows["both"]
+    assert (both[["weight decay 0.002", "soft labels and weight decay"]] > both["as robust"]).all()
+    gains = "Weight decay, with or without soft labels, gains too little for 5,000 images to show;"
+    assert f"{gains} soft labels alone gain nothing." in page
+    assert both["half soft labels"] <= both["as robust"]
+    assert set(rows["n"]) == {5_000}
+
+
+def test_what_is_said_of_bfloat16_is_in_the_tables():
+    rows = bench_rows().query("part == 'precision'")
+    full, half = (rows[rows["way"].str.contains(f"in {kind}")] for kind in ("float", "bfloat"))
+    by_test = list(zip(full["value"], half["value"], full["note"], strict=True))
+    p = [note.rpartition("p = ")[2] for *_, note in by_test]
+    both = [f"{one:.2f} {other:.2f}" for one, other, _ in by_test]
+    assert both == ["75.05 75.87", "68.16 69.98", "26.75 32.24"]
+    page = " ".join(PAGES["figures/README.md"].split())
+    assert f"clean 75.0 and 75.9 % (p = {p[0]}); under the paper's FGSM at 0.02 68.2" in page
+    assert f"68.2 and 70.0 % (p = {p[1]}), at 0.1 26.8 and 32.2 % (p = {p[2]})" in page
+    seeds = pd.read_csv(ROOT / "figures" / "seeds.csv")
+    own = "attack == 'fgsm-per-image' and source_seed == seed and model == 'cnn eps=0.005'"
+    kept = 100 * seeds.query(own).groupby("test_eps")["accuracy"].agg(["min", "max"])
+    low, high = kept.loc[0.1]
+    assert f"at 0.1 they keep {low:.1f} to {high:.1f} %" in page
+    short = [kept["min"][eps] - full["value"].iloc[at] for at, eps in enumerate((0.0, 0.02))]
+    assert f"keeps {short[0]:.1f} and {short[1]:.1f} points less than the lowest" in page
+
+
 def test_lines_from_another_machine_say_so(empty_home):
     rows = bench_rows()
     rows.loc[rows["part"].isin(["workers", "start"]), ["machine", "torch"]] = "another", "9.9"

@@ -108,7 +108,8 @@ def with_cell(notebook: NotebookNode, wheel: str) -> NotebookNode:
     places = [at for at, cell in enumerate(notebook.cells, 1) if "parameters" in _tags(cell)]
     if not places:
         raise ValueError("no cell is tagged 'parameters', behind which the one for Colab stands")
-    source, about = CELL.format(wheel=wheel), {"tags": [TAG]}
+    source = CELL.format(wheel=wheel)
+    about = {"tags": [TAG], "jupyter": {"source_hidden": True}}  # nothing to read for a learner
     notebook.cells.insert(places[0], new_code_cell(source, id=TAG, metadata=about))
     if ran:
         code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]

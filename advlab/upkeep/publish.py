@@ -97,22 +97,38 @@ def retrain(
         executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
         text = nbformat.writes(clean_notebook(executed)) + "\n"
         files.write_bytes(files.home() / "notebooks" / f"{name}.ipynb", text.encode())
-    times: dict[str, Any] = {"machine": machine(), "processes": cores(), "profiles": {}}
+    about = {"machine": machine(), "processes": cores()}
+    files.write_bytes(files.home() / "figures" / "times.json", json.dumps(about).encode())
+    time_lessons(console=console)
+    console.print("Refreshed data/checkpoints, notebooks, figures and the pages that show them.")
+
+
+def time_lessons(*, console: Console | None = None) -> None:
+    """Run all lessons in the profiles `lesson` and `quick`, and write how long they took.
+
+    The times go into figures/times.json, the headers of the lessons and the pages that show them.
+
+    Raises:
+        BatchError: as `runs.run`.
+        FileNotFoundError: outside a clone of the repository.
+        DataError: if there is no CIFAR-10.
+    """
+    console = console or Console()
+    files.clone()
+    datasets.resolve("cifar10")
+    path = files.home() / "figures" / "times.json"
+    times: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    times |= {"timed_on": machine(), "profiles": {}}
     for profile in ("lesson", "quick"):
         console.print(f"Timing profile {profile}")
-        # With an empty cache: what the run above has measured must not be found again.
-        with (
-            tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache,
-            environment(ADVLAB_CACHE=cache),
-        ):
+        # With an empty cache: what was measured before must not be found again.
+        with tempfile.TemporaryDirectory() as cache, environment(ADVLAB_CACHE=cache):
             folder = run(options=Options(profile, "cifar10"), alone=True, console=console)
-        times["profiles"][profile] = json.loads((folder / "run.json").read_text(encoding="utf-8"))[
-            "seconds"
-        ]
-    files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        times["profiles"][profile] = found["seconds"]
+    files.write_bytes(path, (json.dumps(times, indent=2) + "\n").encode())
     readme.refresh_headers(files.home())
     readme.refresh(files.home())
-    console.print("Refreshed data/checkpoints, notebooks, figures and the pages that show them.")
 
 
 def _copy(paths: Iterable[Path], folder: Path) -> None:

@@ -187,9 +187,12 @@ def speed_block(home: Path) -> str:
     size = sum(path.stat().st_size for path in shipped)
     lines["shipped models"] = f"{len(logs)} files, {size / 1e6:.1f} MB"
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    where = f"Machine: {times['machine']}; {versions}"
+    if times["timed_on"] != times["machine"]:
+        where += f"; lessons timed on {times['timed_on']}"
     return (
-        f"Machine: {times['machine']}; {versions}; training in {first['precision']}, evaluation in "
-        f"float32.\n\n{markdown(pd.DataFrame(lines.items(), columns=['what', 'measured']))}"
+        f"{where}; training in {first['precision']}, evaluation in float32.\n\n"
+        f"{markdown(pd.DataFrame(lines.items(), columns=['what', 'measured']))}"
     )
 
 
@@ -363,7 +366,7 @@ def lessons_block(home: Path) -> str:
 
 
 def times_block(home: Path) -> str:
-    """Return the list of lessons with their times; a new one has none until `retrain` timed it."""
+    """Return the list of lessons with their times; a new one has none until `advlab time`."""
     times = _read_times(home / "figures")["profiles"]
     lines = []
     for lesson, line in zip(LESSONS.values(), _map(), strict=True):
