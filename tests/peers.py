@@ -1,4 +1,4 @@
-"""An assignment run in this process, which is quicker than a kernel: as students do, and the grader.
+"""An assignment run in this process: plainly, as students run it, or examined, as the grader does.
 
 For the grader two threads hold the two sides, and only texts go over.
 """
