@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,7 +32,8 @@ from advlab.autoattack import answers_vary, auto_attack
 from advlab.catalogue import ATTACKS
 from advlab.data import check_batch
 from advlab.evaluation import wilson
-from advlab.forward import Classifier, predict
+from advlab.forward import CHUNK, PIXELS, Classifier, predict
+from advlab.minimal import deepfool, distortion
 
 TRANSFER_SIZES = (0.05, 0.1)  # beside eps itself
 HUGE = 0.5
@@ -206,6 +208,23 @@ class Trial:
         if self.has_gradient:
             found += [self.white, self.on_margin, *self.sweep]
         return min(found if self.left_by_square is None else [*found, self.left_by_square])
+
+    @cached_property
+    def lengths(self) -> Tensor | None:
+        """How long, in L2, DeepFool's changes are of the images that are right: (M,) float32.
+
+        inf where it found none. None where it cannot say: without a gradient, or where the model
+        answers at random.
+        """
+        if self.random or not self.has_gradient:
+            return None
+        # It holds ten gradients of each image at once; of large images it gets fewer.
+        height, width = self.images.shape[2:]
+        few = max(1, CHUNK * PIXELS // max(height * width, PIXELS))
+        parts = zip(self.images.split(few), self.labels.split(few), strict=True)
+        made = torch.cat([deepfool(self.model, *part) for part in parts])
+        found = distortion(self.model, self.images, self.labels, made)["l2"]
+        return found[found > 0]
 
     @property
     def left_by_square(self) -> float | None:

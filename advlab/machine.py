@@ -48,7 +48,7 @@ def quota() -> float:
     """Return how many cores' time Linux's control groups grant; infinity without a limit."""
     granted = [math.inf]
     with suppress(OSError):
-        for line in OWN_GROUPS.read_text().splitlines():
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
             _, kinds, path = line.split(":", 2)
             if not kinds or "cpu" in kinds.split(","):  # version 2 names no kinds
                 group = LIMITS / kinds / path.lstrip("/")
@@ -60,7 +60,8 @@ def quota() -> float:
 def _granted(group: Path) -> float:
     for names in GRANTS:
         with suppress(OSError, ValueError):  # "max" is no number, and no limit
-            quota, period = map(float, " ".join((group / n).read_text() for n in names).split())
+            texts = [(group / name).read_text(encoding="utf-8") for name in names]
+            quota, period = map(float, " ".join(texts).split())
             if quota > 0:  # -1 is no limit, either
                 return quota / period
     return math.inf

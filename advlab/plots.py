@@ -169,10 +169,14 @@ def fgsm_equation(
 
 
 def learning_curves(histories: dict[str, pd.DataFrame]) -> Figure:
-    """Draw loss and accuracy per epoch (tables as from `training.fit`), one colour per model."""
+    """Draw loss and accuracy per epoch: tables as from `training.fit`, by the names of the models.
+
+    A model has the colour of its look (see `model_look`), another name one of the palette.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     colours = sns.color_palette("colorblind", len(histories))
-    for (name, history), colour in zip(histories.items(), colours, strict=True):
+    for (name, history), other in zip(histories.items(), colours, strict=True):
+        colour = model_look(name).get("color", other)
         for axis, kind, scale in zip(axes, ("loss", "accuracy"), (1, 100), strict=True):
             for split, style in (("train", "--o"), ("test", "-s")):
                 if f"{split}_{kind}" in history:
@@ -290,12 +294,42 @@ def curves(
         axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     if log_x:
         axis.set_xscale("symlog", linthresh=0.003, linscale=0.6)
-        ticks = sorted(set(table["test_eps"]))
+        # What comes from a CSV is rounded, and would set a second tick on the first.
+        ticks = sorted(set(table["test_eps"].round(5)))
         axis.set_xticks(ticks, [f"{t:.2g}" for t in ticks], rotation=60)
         axis.set_xlim(0, 1.1 * ticks[-1])
         axis.minorticks_off()
     legend_title = "trained with" if hue == "train_eps" else None
     axis.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+    return figure
+
+
+def bars(table: pd.DataFrame, *, x: str, title: str = "") -> Figure:
+    """Draw accuracies as bars with their numbers and 95 % intervals.
+
+    Args:
+        table: Tidy rows, in the order of the bars: accuracy, low and high (fractions), `x`, and
+            "test", the name of an attack ("PGD-20"), whose colour the bar gets.
+        x: Column of the groups of bars; what it holds in brackets goes on a line of its own.
+        title: Of the figure.
+    """
+    groups, tests = list(dict.fromkeys(table[x])), list(table.groupby("test", sort=False))
+    width = 0.8 / len(tests)
+    figure, axis = plt.subplots(figsize=(9.6, 3.8))
+    for i, (test, rows) in enumerate(tests):
+        at = np.array([groups.index(name) for name in rows[x]]) + width * (i - (len(tests) - 1) / 2)
+        height, low, high = (100 * rows[column] for column in ("accuracy", "low", "high"))
+        style: dict[str, Any] = {
+            "color": attack_look(str(test).lower()).get("color"),
+            "label": test,
+        }
+        style |= {"yerr": [height - low, high - height], "capsize": 2, "ecolor": "0.5"}
+        drawn = axis.bar(at, height, 0.96 * width, **style)
+        axis.bar_label(drawn, fmt="{:.0f}", fontsize="x-small", padding=1)
+    axis.set_xticks(range(len(groups)), [str(name).replace(" (", "\n(") for name in groups])
+    axis.set(ylabel="accuracy (%)", ylim=(0, 100), title=title)
+    axis.grid(False, axis="x")
+    axis.legend(fontsize="small")
     return figure
 
 

@@ -36,6 +36,9 @@ class Pictures(torch.utils.data.Dataset[tuple[Image, int]]):
 class FGSMTransform(v2.Transform):
     """FGSM as a torchvision transform of image and label together (paper, section 6.1).
 
+    The paper has two, `FGSMTransform` and `FGSMTransformCNNLSTM` (its section 2), one for each of
+    its networks; this one is for any model that maps images to logits.
+
     Works in `v2.Compose` on one sample (image (C, H, W), label an int) or on a batch (images
     (N, C, H, W), labels (N,)). torchvision's classification sets give their `transform` the image
     alone; `data.WithTransforms` gives both. Images must be float in [0, 1], so put

@@ -189,11 +189,12 @@ def _bars(
         told += f'<tr><td style="white-space:nowrap">{name}</td>'
         for model, (when, colour) in product(models, COLOURS.items()):
             share = 100 * float(getattr(outcome, when)[model][k])
-            width = f"width:{share / 2:.0f}px"  # so narrow that two models fit beside the controls
+            # So narrow that two models fit beside the controls.
+            cell, width = "min-width:80px;white-space:nowrap", f"width:{0.4 * share:.0f}px"
             bar = f"background:{colour};{width};height:10px;display:inline-block"
-            told += f'<td style="min-width:88px"><span style="{bar}"></span> {share:.0f} %</td>'
+            told += f'<td style="{cell}"><span style="{bar}"></span> {share:.0f} %</td>'
         told += "</tr>"
-    return f"<table>{told}</table>"
+    return f'<table style="line-height:1.4">{told}</table>'
 
 
 class AttackExplorer:
@@ -224,7 +225,8 @@ class AttackExplorer:
         as_picture(data.test.images[index])  # refuses what cannot be drawn
         self.models, self.data = dict(models), data
         names, classes = list(self.models), [(name, k) for k, name in enumerate(data.classes)]
-        wide = {"style": {"description_width": "110px"}, "layout": w.Layout(width="360px")}
+        # So narrow that pictures and bars stand beside them on a page of 1280, its files shown.
+        wide = {"style": {"description_width": "90px"}, "layout": w.Layout(width="330px")}
         self.first = w.Dropdown(options=names, description="model", **wide)
         self.second = w.Dropdown(options=names, value=names[-1], description="beside it", **wide)
         self.source = w.Dropdown(options=names, description="gradient of", **wide)
@@ -237,7 +239,8 @@ class AttackExplorer:
         self.random = w.Button(description="Random image")
         self.upload = w.FileUpload(accept="image/*", description="Own picture")
         self.cancel = w.Button(description="Cancel", disabled=True)
-        self.progress = w.IntProgress(0, 0, 1, description="attack")
+        narrow = {"style": {"description_width": "45px"}, "layout": w.Layout(width="174px")}
+        self.progress = w.IntProgress(0, 0, 1, description="attack", **narrow)
         self.shown, self.message = w.HTML(), w.HTML()
         self.own: Tensor | None = None
         self.outcome: Outcome | None = None
@@ -326,7 +329,8 @@ class AttackExplorer:
         views = self._views(outcome)
         pictures = "".join(_picture(image, title) for title, image in views.items())
         self.shown.value = (
-            f"{pictures}<p>The attack moves {html.escape(self._aim(away))}. "
+            f'{pictures}<p style="max-width:480px">'
+            f"The attack moves {html.escape(self._aim(away))}. "
             f"L-inf {outcome.linf:.1f}/255, L2 {outcome.l2:.2f}; the answer of "
             f"{html.escape(self.first.value)} {'is the same' if outcome.survives else 'is another'}"
             f" after saving in 8 bits</p>{_bars(outcome, self._names(), self.data.classes, label)}"

@@ -22,10 +22,22 @@ from torch.utils.flop_counter import flop_registry
 
 from advlab import catalogue, checkpoints, models, paper
 from advlab.attacks import fgsm, fgsm_direction, pgd
-from advlab.bench import busy, footprint, measure, paper_way, parts, rivals, run, strongest
+from advlab.bench import (
+    busy,
+    footprint,
+    measure,
+    paper_way,
+    parts,
+    precision,
+    rivals,
+    run,
+    strongest,
+)
 from advlab.bench.measure import PAPERS, Row, once
+from advlab.bench.precision import precision_part
 from advlab.bench.whole_paper import whole_part
 from advlab.data import Split
+from advlab.recipes import Recipe
 from advlab.training import AugmentedSet
 from advlab.upkeep import runs
 
@@ -301,6 +313,35 @@ def test_autoattack_is_timed_where_its_package_has_the_same_verdicts(
     assert rows[1].note == "120 of 120 images hold"
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     assert ask() == []
+
+
+# --- what bfloat16 costs
+
+
+def test_the_control_is_trained_in_float32_and_told_apart_by_a_paired_test(zoo, monkeypatch):
+    asked = []
+
+    def fit(model, data, recipe, **more):
+        asked.append((data.eps, recipe, more["seed"], more["precision"]))
+        model.load_state_dict(other.model.state_dict())
+        model.eval()
+
+    other = zoo.get("cnn", 0.005)
+    monkeypatch.setattr(precision, "fit", fit)
+    rows = precision_part(zoo.data, zoo)
+    assert asked == [(0.005, Recipe(**other.metadata["recipe"]), zoo.seed, "float32")]
+    ways = ["trained in float32", f"trained in {other.metadata['precision']}"]
+    assert [row.way for row in rows] == ways * 3
+    n = len(zoo.data.test)
+    assert rows[0].what == f"cnn eps=0.005, {n:,} images, clean"
+    assert rows[4].what == f"cnn eps=0.005, {n:,} images, the paper's FGSM, eps 0.1"
+    assert rows[0].value == pytest.approx(100 * other.metadata["test_accuracy"])
+    assert rows[0].low < rows[0].value < rows[0].high
+    assert rows[2].value > rows[4].value
+    # The same weights are right on the same images.
+    assert {row.note for row in rows[::2]} == {
+        "0 images right in float32 alone, 0 in the other; p = 1"
+    }
 
 
 # --- what a reader waits for

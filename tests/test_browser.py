@@ -131,6 +131,13 @@ def test_moving_the_slider_and_choosing_an_attack_change_the_answer(page, lab):
     page.get_by_label("attack", exact=True).select_option("pgd")
     wait_for_change(page, numbers, before)
     page.wait_for_function(CANCEL + ".disabled")
+    # On a laptop, with the files shown: the answers stand beside the controls, and none is cut off.
+    page.set_viewport_size({"width": 1280, "height": 800})
+    controls = page.get_by_label("model", exact=True).bounding_box()
+    answers, room = bars.bounding_box(), page.locator(".jp-OutputArea-output").bounding_box()
+    assert answers["x"] > controls["x"] + controls["width"]
+    assert answers["x"] + answers["width"] <= room["x"] + room["width"]
+    assert answers["y"] + answers["height"] - controls["y"] < 600
     page.screenshot(path=artefact("explorer.png"))
 
 

@@ -56,12 +56,13 @@ def test_rows_compare_with_one_way_and_with_the_ceiling():
     ("kind", "figure", "text"),
     [
         ("ratio", 6.0, "6 x"),
-        ("ratio", 5.99, "6 x: missed"),
+        ("ratio", 5.4, "6 x: missed by 10 %"),
         # FGSM is to be as fast as the fastest library; without any there is nothing to miss.
         ("ratio", math.nan, "6 x"),
-        ("at least", 5.99, "at least 6: missed"),
+        ("at least", 3.0, "at least 6: missed by 50 %"),
         ("at most", 6.0, "at most 6"),
-        ("at most", 6.01, "at most 6: missed"),
+        ("at most", 6.012, "at most 6: missed by 0.2 %"),
+        ("at most", 18.0, "at most 6: missed by 200 %"),
     ],
 )
 def test_missed_target_says_so(kind, figure, text):

@@ -136,7 +136,7 @@ def test_lesson_has_parameters_and_checked_cells(path):
     names = set(re.findall(r"^(\w+) = ", code[0].source, re.M))
     assert {"profile", "dataset", "seed", "data_dir", "output_dir"} <= names
     checked = [c for c in code if has_tag(c, "nbval-check-output")]
-    assert len(checked) >= 2
+    assert checked
     for cell in checked:
         assert cell.outputs, cell.source
         assert "False" not in shown_text(cell.outputs[0])
@@ -170,6 +170,22 @@ def test_lesson_has_its_parts(path):
     assert len(prose.split()) <= 2_500
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert sum(not has_tag(cell, anywhere.TAG) for cell in code) <= 20
+
+
+@by_name
+def test_checks_for_the_tests_are_folded_away(path):
+    for cell in read_code(path):
+        if has_tag(cell, "hide-cell"):
+            folded = {"outputs_hidden": True, "source_hidden": True}
+            assert cell.metadata.get("jupyter") == folded, cell.source
+
+
+@each_notebook
+def test_no_line_of_a_paragraph_becomes_a_list(path):
+    # A year at the beginning of a line, with a full stop, would be the number of an item.
+    cells = nbformat.read(path, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert re.findall(r"^ *\d{3,}[.)] .*", prose, re.M) == []
 
 
 @by_name

@@ -1,9 +1,13 @@
 """What other systems than Linux need; nothing here was run on one."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from pathlib import PureWindowsPath
 
+import pytest
 import yaml
 
 from advlab import files
@@ -42,6 +46,29 @@ def test_every_module_can_be_imported_without_what_windows_lacks():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) > 70
+
+
+def test_files_are_read_and_written_in_one_encoding():
+    # On Windows it is another one unless it is named. Ruff sees only what is surely a path.
+    for path in [*(ROOT / "advlab").rglob("*.py"), ROOT / "setup.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                named = {word.arg for word in node.keywords}
+                if node.func.attr in ("read_text", "write_text"):
+                    assert "encoding" in named, f"{path.name}, line {node.lineno}"
+
+
+def test_a_clone_can_be_checked_out_on_windows():
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs git's list of files")
+    listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    assert [name for name, n in Counter(map(str.casefold, listed)).items() if n > 1] == []
+    for name in listed:
+        assert len(name) < 100  # of the 260 characters that a path may have
+        assert not re.search(r'[<>:"|?*\\]', name)
+        for part in name.split("/"):
+            assert not PureWindowsPath(part).is_reserved(), name
+            assert part[-1] not in ". ", name
 
 
 def test_github_runs_every_system_and_python():

@@ -10,6 +10,7 @@ import torch
 from conftest import make_batch
 from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from advlab import catalogue, paper, plots
@@ -219,6 +220,33 @@ def test_curves_have_the_range_of_seeds_and_the_undefended_networks(table, seeds
     highest = 100 * table.loc[table["train_eps"] == 0, "accuracy"]
     assert np.allclose(ranges, np.stack([highest - 5, highest], axis=1))
     assert all(len(lines.get_segments()) == len(paper.TEST_EPS) for lines in bars[:-1])
+
+
+def test_sizes_that_a_file_has_rounded_get_one_tick(table):
+    rows = table[table["train_eps"] == 0].assign(
+        attack="fgsm", test_eps=[k / 255 for k in range(6)]
+    )
+    both = pd.concat([rows, rows.assign(attack="pgd-20", test_eps=rows["test_eps"].round(6))])
+    (axis,) = plots.curves(both, hue="attack", log_x=True).axes
+    assert len(axis.get_xticks()) == 6
+
+
+def test_bars_have_their_numbers_intervals_and_the_colours_of_their_attacks():
+    rows = [("a (first)", "clean", 0.8), ("b", "clean", 0.7), ("a (first)", "FGSM", 0.1)]
+    table = pd.DataFrame(rows, columns=["shown", "test", "accuracy"])
+    table = table.assign(low=table["accuracy"] - 0.05, high=table["accuracy"] + 0.1)
+    (axis,) = plots.bars(table, x="shown", title="title").axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["a\n(first)", "b"]
+    assert [text.get_text() for text in axis.texts] == ["80", "70", "10"]
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([80, 70, 10])
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches]
+    assert middles == pytest.approx([-0.2, 0.8, 0.2])
+    drawn = [lines for lines in axis.collections if isinstance(lines, LineCollection)]
+    ends = [segment[:, 1].tolist() for lines in drawn for segment in lines.get_segments()]
+    assert ends == [pytest.approx(pair) for pair in ([75, 90], [65, 80], [5, 20])]
+    looks = [plots.attack_look(name)["color"] for name in ("clean", "clean", "fgsm")]
+    assert [to_hex(bar.get_facecolor()) for bar in axis.patches] == [to_hex(c) for c in looks]
+    assert labels_of(axis.figure) == [("", "accuracy (%)")]
 
 
 def test_gains_draw_what_the_table_has():

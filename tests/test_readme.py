@@ -10,6 +10,8 @@ from conftest import write_lesson
 from nbformat.v4 import new_markdown_cell
 
 from advlab import files
+from advlab.bench import scale
+from advlab.bench.measure import missed_by
 from advlab.catalogue import Lesson
 from advlab.upkeep import readme
 
@@ -70,10 +72,89 @@ def with_figures(home, **changed):
     return home
 
 
+def bench_rows():
+    return pd.read_csv(ROOT / "figures" / "bench.csv")
+
+
+def test_each_target_that_was_missed_is_explained():
+    told = set(re.findall(r"^- \*\*([^*]+)\*\*", PAGES["figures/README.md"], re.M))
+    missed = {row.part for row in bench_rows().itertuples() if missed_by(row) > 0}
+    assert missed == told
+
+
+def test_what_is_said_of_many_workers_is_in_the_table():
+    rows = bench_rows().query("part == 'workers' and what.str.contains('simulated')")
+    (note,) = set(rows["note"])
+    work, path = re.findall(r"([\d.]+) h", note)
+    page = " ".join(PAGES["advlab/README.md"].split())
+    assert rows["what"].str.contains(f"sweep of {scale.SEEDS} seeds").all()
+    assert f"a sweep of five seeds ({work} h of work) on 16 and on 256" in page
+    assert set(rows["way"]) == {f"{number} workers" for number in scale.WORKERS}
+    assert f"sleep a {scale.FASTER}th of" in page
+    assert f"(baseline, directions, augmented model, table) is {path} h" in page
+
+
+def test_lines_from_another_machine_say_so(empty_home):
+    rows = bench_rows()
+    rows.loc[rows["part"].isin(["workers", "start"]), ["machine", "torch"]] = "another", "9.9"
+    (empty_home / "figures").mkdir()
+    rows.to_csv(empty_home / "figures" / "bench.csv", index=False)
+    first, *_ = readme.bench_block(empty_home).splitlines()
+    own = rows.iloc[0]
+    assert first.startswith(f"Machine: {own['machine']}; torch {own['torch']}.")
+    assert "*start, workers* measured later. Machine: another; torch 9.9." in first
+    assert ("*precision* is accuracies" in first) == ("precision" in set(rows["part"]))
+
+
 def test_findings_are_not_told_when_the_tables_do_not_show_them(empty_home):
     with_figures(empty_home, high=("cnn eps=0.2", 0.3))
     with pytest.raises(ValueError, match=r"cnn eps=0.2 gains .* Write the sentences"):
         readme.findings_block(empty_home)
+
+
+def with_lengths(home, shares=(0.75, 0.5, 0.49), sigma=0.25, n=100):
+    """Write made-up tables of lessons 09 and 11 into a home."""
+    (home / "figures").mkdir()
+    names = ["baseline", "eps = 0.2", "robust"]
+    rows = [
+        {"network": name, "attack": attack, "images": 40, "l2": length}
+        for attack, lengths in {"DeepFool": (9, 9, 9), "C&W": (0.171, 0.208, float("inf"))}.items()
+        for name, length in zip(names, lengths, strict=True)
+    ]
+    pd.DataFrame(rows).to_csv(home / "figures" / "l09_distortions.csv")
+    proved = {"sigma": sigma, "radius": (0.0, 0.3, 0.325), "certified": shares, "n": n}
+    far = {"sigma": 0.5, "radius": (9.0,), "certified": (1.0,), "n": 7}  # of another noise
+    both = pd.concat([pd.DataFrame(proved), pd.DataFrame(far)])
+    both.to_csv(home / "figures" / "l11_certified.csv")
+    return home
+
+
+def test_board_has_the_lengths_that_were_measured_and_dashes(empty_home):
+    models = ["cnn robust", "cnn noise", "cnn eps=0.2", "cnn-lstm robust"]
+    board = pd.DataFrame({"clean": ["1", "2", "3", "4"]}, index=models)
+    made, told = readme.with_lengths(board, with_lengths(empty_home))
+    assert made.columns.tolist() == ["clean", "minimal L2 (n = 40)", "certified L2 (n = 100)"]
+    assert made["minimal L2 (n = 40)"].tolist() == ["inf", "-", "0.208", "-"]
+    assert made["certified L2 (n = 100)"].tolist() == ["-", "0.3", "-", "-"]
+    assert "that C&W found" in told
+    assert "under noise of 0.25 is proved to be right for half" in told
+    assert board.columns.tolist() == ["clean"]
+
+
+def test_a_length_that_no_model_of_the_board_has_is_no_column(empty_home):
+    board = pd.DataFrame({"clean": ["1", "2"]}, index=["cnn baseline", "cnn fgsm"])
+    made, told = readme.with_lengths(board, with_lengths(empty_home))
+    assert made.columns.tolist() == ["clean", "minimal L2 (n = 40)"]
+    assert "certified" not in told
+    made, told = readme.with_lengths(board.iloc[1:], empty_home)
+    assert made.columns.tolist() == ["clean"]
+    assert told == ""
+
+
+def test_a_vote_that_is_proved_for_fewer_than_half_has_radius_0(empty_home):
+    board = pd.DataFrame({"clean": ["1"]}, index=["cnn noise"])
+    made, _ = readme.with_lengths(board, with_lengths(empty_home, shares=(0.4, 0.3, 0.2)))
+    assert made["certified L2 (n = 100)"].tolist() == ["0"]
 
 
 def test_a_refresh_of_the_pages_touches_no_notebook(empty_home, monkeypatch):

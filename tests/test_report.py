@@ -13,7 +13,7 @@ from conftest import balance, draw_pictures, make_small_cnn
 from rich.console import Console
 from torch import nn
 
-from advlab import checkpoints, files, models
+from advlab import checkpoints, files, minimal, models
 from advlab.audit import CHECKLIST, Trial
 from advlab.data import DataSpec, ImageData, Split
 from advlab.upkeep import pages, report, targets
@@ -256,6 +256,11 @@ def test_the_report_says_what_the_trial_measured(labelled, tmp_path):
         interval = f"{100 * row.low:.1f} to {100 * row.high:.1f}"
         assert cells[2:] == [f"{100 * row.accuracy:.1f}", interval, str(row.correct), "50"]
         assert f">{interval}</td>" in page
+    lengths = minimal.distortion(model, images, labels, minimal.deepfool(model, images, labels))
+    middle = float(lengths["l2"].median())  # all are right
+    assert 0.01 < middle < 1
+    assert f"DeepFool found is {middle:.3g} long in L2, the median of 50 images" in found.distance
+    assert "for 0 it found none" in text
     settings = dict(rows_of(text, "Settings"))
     assert settings["parameters"] == "8,830"
     assert settings["hash of the weights"] == checkpoints.weights_hash(model)
@@ -324,6 +329,7 @@ def test_answers_at_random_are_averaged_by_autoattack(labelled, tmp_path, monkey
     lines = found.checklist.set_index("check")
     assert lines["verdict"]["the same answer to the same image"] == "ALARM"
     assert lines["measured"]["black box weaker than white box"] == "answers at random"
+    assert found.distance == "The shortest way out was not looked for: answers at random."
 
 
 @pytest.mark.parametrize("outputs", [3, 10])
@@ -380,9 +386,36 @@ def test_a_model_without_a_gradient_is_reported_on(labelled, tmp_path, monkeypat
         assert found.checklist.set_index("check")["verdict"][check] == "ALARM"
         assert f"- **{check}.** {pages.escape(pages.MEANING[check][0])[:40]}" in text
         assert found.accuracies["test"].tolist() == ["clean", "noise", "Square, 1,000 queries"]
+        assert found.distance == "The shortest way out was not looked for: no gradient."
     settings = report.Settings(n=20, autoattack=True)
     with pytest.raises(ValueError, match="the logits carry no gradient, and AutoAttack needs one"):
         audit(tmp_path, Blind(model, 1.0), data, settings=settings)
+
+
+def test_large_images_get_fewer_ways_out_at_once(labelled, monkeypatch):
+    model, data = labelled
+    images, labels = data.test.first(7).batch(slice(None))
+    expected, sizes = Trial(model, images, labels).lengths, []
+
+    def watched(model, images, labels):
+        sizes.append(len(images))
+        return minimal.deepfool(model, images, labels)
+
+    monkeypatch.setattr("advlab.audit.deepfool", watched)
+    monkeypatch.setattr("advlab.audit.PIXELS", 32 * 32 // 33)  # as if they were 33 times as large
+    torch.testing.assert_close(Trial(model, images, labels).lengths, expected)
+    assert sizes == [3, 3, 1]
+
+
+def test_ways_out_that_were_not_found_are_told(labelled):
+    model, data = labelled
+    images, labels = data.test.first(6).batch(slice(None))
+    trial = Trial(model, images, labels)
+    trial.__dict__["lengths"] = torch.tensor([1.0, 2.0, torch.inf, torch.inf])
+    told = report._distance(trial)
+    assert "is 2 long in L2, the median of 4 images that are right (for 2 it found none" in told
+    trial.__dict__["lengths"] = torch.tensor([])
+    assert report._distance(trial).endswith("looked for: no image is right as it is.")
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(labelled, tmp_path, monkeypatch):

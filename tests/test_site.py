@@ -56,6 +56,26 @@ def test_notebook_gets_links_folds_and_texts_in_place_of_pictures():
     assert "section Your turn" in unknown.metadata["mystnb"]["image"]["alt"]
 
 
+def test_each_solution_is_behind_a_fold():
+    cells = [
+        new_markdown_cell("# Solutions\n\nTry them first."),
+        new_markdown_cell("Of both.\n\n## 1 A"),
+        new_code_cell("7"),
+        new_markdown_cell("So 7.\n\n## 2 B\n\nText."),
+        new_code_cell("8"),
+    ]
+    made = site.prepared(new_notebook(cells=cells), "solutions/02_fgsm", {})
+    fold = "<details><summary>Solution</summary>"
+    assert [cell.source for cell in made.cells] == [
+        "# Solutions\n\nTry them first.",
+        f"Of both.\n\n## 1 A\n\n{fold}",
+        "7",
+        f"So 7.\n\n</details>\n\n## 2 B\n\n{fold}\n\nText.",
+        "8",
+        "</details>",
+    ]
+
+
 @pytest.mark.parametrize(
     ("folder", "link", "expected"),
     [
@@ -274,7 +294,22 @@ def test_pictures_have_texts_and_formulas_are_drawn(built, read):
     lesson = (built / "notebooks/02_fgsm.html").read_text()
     assert lesson.count("<math") > 10
     for path in built.glob("notebooks/**/*.html"):
-        assert "<code>$" not in path.read_text(), f"{path.name} has a formula that is not drawn"
+        text = path.read_text()
+        assert "<code>$" not in text, f"{path.name} has a formula that is not drawn"
+        raw = re.findall(r"<m\w+[^>]*>\\\w+", text)
+        assert not raw, f"{path.name} shows commands of TeX: {raw}"
+
+
+def test_solutions_are_folded(built):
+    for path in (files.home() / "notebooks/solutions").glob("*.ipynb"):
+        page = (built / f"notebooks/solutions/{path.stem}.html").read_text()
+        # Nothing but the fold is between the heading of an exercise and the next one.
+        parts = re.split(r"<h2>", page.split("</article>")[0])[1:]
+        assert len(parts) >= 5
+        for part in parts:
+            below = part.split("</h2>", 1)[1].strip()
+            assert below.startswith("<details><summary>Solution</summary>"), part[:200]
+            assert part.count("</details>") == part.count("<details")
 
 
 # --- in a browser

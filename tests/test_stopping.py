@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -65,6 +65,16 @@ def kept(clone: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
+@contextmanager
+def named_if_left(started: list[psutil.Process], when: str) -> Iterator[None]:
+    """When the block fails, say which of the processes that were started are left."""
+    try:
+        yield
+    except AssertionError as error:
+        left = [p.as_dict(["pid", "status", "cmdline"]) for p in alive(started)]
+        raise AssertionError(f"{error}, {when}; left: {left}") from error
+
+
 def stop_after_an_epoch(clone: Path, run: Callable[[], psutil.Popen], number: int) -> str:
     """Send a signal to a run that trains; return what it has printed."""
     before, process = kept(clone), run()
@@ -75,7 +85,8 @@ def stop_after_an_epoch(clone: Path, run: Callable[[], psutil.Popen], number: in
     else:
         process.send_signal(number)
     assert process.wait(30) != 0
-    wait_for(lambda: not alive(started), "no process is left", 5)
+    with named_if_left(started, f"after signal {number}"):
+        wait_for(lambda: not alive(started), "no process is left", 30)  # they may get little time
     left = kept(clone)
     time.sleep(1)
     assert kept(clone) == left

@@ -65,6 +65,7 @@ def test_every_shipped_model_is_attacked(house):
     assert auto[["low", "high"]].iloc[0].tolist() == [low, high]
     assert set(table.loc[table["attack"] == "pgd-20", "n"]) == {40}
     assert set(table.loc[table["attack"] == "pgd-50x3", "n"]) == {20}
+    assert set(table["device"]) == {"cpu"}
     assert "25.0" in text
     written = pd.read_csv(files.home() / "outputs" / "audit" / "audit.csv")
     assert len(written) == len(table)
@@ -110,6 +111,17 @@ def test_the_two_best_are_attacked_on_more_images(house, monkeypatch):
     assert best.iloc[0].tolist()[:7] == pytest.approx(["cnn eps=0.1", 0.75, low, high, 30, 40, 18])
     assert best.iloc[1].tolist()[4:7] == [12, 40, 0]
     assert list(best["p"]) == pytest.approx([2 * 0.5**18] * 2)
+
+
+def test_of_some_models_only_the_longer_attack_is_published(house, monkeypatch):
+    monkeypatch.setattr(ImageData, "papers", True)
+    monkeypatch.setattr(files, "clone", files.home)
+    with pytest.raises(ValueError, match="of some models, what --best-n adds"):
+        run(auto_n=20, names=["cnn-"], publish=True)
+    run(auto_n=20, best_n=40, names=["cnn-"], publish=True)
+    written = {path.name for path in (files.home() / "figures").iterdir()}
+    assert written == {"audit_best.csv"}
+    assert (files.home() / "outputs" / "audit" / "audit.csv").is_file()
 
 
 @pytest.mark.parametrize("options", [{"auto_n": 0}, {"auto_n": 20, "names": ["cnn-baseline"]}])

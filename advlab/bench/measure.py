@@ -117,11 +117,9 @@ def compare(
 
 def cells(row: Any) -> list[str]:
     """Return the texts of one row: task, way, median, spread, ratio, of ceiling, target."""
-    of_ratio = row.target_of == "ratio"
-    figure = row.ratio if of_ratio else row.value
-    # Of a ratio that was not measured (no other library is installed) neither is true.
-    missed = figure > row.target if row.target_of == "at most" else figure < row.target
-    target = f"{row.target:g} x" if of_ratio else f"{row.target_of} {row.target:,g}"
+    target = f"{row.target:g} x" if row.target_of == "ratio" else f"{row.target_of} {row.target:,g}"
+    if by := missed_by(row):
+        target += f": missed by {number(by)} %"
     return [
         row.what,
         row.way,
@@ -129,8 +127,18 @@ def cells(row: Any) -> list[str]:
         "" if row.low == row.high else f"± {50 * (row.high - row.low) / row.value:.0f} %",
         "" if math.isnan(row.ratio) else f"{number(row.ratio)} x",
         "" if math.isnan(row.of_ceiling) else f"{100 * row.of_ceiling:.0f} %",
-        "" if math.isnan(row.target) else target + ": missed" * missed,
+        "" if math.isnan(row.target) else target,
     ]
+
+
+def missed_by(row: Any) -> float:
+    """Return by how many percent of its target a row misses it; 0 if it does not.
+
+    A ratio that was not measured (no other library is installed) misses nothing.
+    """
+    figure = row.ratio if row.target_of == "ratio" else row.value
+    beyond = 100 * (figure / row.target - 1) * (1 if row.target_of == "at most" else -1)
+    return max(0.0, beyond) if math.isfinite(beyond) else 0.0
 
 
 def number(value: float) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 from advlab import datasets, files, paper, plots
 from advlab.bench import busy, footprint, parts, picture, rivals
 from advlab.bench.measure import Row, cells
+from advlab.bench.precision import precision_part
 from advlab.bench.scale import scale_part
 from advlab.bench.strongest import strongest_part
 from advlab.bench.whole_paper import whole_part
@@ -89,6 +90,7 @@ def measure(
         jobs["AutoAttack"] = lambda: strongest_part(
             images, robust("cnn"), {f"{a} eps={eps:g}": zoo.get(a, eps).model for a, eps in ten}
         )
+        jobs["precision"] = lambda: precision_part(images, zoo)
         jobs["whole paper"] = lambda: whole_part([*known, *rows], files.shipped())
     names = ", ".join(jobs)
     jobs = {name: job for name, job in jobs.items() if not only or name.startswith(tuple(only))}

@@ -65,8 +65,9 @@ def scale_part(images: ImageData, model: nn.Module, rounds: int = 1) -> list[Row
         if shutil.which("bwrap") and find_spec("nbgrader"):  # else nothing can be graded here
             tasks["grading four notebooks"] = partial(_grade, Path(folder)), 4, "notebooks/s"
         for what, (call, amount, unit) in tasks.items():
-            ways = {f"{n} workers": Way(partial(call, n), amount) for n in (1, 2)}
-            rows += compare("workers", what, ways, rounds, unit, against="1 workers")
+            numbers = {"1 worker": 1, "2 workers": 2}
+            ways = {name: Way(partial(call, n), amount) for name, n in numbers.items()}
+            rows += compare("workers", what, ways, rounds, unit, against="1 worker")
     return [*rows, *_simulated()]
 
 

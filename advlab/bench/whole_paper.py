@@ -52,7 +52,9 @@ def whole_part(rows: Sequence[Row], home: Path) -> list[Row]:
 
     names = [file_stem(arch, eps, 0) for arch in paper.TABLES for eps in paper.TABLE_TRAIN_EPS]
     shipped = [home / "data" / "checkpoints" / f"{name}.safetensors" for name in names]
-    processes = json.loads((home / "figures" / "times.json").read_text())["processes"]
+    processes = json.loads((home / "figures" / "times.json").read_text(encoding="utf-8"))[
+        "processes"
+    ]
     trained = sum(read_metadata(path)["seconds"] for path in shipped) / processes
     note = "projected from the steps above and exact counts"
     found = [
@@ -62,7 +64,7 @@ def whole_part(rows: Sequence[Row], home: Path) -> list[Row]:
     record = home / "figures" / "reproduce.json"
     if not record.is_file():
         return found
-    run = json.loads(record.read_text())
+    run = json.loads(record.read_text(encoding="utf-8"))
     fast = sum(run["models"][name] for name in names) / run["processes"]
     what = f"advlab reproduce: {len(run['models'])} models, all lessons"
     clock = run["wall_seconds"] / 3600

@@ -326,7 +326,10 @@ def rehearse(
         raise CourseError(f"a solution loses points: {told}. Mend the assignment before you use it")
     cells = table.assign(by_hand=table["points"].where(table["score"].isna(), 0))
     found = cells.groupby("assignment")[["points", "by_hand"]].sum().reset_index()
-    took = {name: json.loads((kept / "scores.json").read_text()) for name, kept in one.items()}
+    took = {
+        name: json.loads((kept / "scores.json").read_text(encoding="utf-8"))
+        for name, kept in one.items()
+    }
     found["seconds"] = [took[name]["seconds"] for name in found["assignment"]]
     if publish:
         files.write_table(files.home() / "figures" / "grading.csv", found)

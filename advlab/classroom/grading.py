@@ -164,7 +164,7 @@ def earlier(
     """
     written = one.kept(output) / "scores.json"
     with suppress(OSError, ValueError):
-        scores = json.loads(written.read_text())
+        scores = json.loads(written.read_text(encoding="utf-8"))
         same = scores.get("identity") == pack(one, source).identity(sandboxed=sandboxed)
         if same and seed in (None, scores.get("seed")):
             return scores
@@ -300,7 +300,7 @@ def _probed(words: Sequence[str], job: dict[str, Any], token: str) -> list[str]:
         OSError: if it cannot be run, with what it printed.
     """
     how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         command = [*words, sys.executable, "-m", "advlab.classroom.probe"]
         how["env"] = {**os.environ, "ADVLAB_PROBE": token}
         process = subprocess.Popen(command, stderr=log, **how)

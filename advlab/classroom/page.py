@@ -8,6 +8,7 @@ HTML gets through: texts are escaped, formulas are MathML of few attributes, pic
 import base64
 import html
 import json
+import re
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -34,6 +35,7 @@ COLOURED = (Comment, Keyword, Number, String)
 # Not href, class or style, which TeX can set.
 FORMULA = {"accent", "columnalign", "display", "displaystyle", "fence", "form", "linethickness"}
 FORMULA |= {"mathvariant", "maxsize", "minsize", "scriptlevel", "stretchy", "width", "xmlns"}
+_ARG = re.compile(r"\\arg(?![a-zA-Z])")
 
 
 class _Renderer(mistune.HTMLRenderer):
@@ -76,6 +78,7 @@ def formula(tex: str, display: str) -> str:
 
 
 def _mathml(tex: str, display: str) -> str:
+    tex = _ARG.sub(r"\\operatorname{arg}", tex)  # the one function of TeX that it does not know
     drawn = convert_to_element(tex, display=display)
     for element in drawn.iter():
         # What it leaves to be escaped holds entities of its own.

@@ -41,7 +41,7 @@ def break_out(job: dict[str, Any]) -> Iterator[str]:
         yield "act as the administrator (it holds capabilities)"
     if os.getuid() == 0:
         yield "be root"
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     mounts = [_unescaped(found[1]) for found in map(MOUNT.match, lines) if found]
     elsewhere = [f for f in job["hidden"] if not any(map(Path(f).is_relative_to, job["own"]))]
     folders = {*mounts, *elsewhere, "/etc", sys.prefix, str(Path(__file__).parent)}
@@ -100,7 +100,7 @@ def _clones(libc: ctypes.CDLL) -> bool:
 
 def _status(field: str) -> str:
     """Return a field of what the kernel says of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
 
 

@@ -261,7 +261,7 @@ def seen_from_outside(pid: int) -> list[str]:
     could = []
     ids = {*inside.uids()}
     if os.geteuid() == 0:
-        status = Path(f"/proc/{inside.pid}/status").read_text()
+        status = Path(f"/proc/{inside.pid}/status").read_text(encoding="utf-8")
         groups = next(line for line in status.splitlines() if line.startswith("Groups:"))
         ids |= {*inside.gids(), *map(int, groups.split()[1:])}
     if 0 in ids:

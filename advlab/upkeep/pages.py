@@ -149,6 +149,7 @@ class Report:
         summary: What is said first; plain text.
         checklist: As `audit.Trial.checklist`.
         accuracies: As `audit.Trial.accuracies`, with a row for AutoAttack if it was asked for.
+        distance: How far the model is from its next mistake; plain text.
         settings: What was measured, on what and with what: plain text by name.
     """
 
@@ -156,6 +157,7 @@ class Report:
     summary: str
     checklist: pd.DataFrame
     accuracies: pd.DataFrame
+    distance: str
     settings: dict[str, str]
 
     def markdown(self) -> str:
@@ -178,6 +180,7 @@ class Report:
             "Every attack knows the model, but for noise, transfer and Square. Intervals are "
             "Wilson's.",
             "![Accuracy against eps; the numbers are those of the table](report.png)",
+            escape(self.distance),
             "## Settings",
             _table(settings.map(escape), "left left"),
         ]

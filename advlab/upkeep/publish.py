@@ -106,7 +106,9 @@ def retrain(
             environment(ADVLAB_CACHE=cache),
         ):
             folder = run(options=Options(profile, "cifar10"), alone=True, console=console)
-        times["profiles"][profile] = json.loads((folder / "run.json").read_text())["seconds"]
+        times["profiles"][profile] = json.loads((folder / "run.json").read_text(encoding="utf-8"))[
+            "seconds"
+        ]
     files.write_bytes(files.home() / "figures" / "times.json", json.dumps(times, indent=2).encode())
     readme.refresh_headers(files.home())
     readme.refresh(files.home())
@@ -165,7 +167,7 @@ def reproduce(
             table = sweep.run(asked, options, scheduler=scheduler, console=console)
             files.write_bytes(output / "figures" / "fast_seeds.csv", table.read_bytes())
     if publish:
-        record = json.loads((output / "run.json").read_text())
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
         models = sorted((output / "checkpoints").glob("*-seed0.safetensors"))
         record["models"] = {path.stem: round(read_metadata(path)["seconds"], 1) for path in models}
         clock = files.home() / "figures" / "reproduce.json"

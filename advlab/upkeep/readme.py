@@ -30,7 +30,7 @@ def lesson_paths(home: Path) -> list[Path]:
 
 
 def _read_times(figures: Path) -> dict[str, Any]:
-    return json.loads((figures / "times.json").read_text())
+    return json.loads((figures / "times.json").read_text(encoding="utf-8"))
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -193,17 +193,114 @@ def speed_block(home: Path) -> str:
     )
 
 
+WAY_OUT = "C&W"  # the attack of lesson 09 that finds the shortest ways in L2
+MEASURED_AS = {"baseline": "cnn baseline", "eps = 0.2": "cnn eps=0.2", "robust": "cnn robust"}
+VOTER, SIGMA = "cnn noise", 0.25  # whose vote lesson 11 certifies, under the noise of its training
+
+
+def minimal_lengths(home: Path) -> tuple[pd.Series, int]:
+    """Return by model the median L2 of lesson 09's `WAY_OUT`, and the number of images."""
+    rows = pd.read_csv(home / "figures" / "l09_distortions.csv").query("attack == @WAY_OUT")
+    (n,) = set(rows["images"])
+    return rows.set_index(rows["network"].map(MEASURED_AS))["l2"], n
+
+
+def certified_lengths(home: Path) -> tuple[pd.Series, int]:
+    """Return by model the radius within which lesson 11 proves half of the images, and their n.
+
+    Of the radii that the lesson tried, the largest; 0 where it proves fewer than half at any.
+    """
+    rows = pd.read_csv(home / "figures" / "l11_certified.csv").query("sigma == @SIGMA")
+    (n,) = set(rows["n"])
+    half = rows.loc[rows["certified"] >= 0.5, "radius"]
+    return pd.Series({VOTER: half.max() if len(half) else 0.0}), n
+
+
+def with_lengths(board: pd.DataFrame, home: Path) -> tuple[pd.DataFrame, str]:
+    """Return a `board_table` with what lessons 09 and 11 measured in L2, and what that is.
+
+    Args:
+        board: Index model.
+        home: The clone.
+
+    Returns:
+        The board with a column for each lesson that measured one of its models, "-" for the
+        others; and a sentence or more for each column.
+    """
+    proof = (
+        f"*certified L2*: the radius within which the vote of a model under noise of {SIGMA:g} is "
+        "proved to be right for half of the images (lesson 11); it is a promise of the vote, not "
+        "of the model."
+    )
+    way_out = (
+        f"*minimal L2*: the median length of the shortest change that {WAY_OUT} found, among "
+        "images that the models with this figure get right (lesson 09); a better attack may find "
+        "a shorter one."
+    )
+    measured = {
+        "minimal L2": (minimal_lengths(home), way_out),
+        "certified L2": (certified_lengths(home), proof),
+    }
+    wider, told = board.copy(), []
+    for head, ((lengths, n), about) in measured.items():
+        if lengths.index.isin(board.index).any():
+            texts = lengths.map("{:.3g}".format).reindex(board.index, fill_value="-")
+            wider[f"{head} (n = {n:,})"] = texts
+            told.append(about)
+    return wider, " ".join(told)
+
+
 def trial_block(home: Path) -> str:
     """Return the models of Tables 1 and 2 and the adversarially trained ones, white box."""
     rows = pd.read_csv(home / "figures" / "audit.csv")
     known = rows["train_eps"].isin(paper.TABLE_TRAIN_EPS) | (rows["recipe"] != "paper")
     rows = rows[rows["architecture"].isin(TABLES) & known]
+    board, told = with_lengths(board_table(rows), home)
     return (
         "Accuracy in % on CIFAR-10, seed 0, L-inf, eps 8/255, every model attacked with its own "
         "gradient; pgd-50x3 is 50 steps from three random starts on cross entropy and margin. "
-        "In brackets: the 95 % interval."
-        f"\n\n{markdown(board_table(rows).reset_index())}"
-        f"\n\n{pairs_text(pd.read_csv(home / 'figures' / 'audit_pairs.csv'))}"
+        f"In brackets: the 95 % interval. {told}".rstrip()
+        + f"\n\n{markdown(board.reset_index())}"
+        f"\n\n{pairs_text(pd.read_csv(home / 'figures' / 'audit_pairs.csv'))} {best_text(home)}"
+        f"\n\n{_devices(rows)}"
+    )
+
+
+def best_text(home: Path) -> str:
+    """Tell how two models did under AutoAttack on more images: audit_best.csv."""
+    first, second = pd.read_csv(home / "figures" / "audit_best.csv").itertuples()
+    kept = []
+    for row in (first, second):
+        interval = f"{100 * row.low:.1f} to {100 * row.high:.1f}"
+        kept.append(f"`{row.model}` keeps {_percent(row.accuracy)} ({interval})")
+    return f"On {first.n:,} images {kept[0]} and {kept[1]}; p = {first.p:.2g}."
+
+
+def _devices(rows: pd.DataFrame) -> str:
+    """Return on which device the trial's rows were measured."""
+    most = rows["device"].mode()[0]
+    others = rows[rows["device"] != most]
+    told = [f"Measured in float32 on the device {most}"]
+    for (device, attack), here in others.groupby(["device", "attack"]):
+        told.append(f"{attack} of {', '.join(here['model'])} on {device}, not compared in pairs")
+    return "; ".join(told) + "."
+
+
+def search_block(home: Path) -> str:
+    """Return what each change behind the recipe robust-soft does alone: `advlab search`."""
+    rows = pd.read_csv(home / "figures" / "search.csv")
+    first, shown = rows.iloc[0], ["clean", "ce", "margin", "both"]
+    table = (100 * rows[shown]).map("{:.1f}".format).assign(step=rows["step"])
+    pairs = rows[["better", "worse", "p"]].apply(
+        "{better:.0f} / {worse:.0f}, {p:.2g}".format_map, 1
+    )
+    last = "only this / only the first, p"
+    table[last] = pairs.where(rows.index > 0, "")
+    return (
+        f"Accuracy in % of the CNN, {first['epochs']} epochs each, seed {first['seed']}, on "
+        f"{first['n']:,} CIFAR-10 training images that none was trained on: clean, under PGD-20 at "
+        "8/255 on the cross entropy (ce), on the margin, and under both (the worse for each image)."
+        f"\n\n{markdown(table[['step', *shown, last]])}"
     )
 
 
@@ -277,22 +374,25 @@ def times_block(home: Path) -> str:
     return markdown(pd.DataFrame(lines))
 
 
-TOLD = ("a training step's time", "workers")  # parts of the benchmark without targets
+# Parts of the benchmark without targets.
+TOLD = ("a training step's time", "workers", "precision")
 
 
 def bench_block(home: Path) -> str:
     """Return the benchmark's lines with a target, those of `TOLD`, and where it was run."""
-    rows = pd.read_csv(home / "figures" / "bench.csv")
-    first, lines = rows.iloc[0], []
+    rows, lines = pd.read_csv(home / "figures" / "bench.csv"), []
     shown = rows["target"].notna() | rows["part"].isin(TOLD) | rows["what"].str.contains("share of")
     for row in rows[shown].itertuples():
         what, way, value, _, ratio, _, target = cells(row)
         line = {"task": f"{row.part}: {what}", "way": way, "measured": value}
         lines.append(line | {"ratio": f"{ratio} {row.against}" if ratio else "", "target": target})
-    return (
-        f"Machine: {first['machine']}; torch {first['torch']}. Each comparison in turn on the same "
-        f"images, medians.\n\n{markdown(pd.DataFrame(lines))}"
-    )
+    where = "Machine: " + rows["machine"] + "; torch " + rows["torch"] + "."
+    told = [where.iloc[0], "Each comparison in turn on the same images, medians."]
+    for other, part in rows[where != where.iloc[0]].groupby(where)["part"]:
+        told.append(f"*{', '.join(part.unique())}* measured later. {other}")
+    if "precision" in rows["part"].tolist():
+        told.append("*precision* is accuracies, measured once.")
+    return f"{' '.join(told)}\n\n{markdown(pd.DataFrame(lines))}"
 
 
 def grading_block(home: Path) -> str:
@@ -315,6 +415,7 @@ PAGES: dict[str, dict[str, Block]] = {
     "README.md": {"findings": findings_block, "lessons": lessons_block},
     "figures/README.md": {
         "trial": trial_block,
+        "search": search_block,
         "results": results_block,
         "bench": bench_block,
     },

@@ -95,7 +95,8 @@ def audit_model(
         row = ("AutoAttack", settings.eps, correct / n, *wilson(correct, n), correct, n)
         accuracies.loc[len(accuracies)] = row
     facts = _facts(model, trial, data, outputs, settings.autoattack)
-    report = Report(name, _summary(checklist, accuracies), checklist, accuracies, facts)
+    summary, distance = _summary(checklist, accuracies), _distance(trial)
+    report = Report(name, summary, checklist, accuracies, distance, facts)
     report.write(output)
     return report
 
@@ -111,6 +112,21 @@ def _summary(checklist: pd.DataFrame, accuracies: pd.DataFrame) -> str:
         f"The clean accuracy, {100 * clean.accuracy:.1f} % (95 % interval {interval(clean)}), is "
         f"not above chance ({checklist['measured'][0]}). What follows means little before the "
         f"model has learned. {text}"
+    )
+
+
+def _distance(trial: Trial) -> str:
+    """Return in a sentence how far from its next mistake the model is; what kept us from asking."""
+    lengths = trial.lengths
+    if lengths is None or len(lengths) == 0:
+        why = "no gradient" if not trial.has_gradient else "answers at random"
+        why = why if lengths is None else "no image is right as it is"
+        return f"The shortest way out was not looked for: {why}."
+    missed = int(lengths.isinf().sum())
+    return (
+        f"The shortest way out that DeepFool found is {float(lengths.median()):.3g} long in L2, "
+        f"the median of {len(lengths):,} images that are right (for {missed:,} it found none, "
+        "which counts as infinitely far). It is an upper bound: lesson 09."
     )
 
 
@@ -203,4 +219,5 @@ def show(report: Report, folder: Path, console: Console) -> None:
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(report.summary)
     console.print(table)
+    say(report.distance)
     say(f"Written: {folder / 'report.html'} (and report.md, report.png)")

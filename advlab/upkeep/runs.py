@@ -134,7 +134,11 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0].partition(": ")[2] if models else name
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
@@ -170,7 +174,7 @@ def open_record(path: Path, fresh: dict[str, Any], resume: bool) -> dict[str, An
         _write_record(fresh, path)
         return fresh
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         then, now = dict(record["settings"]), fresh["settings"]
         dict(record["notebooks"]), dict(record["seconds"])
     except (ValueError, KeyError, TypeError) as error:

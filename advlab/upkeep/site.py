@@ -11,10 +11,12 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
 
 import advlab
 from advlab import files
@@ -39,6 +41,7 @@ HIDDEN = {"parameters": "hide-input", anywhere.TAG: "remove-cell"}  # what MyST-
 LEFT_OUT = ("__main__", "cli", "_torchvision")  # modules that nobody imports
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\)")
 _ANCHOR = re.compile(r"(?<=\]\()#[^)]*(?=\))")
+_EXERCISE = re.compile(r"^## .*", re.M)
 _SAVED = re.compile(r"lesson\.save\(\s*\"(\w+)\"")
 
 
@@ -84,9 +87,9 @@ def relink(text: str, folder: str, page: str = "") -> str:
 def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> NotebookNode:
     """Return a notebook as MyST-NB reads it best.
 
-    Exercises are linked to their solutions, anchors written as MyST makes them (JupyterLab keeps
-    capitals), the text of a fold becomes Markdown, the cell of parameters is folded, the one for
-    Colab left out, and figures get a text in place of the picture.
+    Exercises are linked to their solutions, and each solution is behind a fold. Anchors are written
+    as MyST makes them (JupyterLab keeps capitals), the text of a fold becomes Markdown, the cell of
+    parameters is folded, the one for Colab left out, and a figure gets a text in its place.
 
     Args:
         notebook: As committed; it is changed.
@@ -104,6 +107,8 @@ def prepared(notebook: NotebookNode, name: str, alts: dict[str, str]) -> Noteboo
         tags += [HIDDEN[tag] for tag in tags if tag in HIDDEN]
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             cell.metadata["mystnb"] = {"image": {"alt": alt(cell, name, heading, alts)}}
+    if name.startswith("solutions/"):
+        _fold_answers(notebook)
     return notebook
 
 
@@ -119,6 +124,18 @@ def alt(cell: NotebookNode, name: str, heading: str, alts: dict[str, str]) -> st
     keys = [*_SAVED.findall(cell.source), f"{name}: {heading}"]
     told = next((alts[key] for key in keys if key in alts), "")
     return told or f"Figure of the section {heading}; the text below says what it shows"
+
+
+def _fold_answers(notebook: NotebookNode) -> None:
+    """Put what stands below each heading of a notebook with solutions behind a fold."""
+    ends = chain([""], repeat("</details>\n\n"))
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _EXERCISE.sub(
+                lambda heading: f"{next(ends)}{heading[0]}\n\n<details><summary>Solution</summary>",
+                cell.source,
+            )
+    notebook.cells.append(new_markdown_cell("</details>"))
 
 
 def _as_anchor(link: re.Match[str]) -> str:

@@ -2,7 +2,8 @@
 
 Nobody tags cells for it. A rule does, while the slides are made: a heading starts a slide, and what
 is short or can be looked at follows on it, or below it where it is full. What answers a question
-comes after it. Long paragraphs are notes for the speaker (key S); long code is left out.
+comes after it. Long paragraphs are notes for the speaker (key S); long code is left out. What is
+larger than a screen all the same, such as a long table, is drawn smaller when it is shown.
 """
 
 import html
@@ -26,8 +27,11 @@ from advlab.upkeep import prose, runs, site
 ROOM = 16.5  # lines of text that a slide holds
 WIDE = 84  # characters of such a line
 SMALL = 0.72  # a line of code, in lines of text
+WIDE_CODE = 104  # characters of such a line
+SMALLEST = 60  # percent of its size to which a slide that is too full may shrink
 LONGEST_TEXT = 40  # words of a paragraph: a longer one is for the speaker's notes
 LONGEST_CODE = 20  # lines of a cell: longer code is left to the notebook
+LONGEST_OUTPUT = 34  # printed lines: longer ones go on below, from a blank line on
 TIMES = "**Time on two cores:**"  # how long the notebook runs
 UNTOLD = ("References",)  # sections that are left out
 REVEAL = ("dist/reset.css", "dist/reveal.css", "dist/theme/white.css")
@@ -85,12 +89,16 @@ def lines(cell: NotebookNode) -> float:
         shown += [output.text for output in cell.outputs if "text" in output]
         if any("text/html" in output.get("data", {}) for output in cell.outputs):
             return ROOM  # a figure
-        return sum(SMALL * len(text.splitlines()) + 1 for text in shown)
+        return sum(SMALL * _wrapped(text, WIDE_CODE) + 1 for text in shown)
     level, _ = prose.heading(cell.source)
     taken = 3.0 if level else 0.6
     for line in cell.source.splitlines():
         taken += 2.5 if line.startswith("$$") else ceil(len(line) / WIDE)
     return taken
+
+
+def _wrapped(text: str, wide: int) -> int:
+    return sum(max(1, ceil(len(line) / wide)) for line in text.splitlines())
 
 
 def _linked(text: str) -> str:
@@ -121,14 +129,23 @@ def _picture(output: NotebookNode, alt: str) -> NotebookNode:
 def _results(cell: NotebookNode, alt: str) -> Iterator[tuple[NotebookNode, str]]:
     """Yield a cell for each output of a code cell that is shown: figures, and printed lines."""
     for output in cell.outputs:
-        part = new_code_cell()
-        part.metadata["transient"] = {"remove_source": True}
         if "image/png" in output.get("data", {}):
-            part.outputs = [_picture(output, alt)]
-            yield part, "subslide"
+            yield _shown(_picture(output, alt)), "subslide"
         elif output.output_type == "stream":
-            part.outputs = [output]
-            yield part, "-"
+            for text in _screens(output.text):
+                yield _shown(nbformat.v4.new_output("stream", text=text)), "-"
+
+
+def _shown(output: NotebookNode) -> NotebookNode:
+    """Return a cell of which an output is shown, and no code."""
+    return new_code_cell(outputs=[output], metadata={"transient": {"remove_source": True}})
+
+
+def _screens(printed: str) -> list[str]:
+    """Return printed lines in parts that a slide can hold, where blank lines allow it."""
+    if len(printed.splitlines()) <= LONGEST_OUTPUT:
+        return [printed]
+    return [part.strip("\n") + "\n" for part in printed.split("\n\n") if part.strip()]
 
 
 def _code(cell: NotebookNode, alt: str) -> Iterator[tuple[NotebookNode, str]]:
@@ -222,7 +239,8 @@ def drawn(slides: NotebookNode, title: str, reveal: dict[str, str]) -> str:
         reveal: As `reveal_files` returns it.
     """
     exporter = _Exporter(template_file=str(Path(__file__).with_name("slides.html.j2")))
-    page, _ = exporter.from_notebook_node(slides, {"reveal_files": reveal, "title": title})
+    told = {"reveal_files": reveal, "title": title, "smallest": SMALLEST}
+    page, _ = exporter.from_notebook_node(slides, told)
     return str(page)
 
 

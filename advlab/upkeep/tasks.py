@@ -183,7 +183,7 @@ def token_of(folder: Path) -> str:
     path = folder / ".cluster"
     if not path.is_file():
         files.write_bytes(path, token_hex(8).encode())
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 # --- what workers are asked for

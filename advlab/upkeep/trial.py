@@ -57,13 +57,13 @@ def run(
         best_n: Images for AutoAttack on the two models that are best by `auto_n`; 0 for no more.
         test_n: Images for FGSM and PGD-20; None for all.
         publish: Write audit.csv and audit_pairs.csv, and with `best_n` audit_best.csv, into the
-            repository's figures, not into outputs/audit.
+            repository's figures, not into outputs/audit. With `names`, audit_best.csv alone.
         scheduler: Which cluster measures; see `cluster.connect`.
 
     Raises:
         TaskError, ClusterError: as `graph.measure` and `cluster.connect`.
         ValueError: if no checkpoint is called so, `best_n` has no two models to choose among, or
-            other data than CIFAR-10 or a part of the models were to be published.
+            other data than CIFAR-10, or the trial of a part of the models, were to be published.
         FileNotFoundError: if it was to be published outside a clone.
         ImportError: without the extra "audit", unless `auto_n` is 0.
     """
@@ -72,9 +72,11 @@ def run(
         files.clone()
     asked = Options("lesson", dataset, data_dir, device=device).resolved()
     opened = asked.open()
-    if publish and (not opened.data.papers or names or test_n or not auto_n):
+    some = bool(names) and not best_n
+    if publish and (not opened.data.papers or some or test_n or not auto_n):
         raise ValueError(
-            "--publish writes what the lessons show: all models, all images, on CIFAR-10"
+            "--publish writes what the lessons show: all models, all images, on CIFAR-10; of some "
+            "models, what --best-n adds"
         )
     chosen = choose_models(names)
     if best_n and (not auto_n or len(chosen) < 2):
@@ -88,7 +90,8 @@ def run(
         with connect(scheduler) as cluster:
             _measure(cluster, asked, trials)
     table = pd.concat([trial.rows(known) for trial in trials], ignore_index=True)
-    folder = files.home() / ("figures" if publish else "outputs/audit")
+    figures, outputs = (files.home() / name for name in ("figures", "outputs/audit"))
+    folder = figures if publish and not names else outputs
     files.write_table(folder / "audit.csv", table)
     if auto_n:
         held = {trial.checkpoint.name: trial.held(EPS, known) for trial in trials}
@@ -96,7 +99,8 @@ def run(
         if best_n:
             ranked = sorted(trials, key=lambda trial: -int(held[trial.checkpoint.name].sum()))
             best = [replace(trial, auto_n=best_n) for trial in ranked[:2]]
-            files.write_table(folder / "audit_best.csv", _longer(best, scheduler))
+            longer = _longer(best, scheduler)
+            files.write_table((figures if publish else outputs) / "audit_best.csv", longer)
     title = f"accuracy %, {table['data'][0]}, white box, L-inf, eps 8/255; {machine()}"
     texts = readme.board_table(table)
     texts.columns = texts.columns.str.replace(" (", "\n(", regex=False)
@@ -185,7 +189,7 @@ class _Trial:
         return {"fgsm": self.test_n, "pgd-20": self.test_n, **restarts}
 
     def rows(self, store: Store, each: autoattack.Each = map) -> pd.DataFrame:
-        """Return the rows: clean, FGSM, PGD and, unless `auto_n` is 0, AutoAttack.
+        """Return the rows: clean, FGSM, PGD and, unless `auto_n` is 0, AutoAttack; and the device.
 
         Args:
             store: Where they are kept.
@@ -209,7 +213,7 @@ class _Trial:
             parts.append(pd.DataFrame([row]))
         measured = pd.concat(parts, ignore_index=True)
         measured.loc[measured["test_eps"] == 0, "attack"] = "clean"
-        return measured
+        return measured.assign(device=self.opened.device.type)
 
     def held(self, eps: float, store: Store, each: autoattack.Each = map) -> Tensor:
         """Return which of the first `n` test images AutoAttack leaves right: (n,) bool."""
