@@ -50,7 +50,7 @@ TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
 
 def pytest_collection_modifyitems(items):
     """Start the long tests first: the short ones then fill what is left of either core."""
-    long = ("test_notebooks", "test_course", "test_browser", "test_site")
+    long = ("test_notebooks", "test_course", "test_browser", "test_site", "test_wheel")
     items.sort(key=lambda item: item.path.stem not in long)
 
 

@@ -1,7 +1,11 @@
-"""An assignment examined in one process: two threads hold the two sides, and only texts go over."""
+"""An assignment run in this process: plainly, as students run it, or examined, as the grader does.
+
+For the grader two threads hold the two sides, and only texts go over.
+"""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from queue import Queue
 from threading import Thread
 from unittest.mock import patch
@@ -49,14 +53,37 @@ class Line:
         self.there.put('{"do": "end"}')
 
 
+@contextmanager
+def given_back() -> Iterator[None]:
+    """Give back what tests take away."""
+    with ExitStack() as stack:
+        for module, name in TAKEN:
+            stack.enter_context(patch.object(module, name, getattr(module, name)))
+        yield
+
+
+def run_plainly(notebook):
+    """Return why each test in `notebook` fails, or "", where it is run from top to bottom."""
+    space, found = {"__name__": "__main__"}, {}
+    with given_back():
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                error = ""
+                try:
+                    exec(cell.source, space)
+                except Exception as raised:
+                    error = f"{type(raised).__name__}: {raised}"
+                if cell.metadata.nbgrader.grade:
+                    found[cell.metadata.nbgrader.grade_id] = error
+    return found
+
+
 def examine(notebook, source, seed=0):
     """Return why each test of `source` fails, or "", with the answers of `notebook`."""
     space, found = {"__name__": "__main__"}, {}
     line = Line(space)
     examiner = Examiner(line.exchange, seed)
-    with ExitStack() as stack:
-        for module, name in TAKEN:
-            stack.enter_context(patch.object(module, name, getattr(module, name)))
+    with given_back():
         for cell, own in zip(notebook.cells, source.cells, strict=True):
             if cell.cell_type != "code":
                 continue

@@ -27,7 +27,7 @@ import torch
 from distributed import Client, as_completed
 from nodes import Cluster as Machines
 from nodes import alive, wait_for, why_no_machines
-from peers import examine
+from peers import examine, run_plainly
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -138,15 +138,25 @@ def test_there_are_nine():
     assert [f"a{number}" for number in range(1, 10)] == NAMES
 
 
+def test_a_source_and_its_release_are_what_nbgrader_takes_them_for(released):
+    assert validate(course.sources()["a1"]) == {}
+    assert validate(released / "release" / "a1" / "a1.ipynb", invert=True) == {}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_source_is_valid(name):
-    assert validate(course.sources()[name]) == {}
+def test_source_passes_its_tests(name):
+    found = run_plainly(hurried(source(name)))
+    assert found
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_release_is_zipped_fails_its_tests_and_holds_no_answer(name, released):
     path = released / "release" / name / f"{name}.ipynb"
-    assert validate(path, invert=True) == {}
+    begun = hurried(release(released, name))
+    for found in (run_plainly(begun), examine(begun, source(name))):
+        assert found
+        assert all(found.values()), found
     [wheel] = released.glob("*.whl")
     with zipfile.ZipFile(released / f"{name}.zip") as packed:
         assert packed.namelist() == [f"{name}/{name}.ipynb", f"{name}/{wheel.name}"]
@@ -276,10 +286,6 @@ AVERAGED = """right += float((model(images).argmax(1) == labels).float().mean())
 WRONG = {
     # what was done wrong: assignment, answer, instead, the tests that fail
     "sign": ("a2", ".sign()).clamp", ").clamp", ["size-test", "targeted-test"]),
-    "clamp": ("a2", ".clamp(0, 1)", "", ["clamp-test", "targeted-test"]),
-    "mode": ("a2", "    model.train(was_training)\n", "", ["mode-test"]),
-    "train": ("a2", "    model.eval()\n", "    model.train()\n", ["mode-test"]),
-    "pixels": ("a2", "(images + eps *", "(images + eps / 255 *", ["size-test"]),
     "averages": ("a4", COUNTED, AVERAGED, ["exact-test"]),
 }
 
@@ -310,6 +316,10 @@ MEAN_GRADIENT = f"    return torch.stack([{EACH_GRADIENT}]).mean(0)"
 LENGTHS = "grad(loss, x)[0].flatten(1).norm(dim=1)"
 SUBTLE = {
     # as WRONG; these run without the grader
+    "no clamp": ("a2", ".clamp(0, 1)", "", ["clamp-test", "targeted-test"]),
+    "fgsm left in eval mode": ("a2", "    model.train(was_training)\n", "", ["mode-test"]),
+    "in training mode": ("a2", "    model.eval()\n", "    model.train()\n", ["mode-test"]),
+    "eps in steps of pixels": ("a2", "(images + eps *", "(images + eps / 255 *", ["size-test"]),
     "fgsm in training mode": (
         "a2", "return (images + eps", "model.train()\n    return (images + eps", ["leaves-test"],
     ),
@@ -666,8 +676,9 @@ class Strip(ast.NodeTransformer):
     def visit_Assert(self, node):
         return ast.Pass()
 get_ipython().ast_transformers.append(Strip())"""
+EMPTY = ["a2", "a5"]  # handed in as they were handed out; the second is marked by hand, too
 HOSTILE = {
-    "loops": "while True: pass",
+    "loops": "import time\nwhile True: time.sleep(0.1)",  # a core has better things to do
     "strips": STRIPS,
     "crashes": "import os; os._exit(1)",
     "prints": "while True: print('x' * 10**6)",
@@ -702,6 +713,7 @@ def hand_in_a_class(folder, released):
     """Write some thirty submissions: perfect, untouched, partial, wrong and hostile ones."""
     for name in NAMES:
         put(folder, "perfect", name, source(name))
+    for name in EMPTY:
         put(folder, "empty", name, release(released, name))
     for name in ("a1", "a3"):
         begun = release(released, name)
@@ -716,7 +728,7 @@ def hand_in_a_class(folder, released):
     (folder / "text_a2.ipynb").write_text("not a notebook")
     with (folder / "huge_a2.ipynb").open("wb") as huge:
         huge.truncate(101_000_000)
-    assert len(list(folder.iterdir())) == 39
+    assert len(list(folder.iterdir())) == 28
 
 
 def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monkeypatch):
@@ -731,7 +743,7 @@ def test_a_class_of_thirty_gets_the_grades_it_deserves(released, tmp_path, monke
     assert list(table["assignment"][perfect].unique()) == NAMES
     assert list(table["reason"][perfect & ~full & ~by_hand]) == []
     empty = table["student"] == "empty"
-    assert list(table["assignment"][empty].unique()) == NAMES
+    assert list(table["assignment"][empty].unique()) == EMPTY
     assert table["score"][empty].sum() == 0
 
     begun = table["student"] == "begun"

@@ -277,7 +277,7 @@ def test_checked_outputs_repeat_in_nbval(path, environment, tmp_path):
 
 
 def test_one_lesson_runs_by_the_command_of_the_readme_from_any_folder(environment, tmp_path):
-    command = [sys.executable, "-m", "papermill", str(LESSONS[1]), "out.ipynb", "--no-progress-bar"]
+    command = [sys.executable, "-m", "papermill", str(LESSONS[2]), "out.ipynb", "--no-progress-bar"]
     command += ["-p", "profile", "quick", "-p", "seed", "1", "-p", "dataset", "shapes10"]
     run_command([*command, "-p", "output_dir", str(tmp_path / "o")], environment, tmp_path)
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
