@@ -285,7 +285,7 @@ def _devices(rows: pd.DataFrame) -> str:
     others = rows[rows["device"] != most]
     told = [f"Measured in float32 on the device {most}"]
     for (device, attack), here in others.groupby(["device", "attack"]):
-        told.append(f"{attack} of {', '.join(here['model'])} on {device}, not compared in pairs")
+        told.append(f"{attack} of {', '.join(here['model'])} on {device}")
     return "; ".join(told) + "."
 
 
