@@ -97,9 +97,7 @@ def retrain(
         executed = nbformat.read(output / "notebooks" / f"{name}.ipynb", as_version=4)
         text = nbformat.writes(clean_notebook(executed)) + "\n"
         files.write_bytes(files.home() / "notebooks" / f"{name}.ipynb", text.encode())
-    about = {"machine": machine(), "processes": cores()}
-    files.write_bytes(files.home() / "figures" / "times.json", json.dumps(about).encode())
-    time_lessons(console=console)
+    _time_lessons({"machine": machine(), "processes": cores()}, console)
     console.print("Refreshed data/checkpoints, notebooks, figures and the pages that show them.")
 
 
@@ -113,12 +111,15 @@ def time_lessons(*, console: Console | None = None) -> None:
         FileNotFoundError: outside a clone of the repository.
         DataError: if there is no CIFAR-10.
     """
-    console = console or Console()
     files.clone()
     datasets.resolve("cifar10")
-    path = files.home() / "figures" / "times.json"
-    times: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    times |= {"timed_on": machine(), "profiles": {}}
+    known = (files.home() / "figures" / "times.json").read_text(encoding="utf-8")
+    _time_lessons(json.loads(known), console or Console())
+
+
+def _time_lessons(about: dict[str, Any], console: Console) -> None:
+    """Time the lessons; `about`: where the models were trained, as times.json has it."""
+    times = about | {"timed_on": machine(), "profiles": {}}
     for profile in ("lesson", "quick"):
         console.print(f"Timing profile {profile}")
         # With an empty cache: what was measured before must not be found again.
@@ -126,7 +127,8 @@ def time_lessons(*, console: Console | None = None) -> None:
             folder = run(options=Options(profile, "cifar10"), alone=True, console=console)
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         times["profiles"][profile] = found["seconds"]
-    files.write_bytes(path, (json.dumps(times, indent=2) + "\n").encode())
+    text = json.dumps(times, indent=2) + "\n"
+    files.write_bytes(files.home() / "figures" / "times.json", text.encode())
     readme.refresh_headers(files.home())
     readme.refresh(files.home())
 
