@@ -10,7 +10,7 @@ left as it was found: each module's own mode, its buffers and its parameters' ``
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -104,12 +104,12 @@ def _craft(
         loss = F.cross_entropy(logits, targets, reduction="sum")
         return make(part, gradient_of(loss, x).contiguous())
 
-    share = sharing(model, images)
-    with gradient_mode(model, images.device), ExitStack() as stack:
-        if per_image_statistics:
-            stack.enter_context(per_image_statistics_mode(model))
-        made = share(work, images.detach(), labels)
-    return torch.cat(made)
+    with (
+        sharing(model, images) as share,
+        gradient_mode(model, images.device),
+        per_image_statistics_mode(model) if per_image_statistics else nullcontext(),
+    ):
+        return torch.cat(share(work, images.detach(), labels))
 
 
 def input_gradient(
@@ -388,16 +388,17 @@ def pgd(
     check_integer("seed", seed)
     check_device(model, images)
     aim = None if targeted is None else check_targets(targeted, images, labels).clone()
-    with gradient_mode(model, images.device):
+    with gradient_mode(model, images.device), sharing(model, images) as share:
         ball = _Ball(images.detach().float().clone(), eps, alpha, norm)
         goal = _Goal(labels.clone(), aim, loss)
         generator = torch.Generator().manual_seed(seed) if random_start else None
-        made = _walk(model, ball, goal, steps, restarts, eot, generator)
+        made = _walk(model, share, ball, goal, steps, restarts, eot, generator)
         return _round_towards(images.detach(), made)
 
 
 def _walk(
     model: Classifier,
+    share: Callable[..., list[Tensor]],
     ball: _Ball,
     goal: _Goal,
     steps: int,
@@ -409,7 +410,6 @@ def _walk(
     worst = ball.originals.clone()
     highest = worst.new_full((len(worst),), -math.inf)
     active = torch.arange(len(worst), device=worst.device)
-    share = sharing(model, worst)
 
     def go_on(x: Tensor, last: bool, part: Tensor) -> Tensor:
         """Judge the images numbered by `part`, let them take a step; return those that go on."""

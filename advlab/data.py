@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advlab.machine import torch_threads
+
 TOLERANCE = 1e-6
 
 
@@ -89,7 +91,8 @@ def check_images(images: Tensor) -> None:
         )
     if images.numel() == 0:
         raise ValueError(f"the batch is empty {shape}; give at least one image")
-    low, high = (float(v) for v in torch.aminmax(images.detach()))
+    with torch_threads(1):  # for the reason told in `forward.sharing`
+        low, high = (float(v) for v in torch.aminmax(images.detach()))
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # written so that NaN fails it
         raise ValueError(
             f"images range from {low:.4g} to {high:.4g}; they must lie in [0, 1] and hold no NaN. "

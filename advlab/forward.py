@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from advlab.data import check_batch, check_images
-from advlab.machine import in_threads
+from advlab.machine import in_threads, threads, torch_threads
 from advlab.models import fastest_layout
 
 Classifier = Callable[[Tensor], Tensor]
@@ -83,8 +83,9 @@ def _is_watched() -> bool:
     )
 
 
-def sharing(model: Classifier, images: Tensor) -> Callable[..., list[Any]]:
-    """Return the function by which everything that is asked of `model` is cut into parts.
+@contextmanager
+def sharing(model: Classifier, images: Tensor) -> Iterator[Callable[..., list[Any]]]:
+    """Yield the function by which everything that is asked of `model` is cut into parts.
 
     ``share(work, *tensors)`` calls ``work`` with each part of the tensors, which are equally long,
     and returns what it gave in order. Threads share the parts where the model is of modules that
@@ -92,7 +93,9 @@ def sharing(model: Classifier, images: Tensor) -> Callable[..., list[Any]]:
     called part after part: it may draw random numbers, count its calls or keep what it saw.
 
     Parts depend on the number of images alone, and each is computed by one torch thread, so the
-    results are the same to the last bit for any number of threads.
+    results are the same to the last bit for any number of threads. What is computed between two
+    calls of ``share`` has one torch thread, too: torch's others would wait for more work for some
+    milliseconds, on the cores on which the parts are to be computed.
 
     Args:
         model: In any mode; before hooks of ours are set.
@@ -100,23 +103,28 @@ def sharing(model: Classifier, images: Tensor) -> Callable[..., list[Any]]:
     """
     modules = modules_of(model) if images.device.type == "cpu" else ()
     if modules and all(map(_is_pure, modules)) and not _is_watched():
-        return partial(_share, images.shape[2] * images.shape[3] / PIXELS)
-    return _one_by_one
+        size = images.shape[2] * images.shape[3] / PIXELS
+        allowed = threads() if len(images) * size > 1 else 1  # which takes a while to find out
+        with torch_threads(1):
+            yield partial(_share, size, allowed)
+    else:
+        yield _one_by_one
 
 
 def _one_by_one(work: Callable[..., T], *tensors: Tensor) -> list[T]:
     return [work(*part) for part in zip(*(t.split(CHUNK) for t in tensors), strict=True)]
 
 
-def _share(size: float, work: Callable[..., T], *tensors: Tensor) -> list[T]:
+def _share(size: float, allowed: int, work: Callable[..., T], *tensors: Tensor) -> list[T]:
     """Share parts of images that have `size` times 32 x 32 pixels (see `sharing`)."""
     if len(tensors[0]) == 1 < size:  # a single large image: torch's own threads are all that helps
-        return [work(*tensors)]
+        with torch_threads(allowed):
+            return [work(*tensors)]
     parts: list[tuple[Tensor, ...]] = []
     for chunk in zip(*(t.split(max(1, int(CHUNK / max(1, size)))) for t in tensors), strict=True):
         pieces = 2 if len(chunk[0]) * size >= HALVED else 1
         parts += zip(*(t.tensor_split(pieces) for t in chunk), strict=True)
-    return in_threads(work, parts)
+    return in_threads(work, parts, allowed)
 
 
 @contextmanager
@@ -366,8 +374,7 @@ def predict(model: Classifier, images: Tensor) -> Tensor:
 @torch.no_grad()
 def _predict(model: Classifier, images: Tensor) -> Tensor:
     check_device(model, images)
-    share = sharing(model, images)
-    with eval_mode(model), float32_mode(images.device):
+    with sharing(model, images) as share, eval_mode(model), float32_mode(images.device):
         return torch.cat(share(partial(ask, model), images))
 
 

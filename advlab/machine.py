@@ -12,7 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +31,7 @@ OWN_GROUPS, LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Lin
 GRANTS = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")  # control groups 2 and 1
 
 _lock = threading.Lock()
-_helping = 0  # threads that `in_threads` has started in this process and that are still at work
+_helping = 0  # threads that are at work for `in_threads` in this process, beside its callers'
 
 
 def own_cores() -> set[int]:
@@ -119,20 +121,25 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
+def in_threads(work: Callable[..., T], parts: Sequence[tuple], limit: int | None = None) -> list[T]:
     """Return ``[work(*part) for part in parts]``, computed by several Python threads.
 
-    Each has one torch thread. There are as many as `threads` says, less those that help other
-    calls; the caller's is one, and the others take over its modes (gradients, inference).
+    Each has one torch thread. There are `limit`, less those that help other calls; the caller's is
+    one, and the others take over its modes (gradients, inference).
+
+    Args:
+        work: Called with each of `parts`.
+        parts: Its arguments.
+        limit: How many threads may work in this process; None for as many as `threads` says.
 
     Raises:
         BaseException: of the first part that fails. No further part is begun then, nor after
-            Ctrl-C, and no thread is left when the error comes.
+            Ctrl-C, and no thread is at work when the error comes.
     """
     if len(parts) == 1:
         with torch_threads(1):
             return [work(*parts[0])]
-    limit = threads()
+    limit = limit or threads()
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     left = deque(enumerate(parts))
     found: dict[int, T] = {}
@@ -149,26 +156,31 @@ def in_threads(work: Callable[..., T], parts: Sequence[tuple]) -> list[T]:
                     left.clear()
 
     def help_out() -> None:
-        torch.set_num_threads(1)
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
             take()
 
-    helpers: list[threading.Thread] = []
+    helpers: list[Future[None]] = []
     with torch_threads(1), _helpers(len(parts), limit) as count:
         try:
             with suppress(RuntimeError):  # the system has no more: those there are do it all
-                for _ in range(count):
-                    helper = threading.Thread(target=help_out)
-                    helper.start()
-                    helpers.append(helper)
+                helpers += [_executor(limit).submit(help_out) for _ in range(count)]
             take()
         finally:
             left.clear()
-            for helper in helpers:
-                helper.join()
+            wait(helpers)
     if failed:  # parts are begun in order: the first of these fails first in one thread, too
         raise failed[min(failed)]
     return [found[number] for number in range(len(parts))]
+
+
+@cache
+def _executor(limit: int) -> ThreadPoolExecutor:
+    """Return the threads that help, which stay: a new one needs 2 ms for its first convolutions."""
+    return ThreadPoolExecutor(limit - 1, "advlab", torch.set_num_threads, (1,))
+
+
+if hasattr(os, "register_at_fork"):  # a child process has none of its parent's threads
+    os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 @contextmanager

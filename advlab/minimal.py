@@ -116,9 +116,9 @@ def _attack(
         )
     check_device(model, images)
     aim = None if targeted is None else check_targets(targeted, images, labels).clone()
-    with gradient_mode(model, images.device):
+    with gradient_mode(model, images.device), sharing(model, images) as share:
         x = images.detach().float().clone()
-        hunt = _Hunt(model, x, labels.clone(), aim, sharing(model, x), x.clone())
+        hunt = _Hunt(model, x, labels.clone(), aim, share, x.clone())
         run(hunt)
     kept = hunt.made == hunt.originals
     return torch.where(kept, images.detach(), hunt.made.to(images.dtype))

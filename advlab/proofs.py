@@ -210,12 +210,13 @@ def _votes(
     model: Classifier, image: Tensor, sigma: float, n: int, generator: torch.Generator
 ) -> Tensor:
     """Return how often `model` names each of its outputs for `n` noisy copies of an image."""
-    share, votes = sharing(model, image), torch.zeros((), dtype=torch.int64)
-    for start in range(0, n, AT_ONCE):
-        size = (min(AT_ONCE, n - start), *image.shape[1:])
-        noise = torch.randn(size, generator=generator, dtype=torch.float32).to(image.device)
-        logits = torch.cat(share(partial(ask, model), image + sigma * noise))
-        votes = votes + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+    votes = torch.zeros((), dtype=torch.int64)
+    with sharing(model, image.expand(n, -1, -1, -1)) as share:
+        for start in range(0, n, AT_ONCE):
+            size = (min(AT_ONCE, n - start), *image.shape[1:])
+            noise = torch.randn(size, generator=generator, dtype=torch.float32).to(image.device)
+            logits = torch.cat(share(partial(ask, model), image + sigma * noise))
+            votes = votes + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return votes
 
 

@@ -1,7 +1,10 @@
 """Several threads: the same bits as one, whose model may be shared, how many there are, errors."""
 
 import importlib
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -69,6 +72,59 @@ def test_attacks_and_answers_have_the_bits_of_one_thread(arch, use, monkeypatch)
         assert torch.get_num_threads() == count
     for others in results[1:]:
         assert all(map(torch.equal, others, results[0]))
+
+
+def test_what_is_computed_beside_the_parts_has_one_thread(use, monkeypatch):
+    # Else torch's others would wait for more of it on the cores that the parts need.
+    use(2)
+    seen = []
+    for owner, name in [
+        (torch, "cat"),
+        (torch, "aminmax"),
+        (torch, "arange"),
+        (torch.Tensor, "sign"),
+    ]:
+        usual = getattr(owner, name)
+
+        def looked(*args, usual=usual, name=name, **more):
+            seen.append((name, torch.get_num_threads()))
+            return usual(*args, **more)
+
+        monkeypatch.setattr(owner, name, looked)
+    model, (images, labels) = models.build("cnn").eval(), make_batch(20)
+    predict(model, images)
+    fgsm(model, images, labels, 0.1)
+    pgd(model, images, labels, 0.1, alpha=0.1, steps=1)
+    assert {name for name, _ in seen} == {"cat", "aminmax", "arange", "sign"}
+    assert {count for _, count in seen} == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_the_threads_that_help_stay(use, callers):
+    use(2)
+    model, images = models.build("cnn").eval(), make_batch(60)[0]
+    for _ in range(5):
+        predict(model, images)
+    assert len(callers) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_starts_threads_of_its_own():
+    code = """if True:
+        import os, threading, time
+        from advlab.machine import in_threads
+        def look(k):
+            time.sleep(0.1)
+            return threading.get_ident()
+        assert len(set(in_threads(look, [(k,) for k in range(4)], 2))) == 2
+        child = os.fork()
+        found = len(set(in_threads(look, [(k,) for k in range(4)], 2)))
+        if not child:
+            os._exit(found)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2"], done.stderr
 
 
 @pytest.mark.parametrize(("n", "size", "shared"), [(7, 32, 1), (8, 32, 2), (4, 224, 2)])
@@ -221,7 +277,7 @@ def test_models_of_known_modules_are_shared(use, monkeypatch):
     torchvision = importlib.import_module("torchvision")
     weighted = nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(3072, 10)))
     shared = []
-    monkeypatch.setattr(forward, "in_threads", lambda work, parts: (
+    monkeypatch.setattr(forward, "in_threads", lambda work, parts, _: (
         shared.append(len(parts)), [work(*part) for part in parts])[1])  # fmt: skip
     for model in (torchvision.models.resnet18(num_classes=10), weighted):
         predict(model, make_batch(60)[0])
@@ -233,18 +289,20 @@ def test_models_of_known_modules_are_shared(use, monkeypatch):
 
 def test_the_first_part_that_fails_ends_the_call(use):
     use(3)
-    begun, alive = [], threading.active_count()
+    begun, at_work = [], [0]
 
     def work(number):
         begun.append(number)
+        at_work.append(1)
         time.sleep(0.05 if number == 1 else 0.01)
+        at_work.append(-1)
         if number in (1, 2):
             raise ValueError(f"part {number}")
 
     with pytest.raises(ValueError, match="part 1"):
         in_threads(work, [(k,) for k in range(50)])
     assert len(begun) < 12
-    assert threading.active_count() == alive
+    assert sum(at_work) == 0  # nobody is left at work
     assert torch.get_num_threads() == 3
     assert machine._helping == 0
 
@@ -252,7 +310,7 @@ def test_the_first_part_that_fails_ends_the_call(use):
 def test_ctrl_c_leaves_no_thread_behind(use):
     use(2)
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
-    begun, alive = [], threading.active_count()
+    begun, ended = [], []
 
     def work(number):
         begun.append(number)
@@ -260,6 +318,7 @@ def test_ctrl_c_leaves_no_thread_behind(use):
             time.sleep(0.02)
             interrupt_main()
         time.sleep(0.1)
+        ended.append(number)
 
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -267,7 +326,7 @@ def test_ctrl_c_leaves_no_thread_behind(use):
     finally:
         signal.signal(signal.SIGINT, usual)
     assert len(begun) < 6
-    assert threading.active_count() == alive
+    assert len(ended) >= len(begun) - 1  # the caller's own was interrupted; nobody is left at work
     assert torch.get_num_threads() == 2
 
 
@@ -288,6 +347,7 @@ def test_without_another_thread_of_the_system_the_caller_does_it_all(use, monkey
     def start(_):
         raise RuntimeError("can't start new thread")
 
+    machine._executor.cache_clear()
     monkeypatch.setattr(threading.Thread, "start", start)
     assert in_threads(lambda k: k, [(k,) for k in range(4)]) == [0, 1, 2, 3]
 

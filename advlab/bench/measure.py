@@ -14,6 +14,9 @@ from torch import Tensor
 from advlab.upkeep.processes import PeakMemory
 
 PAPERS = "paper's way"
+# Seconds before each measurement: torch's threads wait for more work for some milliseconds after
+# the last, on the cores that the next way needs.
+PAUSE = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def side_by_side(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             for _ in range(way.times):
                 way.call()

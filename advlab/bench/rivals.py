@@ -102,7 +102,7 @@ def fgsm_part(images: ImageData, model: nn.Module, rounds: int) -> list[Row]:
         ours, ways = attacks["advlab"](*batch), {}
         for name, attack in attacks.items():
             check_equal(f"{name}'s FGSM", attack(*batch), ours)
-            ways[name] = Way(partial(attack, *batch), n, limit, times=max(1, 50 // n))
+            ways[name] = Way(partial(attack, *batch), n, limit, times=max(1, 300 // n))
         what = f"{n:,} image{'s' if n > 1 else ''}"
         rows += _beside_the_fastest("FGSM against libraries", what, ways, 2 * rounds, 1.0)
     return rows
