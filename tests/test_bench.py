@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -361,6 +362,33 @@ def test_lesson_without_a_figure_is_named(empty_home):
         footprint.seconds_to_first_figure("01_first")
 
 
+def stands_in_for_advlab(tmp_path, code):
+    """Return the command of a script with `code`, which finds its folders in `output`, `cache`."""
+    begin = "import os, sys, time; from pathlib import Path; output = Path(sys.argv[1])\n"
+    begin += "cache = Path(os.environ['ADVLAB_CACHE'])\n"
+    (tmp_path / "run.py").write_text(begin + code)
+    return [sys.executable, str(tmp_path / "run.py")]
+
+
+def test_first_run_begins_with_nothing_and_is_timed_to_its_first_lesson_and_its_end(tmp_path):
+    code = """if True:
+        assert not cache.exists() and not output.exists()
+        time.sleep(0.5)
+        (output / "notebooks").mkdir(parents=True)
+        (output / "notebooks" / "01_first.ipynb").touch()
+        time.sleep(1.5)
+        (output / "notebooks" / "02_second.ipynb").touch()
+    """
+    first, both = footprint.first_run_part(stands_in_for_advlab(tmp_path, code))
+    assert (first.what, both.what) == ("all 2 lessons on Shapes-10",) * 2
+    assert 0.5 <= first.value < both.value - 0.5
+
+
+def test_a_first_run_that_fails_is_not_timed(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        footprint.first_run_part(stands_in_for_advlab(tmp_path, "sys.exit(1)"))
+
+
 @pytest.fixture
 def shipped(empty_home):
     """A home with the ten models of the tables, each trained in 200 seconds on one of two cores."""
@@ -433,7 +461,7 @@ def test_kernels_cpu_seconds_are_counted_in_a_row_and_at_once(monkeypatch):
     monkeypatch.setattr(busy, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(busy, "_of_children", lambda: next(clock))
     monkeypatch.setattr(busy, "run_lesson", lambda name: ran.append(name))
-    rows = busy.kernels_part({"ADVLAB_PROFILE": "quick"})
+    rows = busy.kernels_part({"ADVLAB_PROFILE": "quick"}, count=4)
     lesson = busy.LESSON
     assert ran == [lesson, *[1, lesson] * 4, 4, *[lesson] * 4]
     assert [row.value for row in rows] == [40, 50, 1.25]

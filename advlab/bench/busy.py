@@ -96,7 +96,7 @@ def _of_children() -> float:
     return times.children_user + times.children_system
 
 
-def kernels_part(variables: Mapping[str, str], count: int = 4) -> list[Row]:
+def kernels_part(variables: Mapping[str, str], count: int = 16) -> list[Row]:
     """Measure the CPU seconds of `count` kernels of lesson 02 at once, and of as many in a row.
 
     Args:

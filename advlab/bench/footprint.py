@@ -1,9 +1,11 @@
 """What else a reader waits for or must have: memory, the time to start, a move in the explorer."""
 
+import math
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +25,7 @@ from advlab.lab import Lab
 from advlab.recipes import Recipe
 from advlab.training import AugmentedSet, fit
 from advlab.upkeep import runs
+from advlab.upkeep.processes import environment
 from advlab.widgets import AttackExplorer
 
 
@@ -99,6 +102,35 @@ def start_part(rounds: int) -> list[Row]:
     waits = {"to the first figure": [seconds_to_first_figure("02_fgsm") for _ in range(3)]}
     way = Way(lambda: None, target=10.0, target_of="at most")
     return rows + to_rows("start", "lesson 02, fresh kernel", dict.fromkeys(waits, way), waits, "s")
+
+
+FIRST_RUN = (sys.executable, "-m", "advlab", "run", "--dataset", "shapes10", "--output-dir")
+
+
+def first_run_part(command: Sequence[str] = FIRST_RUN) -> list[Row]:
+    """Measure what `make run` takes after the installation, on a machine without CIFAR-10.
+
+    Args:
+        command: Runs the lessons into the folder that follows; they appear there one by one.
+
+    Raises:
+        CalledProcessError: if it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output, start, first = Path(folder) / "run", time.perf_counter(), math.nan
+        with (
+            environment(ADVLAB_CACHE=str(Path(folder) / "cache")),
+            subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL) as process,
+        ):
+            while process.poll() is None:
+                time.sleep(0.2)
+                if math.isnan(first) and any(output.glob("notebooks/*.ipynb")):
+                    first = time.perf_counter() - start
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        took = {"to the first finished lesson": first, "all": time.perf_counter() - start}
+        what = f"all {len(list(output.glob('notebooks/*.ipynb')))} lessons on Shapes-10"
+    return [once("first run", what, way, seconds, "s") for way, seconds in took.items()]
 
 
 def explorer_part(networks: dict[str, nn.Module], images: ImageData) -> list[Row]:

@@ -82,6 +82,7 @@ def measure(
         "a busy machine": lambda: busy.busy_part(images, robust("cnn"), dataset, root, rounds),
         "memory": partial(footprint.memory_part, dataset, root),
         "start": partial(footprint.start_part, rounds),
+        "first run": footprint.first_run_part,
         "explorer": lambda: footprint.explorer_part({a: plain(a) for a in archs}, images),
         "workers": lambda: scale_part(images, robust("cnn")),
     }
