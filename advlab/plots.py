@@ -218,6 +218,15 @@ def confusion_matrix(counts: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+def _reach(at: pd.Series, low: pd.Series, high: pd.Series) -> np.ndarray:
+    """Return how far an interval reaches below and above `at`, (2, N), for bars of errors.
+
+    Rounded: where all of a class is right, a formula's upper bound may lie 2e-16 below 1, and a bar
+    of a negative length is refused.
+    """
+    return np.array([at - low, high - at]).round(9)
+
+
 def class_accuracies(table: pd.DataFrame, overall: float) -> Figure:
     """Draw a bar for each class, with its 95 % interval, and a line at the accuracy of them all.
 
@@ -227,7 +236,7 @@ def class_accuracies(table: pd.DataFrame, overall: float) -> Figure:
     """
     figure, axis = plt.subplots(figsize=(max(8, len(table) / 5), 3.6))
     height, low, high = (100 * table[column] for column in ("accuracy", "low", "high"))
-    axis.bar(table["class"], height, yerr=[height - low, high - height], capsize=4, width=0.65)
+    axis.bar(table["class"], height, yerr=_reach(height, low, high), capsize=4, width=0.65)
     axis.axhline(100 * overall, color="black", linestyle="--", linewidth=1, label="all classes")
     axis.set(ylabel="clean accuracy (%)", ylim=(0, 105))
     axis.tick_params(axis="x", rotation=30)
@@ -332,7 +341,7 @@ def bars(table: pd.DataFrame, *, x: str, title: str = "") -> Figure:
             "color": attack_look(str(test).lower()).get("color"),
             "label": test,
         }
-        style |= {"yerr": [height - low, high - height], "capsize": 2, "ecolor": "0.5"}
+        style |= {"yerr": _reach(height, low, high), "capsize": 2, "ecolor": "0.5"}
         drawn = axis.bar(at, height, 0.96 * width, **style)
         axis.bar_label(drawn, fmt="{:.0f}", fontsize="x-small", padding=1)
     axis.set_xticks(range(len(groups)), [str(name).replace(" (", "\n(") for name in groups])
@@ -470,7 +479,7 @@ def by_defence(table: pd.DataFrame) -> Figure:
         rows = table[table["kind"] == kind]
         y = [len(names) - names.index(name) + 0.24 - 0.16 * k for name in rows["defence"]]
         at, low, high = (100 * rows[column] for column in ("accuracy", "low", "high"))
-        reach = np.array([at - low, high - at]).clip(0)  # over draws a mean may leave its interval
+        reach = _reach(at, low, high).clip(0)  # over draws a mean may leave its interval
         style: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 6, "capsize": 2}
         axis.errorbar(at, y, xerr=reach, label=label, **style)
     sizes = table.groupby("defence")["n"].max()
@@ -516,8 +525,8 @@ def both_ends(table: pd.DataFrame, title: str = "") -> Figure:
     axis.barh(names, upper - lower, left=lower, color="w", hatch="///", label="open", **style)
     axis.barh(names, 100 - upper, left=upper, color="#CC6677", label="broken", **style)
     whisker: dict[str, Any] = {"fmt": "none", "color": "black", "capsize": 4}
-    axis.errorbar(lower, names, xerr=[lower - table["low"], 0 * lower], **whisker)
-    axis.errorbar(upper, names, xerr=[0 * upper, table["high"] - upper], **whisker)
+    axis.errorbar(lower, names, xerr=_reach(lower, table["low"], lower), **whisker)
+    axis.errorbar(upper, names, xerr=_reach(upper, upper, table["high"]), **whisker)
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), xlabel="share of the images (%)", title=title)
     axis.legend(loc="lower left", bbox_to_anchor=(1.0, 0.3))

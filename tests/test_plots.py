@@ -152,6 +152,14 @@ def test_class_accuracies():
     assert [70.0, 70.0] in [list(line.get_ydata()) for line in axis.lines]
 
 
+def test_a_bound_that_is_off_by_rounding_is_drawn_and_a_wrong_one_refused():
+    # 44 of 44: so much of the interval does lesson 01's formula leave above 1.
+    all_right = {"class": ["hourglass"], "accuracy": [1.0], "low": [0.92]}
+    plots.class_accuracies(pd.DataFrame(all_right | {"high": [0.9999999999999998]}), 0.9)
+    with pytest.raises(ValueError, match="negative"):
+        plots.class_accuracies(pd.DataFrame(all_right | {"high": [0.99]}), 0.9)
+
+
 @pytest.mark.parametrize("value", ["accuracy", "loss"])
 @pytest.mark.parametrize("log_x", [False, True])
 def test_curves(table, value, log_x):

@@ -181,6 +181,19 @@ def test_kernel_starts_without_a_home_folder(monkeypatch, tmp_path):
     assert manager.kernel_spec.env["HOME"] == str(tmp_path)
 
 
+def test_a_kernel_is_not_interrupted_at_the_end_of_its_notebook(lessons, monkeypatch):
+    # All but idle, it would now and then print that it caught Ctrl-C.
+    sent, usual = [], OwnKernel._async_signal_kernel
+
+    async def signalled(self, signum):
+        sent.append(signum)
+        await usual(self, signum)
+
+    monkeypatch.setattr(OwnKernel, "_async_signal_kernel", signalled)
+    run_quick(lessons, "01")
+    assert sent == []
+
+
 def test_full_disk_is_named_with_the_notebook(lessons, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

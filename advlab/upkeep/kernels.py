@@ -41,6 +41,11 @@ class OwnKernel(AsyncKernelManager):
             language="python",
         )
 
+    async def _async_interrupt_kernel(self) -> None:
+        # Not at the end of a notebook: the kernel may be all but idle, and would print an error.
+        if not self.shutting_down:
+            await super()._async_interrupt_kernel()
+
 
 def short_folder(usual: str | None = None) -> str:
     """Return a folder for temporary files, or /tmp where its path is too long for sockets.
