@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import pytest
@@ -478,11 +479,12 @@ def measuring(monkeypatch):
 
     def measure(*arguments):
         asked.append(arguments)
-        return [
+        rows = [
             Row("training", "cnn", "batch 64", 900, 800, 999, "images/s", PAPERS, 2.5, 0.5, 2.2),
             Row("training", "cnn", PAPERS, 360, 350, 370, "images/s", note="plainly"),
             once("memory", "training", "advlab", 800, "MB", target=2_000, target_of="at most"),
         ]
+        return rows, {}
 
     monkeypatch.setattr(run, "measure_apart", measure)
     return asked
@@ -543,6 +545,44 @@ def test_parts_that_are_measured_anew_replace_their_own_lines(measuring, empty_h
     assert lines["value"].tolist() == [900, 360, 0.5, 700, 800]
     assert lines["machine"].tolist()[2:4] == ["another"] * 2
     assert "another" not in lines["machine"].tolist()[:2]
+
+
+@pytest.mark.parametrize("only", [(), ("memory", "workers")])
+def test_a_part_that_fails_is_named_and_the_others_are_written(
+    only, empty_home, tmp_path, monkeypatch
+):
+    def breaks(*_):
+        raise OSError("no space")
+
+    here = once("memory", "crafting", "advlab", 800, "MB")
+    monkeypatch.setattr(run, "measure_apart", run.measure)
+    lesson = SimpleNamespace(data=SimpleNamespace(papers=False), zoo=None)
+    lesson.settings = SimpleNamespace(adversarial={"robust": None})
+    monkeypatch.setattr(run.footprint, "open_lesson", lambda *_: lesson)
+    monkeypatch.setattr(run, "scale_part", breaks)
+    monkeypatch.setattr(run.footprint, "memory_part", lambda *_: [here])
+    for module, names in {
+        run.parts: ("machine", "training", "profile", "crafting", "evaluation", "attacks"),
+        run.rivals: ("fgsm", "pgd"),
+        run.busy: ("busy",),
+        run.footprint: ("start", "first_run", "explorer"),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, f"{name}_part", lambda *_: [])
+    lesson.zoo = SimpleNamespace(get=lambda *_: SimpleNamespace(model=None))
+    earlier = once("workers", "an empty task", "256 workers", 0.5, "ms")
+    kept = pd.DataFrame([earlier]).assign(machine="another", torch="1", data="shapes10")
+    kept.to_csv(tmp_path / "bench.csv", index=False)
+    monkeypatch.setattr(run.picture, "ratios", lambda _: plt.figure())
+    asked = {"output_dir": str(tmp_path), "only": only, "console": Console(file=io.StringIO())}
+    with pytest.raises(RuntimeError, match=r"^workers failed: OSError: no space$"):
+        run.run("shapes10", **asked)
+    lines = pd.read_csv(tmp_path / "bench.csv")
+    assert lines["value"].tolist() == [0.5, 800]
+    monkeypatch.setattr(run.footprint, "memory_part", breaks)
+    with pytest.raises(RuntimeError, match=r"memory failed: OSError: no space\nworkers failed"):
+        run.run("shapes10", **asked)
+    assert pd.read_csv(tmp_path / "bench.csv")["value"].tolist() == [0.5, 800]
 
 
 def test_an_unknown_part_is_refused_before_anything_is_measured():

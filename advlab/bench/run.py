@@ -32,7 +32,7 @@ from advlab.upkeep.processes import KEEP_MEMORY, environment
 COLUMNS = [field.name for field in fields(Row)]
 
 
-def measure_apart(*asked: Any) -> list[Row]:
+def measure_apart(*asked: Any) -> tuple[list[Row], dict[str, str]]:
     """Return `measure` of a process that keeps freed memory, as workers and lessons do."""
     with environment(**KEEP_MEMORY), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, *asked).result()
@@ -40,8 +40,8 @@ def measure_apart(*asked: Any) -> list[Row]:
 
 def measure(
     dataset: str, root: Path | None, rounds: int, only: Sequence[str], known: Sequence[Row]
-) -> list[Row]:
-    """Measure part by part.
+) -> tuple[list[Row], dict[str, str]]:
+    """Measure part by part; one that fails does not end the others.
 
     Args:
         dataset, root: The data.
@@ -49,6 +49,9 @@ def measure(
         only: Beginnings of the names of parts; all parts for none.
         known: Rows of an earlier benchmark, from which "whole paper" is projected if the others
             are not measured now.
+
+    Returns:
+        What was measured, and the error of each part that failed.
 
     Raises:
         ValueError: if no part is called so.
@@ -98,13 +101,16 @@ def measure(
     if not jobs:
         raise ValueError(f"no part of the benchmark is called {', '.join(only)}; choose of {names}")
     console = Console()
+    failed: dict[str, str] = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
         start = time.perf_counter()
-        rows += job()
-        console.print(
-            f"[{number}/{len(jobs)}] {name}: {time.perf_counter() - start:.0f} s", markup=False
-        )
-    return rows
+        try:  # minutes of work before it are not to be lost
+            rows += job()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+        told = failed.get(name, f"{time.perf_counter() - start:.0f} s")
+        console.print(f"[{number}/{len(jobs)}] {name}: {told}", markup=False)
+    return rows, failed
 
 
 def show(table: pd.DataFrame, console: Console) -> None:
@@ -152,7 +158,8 @@ def run(
         ValueError: if `rounds` is below 1, there is no such part, or other data than CIFAR-10 are
             to be published.
         FileNotFoundError: if it was to be published outside a clone.
-        RuntimeError: if another way gives other results than ours: then no time is printed.
+        RuntimeError: if a part failed, at the end: the others are written, and its earlier lines
+            stay. It fails, too, where another way gives other results than ours.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; measure at least once")
@@ -163,16 +170,20 @@ def run(
     chosen = files.setting(output_dir) or files.home() / "outputs" / "bench"
     output = files.clone() / "figures" if publish else files.results_folder(chosen)
     earlier = pd.DataFrame()
-    if only and (output / "bench.csv").is_file():
+    if (output / "bench.csv").is_file():
         texts = {"against": "", "note": ""}
         earlier = pd.read_csv(output / "bench.csv", dtype=dict.fromkeys(texts, object))
         earlier = earlier.fillna(texts)
     known = [Row(**dict(line)) for _, line in earlier.reindex(columns=COLUMNS).iterrows()]
-    measured = pd.DataFrame(measure_apart(name, root, rounds, only, known)).assign(
+    rows, failed = measure_apart(name, root, rounds, only, known if only else [])
+    errors = "\n".join(f"{part} failed: {why}" for part, why in failed.items())
+    if not rows:
+        raise RuntimeError(errors)
+    measured = pd.DataFrame(rows, columns=COLUMNS).assign(
         machine=runs.machine(), torch=torch.__version__, data=name
     )
     show(measured, console)
-    table = merged(earlier, measured)
+    table = merged(earlier, measured) if only or failed else measured
     files.write_table(output / "bench.csv", table)
     plots.use_style()
     with files.atomic_write(output / "bench.png") as temporary:
@@ -180,4 +191,6 @@ def run(
     if publish:
         readme.refresh(files.home())
     console.print(f"Written: {output / 'bench.csv'} and bench.png", soft_wrap=True, markup=False)
+    if errors:
+        raise RuntimeError(errors)
     return table
