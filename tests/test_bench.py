@@ -2,8 +2,12 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
+from _thread import interrupt_main
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -545,6 +549,21 @@ def test_parts_that_are_measured_anew_replace_their_own_lines(measuring, empty_h
     assert lines["value"].tolist() == [900, 360, 0.5, 700, 800]
     assert lines["machine"].tolist()[2:4] == ["another"] * 2
     assert "another" not in lines["machine"].tolist()[:2]
+
+
+def test_a_benchmark_that_is_stopped_stops_at_once(monkeypatch):
+    monkeypatch.setattr(run, "measure", time.sleep)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    timer, start = threading.Timer(2, interrupt_main), time.perf_counter()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.measure_apart(100)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert time.perf_counter() - start < 50
+    left = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert [command for command in left if "resource_tracker" not in command] == []
 
 
 @pytest.mark.parametrize("only", [(), ("memory", "workers")])

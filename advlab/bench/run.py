@@ -27,7 +27,7 @@ from advlab.bench.scale import scale_part
 from advlab.bench.strongest import strongest_part
 from advlab.bench.whole_paper import whole_part
 from advlab.upkeep import readme, runs
-from advlab.upkeep.processes import KEEP_MEMORY, environment
+from advlab.upkeep.processes import KEEP_MEMORY, environment, kill_children
 
 COLUMNS = [field.name for field in fields(Row)]
 
@@ -35,7 +35,11 @@ COLUMNS = [field.name for field in fields(Row)]
 def measure_apart(*asked: Any) -> tuple[list[Row], dict[str, str]]:
     """Return `measure` of a process that keeps freed memory, as workers and lessons do."""
     with environment(**KEEP_MEMORY), ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(measure, *asked).result()
+        try:
+            return pool.submit(measure, *asked).result()
+        except BaseException:  # stopped: the pool would wait for all that is left to measure
+            kill_children()
+            raise
 
 
 def measure(
