@@ -34,6 +34,7 @@ from advlab.bench import (
     measure,
     paper_way,
     parts,
+    picture,
     precision,
     rivals,
     run,
@@ -602,6 +603,12 @@ def test_a_part_that_fails_is_named_and_the_others_are_written(
     with pytest.raises(RuntimeError, match=r"memory failed: OSError: no space\nworkers failed"):
         run.run("shapes10", **asked)
     assert pd.read_csv(tmp_path / "bench.csv")["value"].tolist() == [0.5, 800]
+
+
+def test_the_picture_names_every_machine_of_its_lines():
+    rows = [Row("training", way, way, 9, 8, 9, "images/s", PAPERS, 2.5, 0.5, 2.2) for way in "ab"]
+    table = pd.DataFrame(rows).assign(machine=["here", "there"])
+    assert picture.ratios(table).get_supxlabel() == "advlab bench, medians, on here and there"
 
 
 def test_an_unknown_part_is_refused_before_anything_is_measured():

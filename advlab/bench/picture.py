@@ -30,5 +30,6 @@ def ratios(table: pd.DataFrame) -> Figure:
     axis.tick_params(axis="y", labelsize=7)
     axis.set_xlim(0.8 * min(1, rows["ratio"].min()), 2.2 * rows["ratio"].max())
     axis.legend(loc="lower right", fontsize="small")
-    figure.supxlabel(f"advlab bench, medians, on {table['machine'].iloc[0]}", size=6, color="0.4")
+    machines = " and ".join(rows["machine"].iloc[::-1].unique())
+    figure.supxlabel(f"advlab bench, medians, on {machines}", size=6, color="0.4")
     return figure
