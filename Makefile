@@ -11,7 +11,7 @@ run: .venv/installed          ## run all lessons and print the paper's tables be
 	$(ADVLAB) run
 
 test: .venv/installed         ## unit tests, then every lesson by papermill and nbval
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist load --maxschedchunk 1 --durations 25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations 25
 
 lab: .venv/installed          ## open JupyterLab on the lessons
 	$(BIN)/python -m jupyter lab notebooks
