@@ -2,12 +2,9 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -22,6 +19,7 @@ import psutil
 import pytest
 import torch
 from conftest import as_checkpoint, balance, write_lesson
+from nodes import alive, wait_for
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -555,19 +553,34 @@ def test_parts_that_are_measured_anew_replace_their_own_lines(measuring, empty_h
     assert "another" not in lines["machine"].tolist()[:2]
 
 
-def test_a_benchmark_that_is_stopped_stops_at_once(monkeypatch):
-    monkeypatch.setattr(run, "measure", time.sleep)
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
-    timer, start = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)), time.perf_counter()
-    timer.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run.measure_apart(100)
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    assert time.perf_counter() - start < 50
-    left = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
-    assert [command for command in left if "resource_tracker" not in command] == []
+STOPPED = """
+import signal, time
+from advlab.bench import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+run.measure = time.sleep
+run.measure_apart(600)
+"""
+
+
+def test_a_benchmark_that_is_stopped_stops_at_once():
+    # In a process of its own: one that is stopped kills all that it has started.
+    with subprocess.Popen([sys.executable, "-c", STOPPED], stderr=subprocess.PIPE) as process:
+        main = psutil.Process(process.pid)
+        started = [main]
+
+        def measures() -> bool:
+            return any("spawn_main" in str(child.cmdline()) for child in main.children())
+
+        try:
+            wait_for(measures, "the process that measures", 60)
+            started += main.children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            _, printed = process.communicate(timeout=50)
+            wait_for(lambda: not alive(started), "no process is left", 30)
+        finally:
+            for left in alive(started):
+                left.kill()
+    assert b"KeyboardInterrupt" in printed
 
 
 @pytest.mark.parametrize("only", [(), ("memory", "workers")])
