@@ -248,7 +248,7 @@ class Profile:
 
 _SHORT_SWEEP = (0.0, 0.005, 0.01, 0.015, 0.2, 0.5)
 PROFILES = {
-    "quick": Profile(QUICK, train_n=2_000, test_n=500, sweep=_SHORT_SWEEP, **_all_in_short(4)),
+    "quick": Profile(QUICK, train_n=1_000, test_n=300, sweep=_SHORT_SWEEP, **_all_in_short(4)),
     "lesson": Profile(PAPER, shipped=True),
     # Of the shipped models none is of recipe FAST; the adversarially trained ones are the same.
     "fast": Profile(FAST, sweep=_SHORT_SWEEP, shipped=True, keep=True),

@@ -16,7 +16,7 @@ from advlab.lab import start
 from advlab.recipes import FAST, PAPER, QUICK, SMALL, Profile
 from advlab.upkeep.tasks import Options
 
-COUNTS = "2,000 training and 500 test images"
+COUNTS = "1,000 training and 300 test images"
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def pets(folder: Path, width: int = 40) -> str:
 def test_quick_on_shapes10(quick, tmp_path):
     assert quick.profile == "quick"
     data = quick.data
-    assert (data.name, len(data.train), len(data.test)) == ("Shapes-10", 2_000, 500)
+    assert (data.name, len(data.train), len(data.test)) == ("Shapes-10", 1_000, 300)
     assert quick.settings.recipe == quick.zoo.recipe == QUICK
     assert (quick.zoo.seed, quick.zoo.shipped) == (3, None)
     assert not quick.is_paper_scale
@@ -55,7 +55,7 @@ def test_lesson_says_what_it_is(quick):
         f"profile quick | Shapes-10: {COUNTS} | recipe quick | seed 3\n"
         "This is Shapes-10, not CIFAR-10: nothing here compares with the paper."
     )
-    assert quick.caption() == "Shapes-10, 500 test images, recipe quick, seed 3"
+    assert quick.caption() == "Shapes-10, 300 test images, recipe quick, seed 3"
     assert quick.caption(40) == "Shapes-10, 40 test images, recipe quick, seed 3"
     assert quick.caption(0, "robust") == "Shapes-10, recipe robust, seed 3"
 
