@@ -14,7 +14,7 @@ test: .venv/installed         ## unit tests, then every lesson by papermill and 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations 25
 
 lab: .venv/installed          ## open JupyterLab on the lessons
-	$(BIN)/python -m jupyter lab notebooks
+	OMP_WAIT_POLICY=passive $(BIN)/python -m jupyter lab notebooks
 
 reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST (half an hour)
 	$(ADVLAB) reproduce

@@ -181,6 +181,14 @@ def test_kernel_starts_without_a_home_folder(monkeypatch, tmp_path):
     assert manager.kernel_spec.env["HOME"] == str(tmp_path)
 
 
+def test_a_kernels_threads_that_wait_leave_the_cores_to_others(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    manager = OwnKernel(connection_file=str(tmp_path / "k.json"))
+    assert manager.kernel_spec.env["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # who asks for it may have it
+    assert manager.kernel_spec.env["OMP_WAIT_POLICY"] == "active"
+
+
 def test_a_kernel_is_not_interrupted_at_the_end_of_its_notebook(lessons, monkeypatch):
     # All but idle, it would now and then print that it caught Ctrl-C.
     sent, usual = [], OwnKernel._async_signal_kernel

@@ -32,6 +32,8 @@ class OwnKernel(AsyncKernelManager):
         own = Path(self.connection_file).parent
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         env = SETTINGS | {"IPYTHONDIR": str(own / "ipython")}
+        # Torch's threads that wait for work would keep the cores from other kernels.
+        env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
         if files.user_home() is None:
             env["HOME"] = str(own)  # IPython does not start without
         return KernelSpec(
