@@ -84,7 +84,10 @@ def stop_after_an_epoch(clone: Path, run: Callable[[], psutil.Popen], number: in
         os.killpg(process.pid, number)  # as a terminal does: all that was started gets it
     else:
         process.send_signal(number)
-    assert process.wait(30) != 0
+    try:
+        assert process.wait(30) != 0
+    except psutil.TimeoutExpired:
+        pytest.fail(f"runs 30 s after signal {number}; printed: {(clone / 'log').read_text()}")
     with named_if_left(started, f"after signal {number}"):
         wait_for(lambda: not alive(started), "no process is left", 30)  # they may get little time
     left = kept(clone)
