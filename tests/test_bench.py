@@ -564,16 +564,15 @@ run.measure_apart(600)
 
 def test_a_benchmark_that_is_stopped_stops_at_once():
     # In a process of its own: one that is stopped kills all that it has started.
-    with subprocess.Popen([sys.executable, "-c", STOPPED], stderr=subprocess.PIPE) as process:
-        main = psutil.Process(process.pid)
-        started = [main]
+    with psutil.Popen([sys.executable, "-c", STOPPED], stderr=subprocess.PIPE) as process:
+        started = [process]
 
         def measures() -> bool:
-            return any("spawn_main" in str(child.cmdline()) for child in main.children())
+            return any("spawn_main" in str(child.cmdline()) for child in process.children())
 
         try:
             wait_for(measures, "the process that measures", 60)
-            started += main.children(recursive=True)
+            started += process.children(recursive=True)
             process.send_signal(signal.SIGINT)
             _, printed = process.communicate(timeout=50)
             wait_for(lambda: not alive(started), "no process is left", 30)
