@@ -1,5 +1,6 @@
 """environment.yml, pyproject.toml and the Makefile say the same."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -96,6 +97,20 @@ def test_ci_runs_the_commands_of_the_readme():
         assert command in readme
         assert f"run: {command}" in workflow
     assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="make is not asked for there")
+@pytest.mark.parametrize(
+    ("said", "seen"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")]
+)
+def test_kernels_of_make_lab_leave_cores_to_others(said, seen, tmp_path):
+    shown = tmp_path / "python"  # in the place of the environment's
+    shown.write_text('#!/bin/sh\necho "$OMP_WAIT_POLICY"\n')
+    shown.chmod(0o755)
+    env = {name: v for name, v in os.environ.items() if name != "OMP_WAIT_POLICY"} | said
+    command = ["make", "--silent", "lab", "PYTHON=true", f"BIN={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [seen]
 
 
 @pytest.mark.parametrize("module", ["advlab.upkeep.runs", "advlab.classroom.page"])
