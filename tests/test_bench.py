@@ -24,7 +24,7 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from advlab import catalogue, checkpoints, models, paper
+from advlab import catalogue, models, paper
 from advlab.attacks import fgsm, fgsm_direction, pgd
 from advlab.bench import (
     busy,
@@ -184,6 +184,7 @@ def test_images_of_all_processes_cells_and_attacks_are_counted(
             "batch 64, float32": 64,
             "batch 128, float32": 64,
             "batch 64, float32, one process per core": 192,
+            "batch 128, float32, one process per core": 192,
             "batch 64, float32, one process per core, memory given back": 192,
         }
     (share,) = [row for row in rows if row.unit == "%"]
@@ -397,45 +398,51 @@ def test_a_first_run_that_fails_is_not_timed(tmp_path):
 
 
 @pytest.fixture
-def shipped(empty_home):
-    """A home with the ten models of the tables, each trained in 200 seconds on one of two cores."""
-    for arch in paper.TABLES:
-        for eps in paper.TABLE_TRAIN_EPS:
-            name = f"{arch}-{f'eps{eps:g}' if eps else 'baseline'}-seed0.safetensors"
-            path = empty_home / "data" / "checkpoints" / name
-            checkpoints.save(torch.nn.Linear(1, 1), {"seconds": 200.0}, path)
-    (empty_home / "figures").mkdir()
-    (empty_home / "figures" / "times.json").write_text('{"processes": 2}')
-    return empty_home
-
-
-def test_whole_paper_is_the_sum_of_its_parts(shipped):
+def rates():
+    """Rows of what "whole paper" is projected from."""
     batched = "batched, per-image statistics"
     rates = {("evaluation", parts.TABLE, PAPERS): 200, ("evaluation", parts.TABLE, "advlab"): 2_000}
     for arch, rate in (("cnn", 1_000), ("cnn-lstm", 500)):
         rates["training", arch, PAPERS] = rate
+        rates["training", arch, parts.on_every_core(64)] = 3 * rate
+        rates["training", arch, parts.on_every_core(128)] = 4 * rate
         rates["crafting", f"one direction, {arch}", PAPERS] = rate / 10
         rates["crafting", f"one direction, {arch}", batched] = rate
-    measured = [once(*key, value, "images/s") for key, value in rates.items()]
-    trained = [path.stem for path in (shipped / "data" / "checkpoints").glob("*.safetensors")]
-    record = {"wall_seconds": 1_500.0, "peak_mb": 1_500, "machine": "mine"}
-    record |= {"processes": 4, "models": dict.fromkeys([*trained, "one more"], 80.0)}
+    return [once(*key, value, "images/s") for key, value in rates.items()]
 
-    theirs, ours = whole_part(measured, shipped)
-    (shipped / "figures" / "reproduce.json").write_text(json.dumps(record))
-    _, _, fast, clock, memory = whole_part(measured, shipped)
+
+def test_whole_paper_is_the_sum_of_its_parts(rates, empty_home):
+    theirs, ours, fast = whole_part(rates, empty_home)
     # Of each architecture: 4,500,000 images trained, 2,000,000 crafted, 300,000 evaluated.
     cnn = 4_500_000 / 1_000 + 2_000_000 / 100 + 300_000 / 200
     hybrid = 4_500_000 / 500 + 2_000_000 / 50 + 300_000 / 200
     assert theirs.value == pytest.approx((cnn + hybrid) / 3600)
-    # Ours: ten trainings on two cores, 50,000 crafted once, 300,000 evaluated.
-    own = 10 * 200 / 2 + (50_000 / 1_000 + 300_000 / 2_000) + (50_000 / 500 + 300_000 / 2_000)
+    # Ours: 50,000 crafted once, 300,000 evaluated.
+    rest = (50_000 / 1_000 + 300_000 / 2_000) + (50_000 / 500 + 300_000 / 2_000)
+    own = 4_500_000 / 3_000 + 4_500_000 / 1_500 + rest
     assert ours.value == pytest.approx(own / 3600)
     assert ours.ratio == pytest.approx((cnn + hybrid) / own)
-    # The same ten models, in 80 seconds each on one of four cores, not 200 on one of two.
-    assert ours.value - fast.value == pytest.approx((10 * 200 / 2 - 10 * 80 / 4) / 3600)
+    # By the recipe FAST 7 x 50,000 and 4 x 4 x 100,000.
+    own = 1_950_000 / 4_000 + 1_950_000 / 2_000 + rest
+    assert (fast.way, fast.value) == ("advlab, recipe fast", pytest.approx(own / 3600))
+
+
+def test_whole_run_of_another_machine_is_not_set_beside_the_rates_of_this_one(rates, empty_home):
+    record = {"wall_seconds": 1_500.0, "peak_mb": 1_500, "machine": "another", "models": {"a": 1.0}}
+    (empty_home / "figures").mkdir()
+    path = empty_home / "figures" / "reproduce.json"
+    path.write_text(json.dumps(record))
+    assert len(whole_part(rates, empty_home)) == 3
+    path.write_text(json.dumps(record | {"machine": runs.machine()}))
+    *_, clock, memory = whole_part(rates, empty_home)
     assert (clock.value, memory.value) == (pytest.approx(1_500 / 3600), 1_500)
-    assert "11 models" in clock.what
+    assert "1 models" in clock.what
+
+
+def test_whole_paper_without_a_rate_of_this_machine_is_refused(rates, empty_home):
+    rates = [row for row in rates if row.way != parts.on_every_core(128)]
+    with pytest.raises(ValueError, match=r"'training cnn batch 128, .* was not measured on this"):
+        whole_part(rates, empty_home)
 
 
 # --- a busy machine
@@ -537,20 +544,18 @@ def test_parts_that_are_measured_anew_replace_their_own_lines(measuring, empty_h
         once("memory", "crafting", "advlab", 700, "MB"),
     ]
     kept = pd.DataFrame(earlier).assign(machine="another", torch="1", data="shapes10")
+    kept.loc[kept["part"] == "memory", "machine"] = runs.machine()
     kept.to_csv(tmp_path / "bench.csv", index=False)
     quiet = {"output_dir": str(tmp_path), "console": Console(file=io.StringIO())}
     run.run("shapes10", only=["training", "memory"], **quiet)
     *_, only, known = measuring[0]
     assert only == ["training", "memory"]
-    assert [(row.part, row.value, row.note) for row in known][:2] == [
-        ("training", 1, "old"),
-        ("workers", 0.5, ""),
-    ]
+    # What is projected from rates is projected from those of this machine alone.
+    assert [(row.part, row.value, row.note) for row in known] == [("memory", 700, "")]
     lines = pd.read_csv(tmp_path / "bench.csv").fillna({"machine": ""})
     assert lines["part"].tolist() == ["training"] * 2 + ["workers"] + ["memory"] * 2
     assert lines["value"].tolist() == [900, 360, 0.5, 700, 800]
-    assert lines["machine"].tolist()[2:4] == ["another"] * 2
-    assert "another" not in lines["machine"].tolist()[:2]
+    assert lines["machine"].tolist() == [runs.machine()] * 2 + ["another"] + [runs.machine()] * 2
 
 
 STOPPED = """

@@ -16,6 +16,8 @@ from conftest import draw_pictures, write_lesson
 from nodes import alive, wait_for
 
 ENDLESS = ("98_endless", "99_endless")
+# SIGABRT then prints where each thread is.
+SETTINGS = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def run(clone):
             process = psutil.Popen(
                 ["taskset", "1", sys.executable, "-m", "advlab", "run", *options],
                 cwd=clone,
-                env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **SETTINGS},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -87,6 +89,8 @@ def stop_after_an_epoch(clone: Path, run: Callable[[], psutil.Popen], number: in
     try:
         assert process.wait(30) != 0
     except psutil.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        process.wait(10)
         pytest.fail(f"runs 30 s after signal {number}; printed: {(clone / 'log').read_text()}")
     with named_if_left(started, f"after signal {number}"):
         wait_for(lambda: not alive(started), "no process is left", 30)  # they may get little time

@@ -93,6 +93,11 @@ def _train_plainly(model: nn.Module, split: Split) -> None:
         optimiser.step()
 
 
+def on_every_core(batch: int) -> str:
+    """Return what the fastest way to train several models is called, by its batch size."""
+    return f"batch {batch}, {PRECISIONS[-1]}, one process per core"
+
+
 def _one_process_per_core() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(cores(), get_context("spawn"), torch.set_num_threads, (1,))
 
@@ -127,15 +132,21 @@ def training_part(images: ImageData, rounds: int, n: int = 1_920) -> list[Row]:
         seconds = side_by_side(ways, rounds)
         # On their own: while workers are alive, even asleep, training in this process is slower.
         with _one_process_per_core() as keeping, _one_process_per_core() as returning:
+            asked: dict[str, tuple[ProcessPoolExecutor, Mapping[str, str | None], int]] = {
+                on_every_core(64): (keeping, KEEP_MEMORY, 64),
+                on_every_core(128): (keeping, KEEP_MEMORY, 128),
+                f"{on_every_core(64)}, memory given back": (
+                    returning,
+                    dict.fromkeys(KEEP_MEMORY),
+                    64,
+                ),
+            }
             together = {
-                f"{fastest}, one process per core{text}": Way(
-                    partial(_train_on_every_core, pool, variables, model, split, 64, best),
+                name: Way(
+                    partial(_train_on_every_core, pool, variables, model, split, size, best),
                     n * cores(),
                 )
-                for text, pool, variables in (
-                    ("", keeping, KEEP_MEMORY),
-                    (", memory given back", returning, dict.fromkeys(KEEP_MEMORY)),
-                )
+                for name, (pool, variables, size) in asked.items()
             }
             seconds |= side_by_side(together, rounds)
         rows += to_rows("training", arch, ways | together, seconds, against=PAPERS)

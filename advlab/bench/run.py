@@ -51,8 +51,8 @@ def measure(
         dataset, root: The data.
         rounds: Measurements of each way.
         only: Beginnings of the names of parts; all parts for none.
-        known: Rows of an earlier benchmark, from which "whole paper" is projected if the others
-            are not measured now.
+        known: Rows of an earlier benchmark of this machine, from which "whole paper" is projected
+            if the others are not measured now.
 
     Returns:
         What was measured, and the error of each part that failed.
@@ -178,8 +178,11 @@ def run(
         texts = {"against": "", "note": ""}
         earlier = pd.read_csv(output / "bench.csv", dtype=dict.fromkeys(texts, object))
         earlier = earlier.fillna(texts)
-    known = [Row(**dict(line)) for _, line in earlier.reindex(columns=COLUMNS).iterrows()]
-    rows, failed = measure_apart(name, root, rounds, only, known if only else [])
+    known = []
+    if only and len(earlier):  # rates of this machine alone may stand beside what is measured now
+        ours = earlier[earlier["machine"] == runs.machine()]
+        known = [Row(**dict(line)) for _, line in ours[COLUMNS].iterrows()]
+    rows, failed = measure_apart(name, root, rounds, only, known)
     errors = "\n".join(f"{part} failed: {why}" for part, why in failed.items())
     if not rows:
         raise RuntimeError(errors)
