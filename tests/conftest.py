@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,12 @@ REAL_DATA = str(_found.absolute()) if _found else None
 OTHER_KINDS = [(s, k) for s in ((1, 28, 28), (3, 64, 48), (4, 8, 8)) for k in (2, 101)]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TINY = Recipe("tiny", epochs=2, batch_size=32, lr=2e-3)
+
+
+def pytest_configure():
+    """Let Ctrl-C reach what tests start: a shell's `&` has all below it ignore that signal."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

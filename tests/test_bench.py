@@ -559,9 +559,8 @@ def test_parts_that_are_measured_anew_replace_their_own_lines(measuring, empty_h
 
 
 STOPPED = """
-import signal, time
+import time
 from advlab.bench import run
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
 run.measure = time.sleep
 run.measure_apart(600)
 """

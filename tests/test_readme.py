@@ -131,12 +131,15 @@ def test_what_is_said_of_bfloat16_is_in_the_tables():
 def test_lines_from_another_machine_say_so(empty_home):
     rows = bench_rows()
     rows.loc[rows["part"].isin(["workers", "start"]), ["machine", "torch"]] = "another", "9.9"
+    # Of a part that both machines have measured, the lines are named.
+    rows.loc[rows["what"] == "advlab reproduce", ["machine", "torch"]] = "another", "9.9"
     (empty_home / "figures").mkdir()
     rows.to_csv(empty_home / "figures" / "bench.csv", index=False)
     first, *_ = readme.bench_block(empty_home).splitlines()
     own = rows.iloc[0]
     assert first.startswith(f"Machine: {own['machine']}; torch {own['torch']}.")
-    assert "*start, workers* measured later. Machine: another; torch 9.9." in first
+    told = "*memory: advlab reproduce, start, workers*: measured at another time. Machine: another"
+    assert f"{told}; torch 9.9." in first
     assert ("*precision* is accuracies" in first) == ("precision" in set(rows["part"]))
 
 
