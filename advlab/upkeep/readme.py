@@ -391,8 +391,10 @@ def bench_block(home: Path) -> str:
         lines.append(line | {"ratio": f"{ratio} {row.against}" if ratio else "", "target": target})
     where = "Machine: " + rows["machine"] + "; torch " + rows["torch"] + "."
     told = [where.iloc[0], "Each comparison in turn on the same images, medians."]
-    for other, part in rows[where != where.iloc[0]].groupby(where)["part"]:
-        told.append(f"*{', '.join(part.unique())}* measured later. {other}")
+    split = where.groupby(rows["part"]).transform("nunique") > 1
+    name = rows["part"].where(~split, rows["part"] + ": " + rows["what"])
+    for other, those in name[where != where.iloc[0]].groupby(where):
+        told.append(f"*{', '.join(those.unique())}*: measured at another time. {other}")
     if "precision" in rows["part"].tolist():
         told.append("*precision* is accuracies, measured once.")
     return f"{' '.join(told)}\n\n{markdown(pd.DataFrame(lines))}"
