@@ -403,12 +403,16 @@ def test_workers_end_when_there_is_nothing_left_to_do():
         wait_for(lambda: not psutil.pid_exists(worker), "the worker has ended", 20)
 
 
-def test_workers_import_neither_plotting_nor_papermill():
-    code = "import sys, advlab.upkeep.tasks; print(*sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "spared"),
+    [("tasks", {"matplotlib", "papermill", "seaborn"}), ("runs", {"matplotlib", "seaborn"})],
+)
+def test_workers_and_who_leads_them_import_no_plotting(module, spared):
+    code = f"import sys, advlab.upkeep.{module}; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert not {"matplotlib", "papermill", "seaborn"} & set(loaded.stdout.split())
+    assert not spared & set(loaded.stdout.split())
 
 
 def test_options_are_decided_once(empty_home, monkeypatch, fake_cifar10):

@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from advlab import datasets, evaluation, files, lab, paper, plots
+from advlab import datasets, evaluation, files, lab, paper
 from advlab.attacks import check_eps
 from advlab.catalogue import ARCHITECTURES, attack_named
 from advlab.checkpoints import read_metadata
@@ -410,6 +410,8 @@ def draw(table: Path) -> Path:
         ValueError: if it is no table of a sweep.
         OSError: if it cannot be read, or the picture not be written.
     """
+    from advlab import plots  # seaborn takes 80 MB; a run of the lessons draws in other processes
+
     try:
         rows = pd.read_csv(table)
         plots.use_style()
