@@ -11,9 +11,10 @@ from advlab.recipes import FAST, PAPER, Recipe
 from advlab.upkeep.runs import machine
 
 PART, MODELS = "whole paper", "ten models, two tables"
-# Images of the training split and of the test split.
-TRAIN_N, TEST_N = 50_000, 10_000
-AUGMENTED = len(paper.TABLE_TRAIN_EPS) - 1  # models of an architecture: one is the baseline
+# Of one architecture: images of the training split, models beside the baseline, and images of all
+# cells of its table.
+TRAIN_N, AUGMENTED = 50_000, len(paper.TABLE_TRAIN_EPS) - 1
+CELLS = 10_000 * len(paper.TABLE_TRAIN_EPS) * len(paper.TEST_EPS)
 Rates = Mapping[tuple[str, str, str], float]
 
 
@@ -30,22 +31,20 @@ def _papers_seconds(rates: Rates) -> float:
     test images anew for each of its cells.
     """
     crafted = TRAIN_N * AUGMENTED * PAPER.epochs
-    cells = TEST_N * len(paper.TABLE_TRAIN_EPS) * len(paper.TEST_EPS)
     return sum(
         _trained(PAPER) / rates["training", arch, PAPERS]
         + crafted / rates["crafting", f"one direction, {arch}", PAPERS]
-        + cells / rates["evaluation", TABLE, PAPERS]
+        + CELLS / rates["evaluation", TABLE, PAPERS]
         for arch in paper.TABLES
     )
 
 
 def _our_seconds(rates: Rates, recipe: Recipe) -> float:
     """Return the seconds of advlab: one direction an architecture, trainings on every core."""
-    cells = TEST_N * len(paper.TABLE_TRAIN_EPS) * len(paper.TEST_EPS)
     return sum(
         _trained(recipe) / rates["training", arch, on_every_core(recipe.batch_size)]
         + TRAIN_N / rates["crafting", f"one direction, {arch}", "batched, per-image statistics"]
-        + cells / rates["evaluation", TABLE, "advlab"]
+        + CELLS / rates["evaluation", TABLE, "advlab"]
         for arch in paper.TABLES
     )
 
