@@ -18,7 +18,7 @@ lab: export OMP_WAIT_POLICY ?= passive
 lab: .venv/installed          ## open JupyterLab on the lessons
 	$(BIN)/python -m jupyter lab notebooks
 
-reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST (half an hour)
+reproduce: .venv/installed    ## the whole paper from nothing by the recipe FAST (30 to 40 minutes)
 	$(ADVLAB) reproduce
 
 retrain: .venv/installed      ## train all models anew (hours); refresh notebooks and figures
