@@ -280,7 +280,7 @@ def reproduce(
     *,
     scheduler: Scheduler,
 ) -> None:
-    """Rebuild the whole paper from nothing by the recipe FAST (half an hour to forty minutes on two cores)."""
+    """Rebuild the whole paper from nothing by the recipe FAST (30 to 40 minutes)."""
     from advlab.upkeep import publish as publishing
 
     places: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir}
