@@ -139,17 +139,21 @@ def test_layer_whose_multiply_adds_are_not_known_is_named():
 
 @pytest.mark.parametrize("precision", ceiling.PRECISIONS)
 def test_ceiling_adds_up_the_passes_that_are_needed(monkeypatch, precision):
+    asked = []
+
     def side_by_side(ways, rounds):
-        for way in ways.values():
-            way.call()
-        return dict(zip(ways, ([8.0], [16.0], [32.0]), strict=True))
+        results = [way.call() for way in ways.values()]
+        asked.append([gradient is not None for gradient in results[-1]])
+        return dict(zip(ways, ([9.0, 8.0], [16.0, 17.0], [40.0, 32.0]), strict=True))
 
     monkeypatch.setattr(ceiling, "side_by_side", side_by_side)
     monkeypatch.setattr(ceiling, "convolutions", lambda: models.convolutions()[:9])
-    # Of three layers each takes 1, 2 and 4 seconds per image: forward, to its input and weights.
+    # Of three layers each takes at best 1, 2 and 4 seconds per image: forward, to its input, and
+    # all that training asks for.
     found = ceiling.convolution_seconds.__wrapped__(8, precision)
+    assert found == {"predict": 3, "craft": 3 * (1 + 2), "train": 3 * (1 + 4)}
     # In training the first one passes nothing to the images.
-    assert found == {"predict": 3, "craft": 3 * (1 + 2), "train": 3 * (1 + 4) + 2 * 2}
+    assert asked == [[False, True, False], [True, True, False], [True, True, False]]
     monkeypatch.setattr(ceiling, "convolution_seconds", lambda *_: found)
     rate = ceiling.highest_rate(nn.Sequential(*models.convolutions()[:9]), (3, 32, 32), "predict")
     assert rate == pytest.approx(1 / 3)
