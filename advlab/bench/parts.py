@@ -30,7 +30,7 @@ from advlab.checkpoints import Checkpoint
 from advlab.data import ImageData, Split
 from advlab.evaluation import accuracy_table
 from advlab.machine import cores, threads
-from advlab.recipes import Recipe
+from advlab.recipes import PAPER, Recipe
 from advlab.training import fit
 from advlab.upkeep.processes import KEEP_MEMORY, environment
 
@@ -44,7 +44,7 @@ OPERATORS = {
     "optimiser": ("fused_adam", "Optimizer"),
     "all the rest": ("",),
 }
-EPOCHS = 10  # of the paper, each of which crafted anew
+EPOCHS = PAPER.epochs  # each of which crafted anew
 
 
 def new_model(arch: str, images: ImageData) -> nn.Module:
@@ -132,22 +132,15 @@ def training_part(images: ImageData, rounds: int, n: int = 1_920) -> list[Row]:
         seconds = side_by_side(ways, rounds)
         # On their own: while workers are alive, even asleep, training in this process is slower.
         with _one_process_per_core() as keeping, _one_process_per_core() as returning:
-            asked: dict[str, tuple[ProcessPoolExecutor, Mapping[str, str | None], int]] = {
-                on_every_core(64): (keeping, KEEP_MEMORY, 64),
-                on_every_core(128): (keeping, KEEP_MEMORY, 128),
-                f"{on_every_core(64)}, memory given back": (
-                    returning,
-                    dict.fromkeys(KEEP_MEMORY),
-                    64,
-                ),
+            kept = partial(_train_on_every_core, keeping, KEEP_MEMORY, model, split)
+            given_back = dict.fromkeys(KEEP_MEMORY)
+            returned = partial(_train_on_every_core, returning, given_back, model, split)
+            calls = {
+                on_every_core(64): partial(kept, 64, best),
+                on_every_core(128): partial(kept, 128, best),
+                f"{on_every_core(64)}, memory given back": partial(returned, 64, best),
             }
-            together = {
-                name: Way(
-                    partial(_train_on_every_core, pool, variables, model, split, size, best),
-                    n * cores(),
-                )
-                for name, (pool, variables, size) in asked.items()
-            }
+            together = {name: Way(call, n * cores()) for name, call in calls.items()}
             seconds |= side_by_side(together, rounds)
         rows += to_rows("training", arch, ways | together, seconds, against=PAPERS)
     share = next(row.of_ceiling for row in rows if (row.what, row.way) == ("cnn", fastest))

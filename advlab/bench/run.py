@@ -178,10 +178,10 @@ def run(
         texts = {"against": "", "note": ""}
         earlier = pd.read_csv(output / "bench.csv", dtype=dict.fromkeys(texts, object))
         earlier = earlier.fillna(texts)
-    known = []
-    if only and len(earlier):  # rates of this machine alone may stand beside what is measured now
-        ours = earlier[earlier["machine"] == runs.machine()]
-        known = [Row(**dict(line)) for _, line in ours[COLUMNS].iterrows()]
+    # Rates of this machine alone may stand beside what is measured now.
+    lines = earlier.reindex(columns=[*COLUMNS, "machine"])
+    ours = lines[lines["machine"] == runs.machine()][COLUMNS]
+    known = [Row(**dict(line)) for _, line in ours.iterrows()] if only else []
     rows, failed = measure_apart(name, root, rounds, only, known)
     errors = "\n".join(f"{part} failed: {why}" for part, why in failed.items())
     if not rows:
